@@ -1,0 +1,26 @@
+"""The published method as a chain of stages, from volumes to a report.
+
+    python examples/run_study.py --config examples/configs/phantoms/cpu.yaml
+    python examples/run_study.py --config examples/configs/nifti_folder/cpu.yaml --data_dir DIR --stages prepare,vqgan
+
+A stage that is done is skipped; a killed one resumes when the same command is given again.
+"""
+
+import sys
+
+from msrl_diffusers.arguments import parse, read_yaml, take_option
+from msrl_diffusers.errors import sentence_instead_of_traceback
+from msrl_diffusers.study import StudyConfig, run_study
+
+
+def main() -> None:
+    config_path, arguments = take_option("config", sys.argv[1:])
+    stages, arguments = take_option("stages", arguments)
+    (config,) = parse([StudyConfig], read_yaml(config_path) if config_path else None, arguments)
+    run_study(config, stages.split(",") if stages else None)
+    print(f"{config.output_dir}: {stages or 'report.md'} done")
+
+
+if __name__ == "__main__":
+    with sentence_instead_of_traceback():
+        main()

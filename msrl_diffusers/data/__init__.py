@@ -1,0 +1,1 @@
+"""Volumes, where they come from, and how they are split."""

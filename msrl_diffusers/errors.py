@@ -1,0 +1,19 @@
+"""InputError: what a user gave can't be used. Commands print its sentence and exit with 1."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """A file, a setting or a checkpoint that can't be used; the message is one sentence: which, what is wrong, what to do."""
+
+
+@contextmanager
+def sentence_instead_of_traceback() -> Iterator[None]:
+    """End the program with an InputError's sentence on standard error and exit code 1; other errors pass."""
+    try:
+        yield
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)

@@ -1,0 +1,33 @@
+"""From volumes to features, and who computed them."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def extract_features(extractor: nn.Module, volumes: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+    """Features `[N, P, S, F]` (P planes, S slices of each; 1 and 1 for a 3D extractor) of `volumes [N, C, D, H, W]`.
+
+    Float64 on the CPU, as covariances want it.
+    """
+    extractor.eval()
+    parameter = next(extractor.parameters())
+    batches = (batch.to(parameter.device, parameter.dtype) for batch in volumes.split(batch_size))
+    return torch.cat([extractor(batch).double().cpu() for batch in batches])
+
+
+def extractor_identity(extractor: nn.Module) -> dict[str, str]:
+    """`{"name": class, "sha256": of the weights}`: a Frechet distance means nothing without it."""
+    return {"name": type(extractor).__name__, "sha256": hash_tensors(extractor.state_dict().items())}
+
+
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of named tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

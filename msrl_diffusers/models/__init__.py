@@ -1,0 +1,1 @@
+"""Networks that are saved, loaded and shared: one class, one file, each a diffusers ModelMixin."""

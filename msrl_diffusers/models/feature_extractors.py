@@ -1,0 +1,79 @@
+"""Feature extractors for Frechet distances, trained in the domain they judge: one on slices, one on volumes."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from .layers import ResnetBlock, conv
+
+
+class SliceFeatureExtractor(ModelMixin, ConfigMixin):
+    """A plain (VGG-like) 2D network on slices of the three planes: the *label* extractor.
+
+    Args:
+        in_channels (`int`): channels of the volumes.
+        block_out_channels (`tuple[int]`): channels per resolution.
+        num_features (`int`): length of a feature vector.
+        num_slices (`int`): slices per plane, evenly spaced over the middle 60 % of the axis.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        block_out_channels: tuple[int, ...] = (16, 32, 64),
+        num_features: int = 48,
+        num_slices: int = 8,
+    ):
+        super().__init__()
+        layers, channels = [], in_channels
+        for outputs in block_out_channels:
+            layers += [conv(2, channels, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.LeakyReLU(0.1)]
+            layers += [conv(2, outputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.LeakyReLU(0.1)]
+            layers += [nn.AvgPool2d(2)]
+            channels = outputs
+        self.layers = nn.Sequential(*layers)
+        self.project = nn.Linear(2 * channels, num_features)
+
+    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Features `[B, 3, num_slices, num_features]`, float32, of `volumes [B, C, D, H, W]` in [-1, 1]."""
+        planes = []
+        for axis in (2, 3, 4):
+            size = volumes.shape[axis]
+            positions = torch.linspace(0.2 * size, 0.8 * size - 1, self.config.num_slices).round().long()
+            planes.append(volumes.index_select(axis, positions.to(volumes.device)).movedim(axis, 1))
+        slices = torch.stack(planes, dim=1)
+        hidden = self.layers(slices.flatten(0, 2)).float().flatten(2)
+        pooled = torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1)
+        return self.project(pooled).unflatten(0, slices.shape[:3])
+
+
+class VolumeFeatureExtractor(ModelMixin, ConfigMixin):
+    """A residual 3D network on whole volumes: the *judge*.
+
+    Args:
+        in_channels (`int`): channels of the volumes.
+        block_out_channels (`tuple[int]`): channels per resolution.
+        num_features (`int`): length of a feature vector.
+    """
+
+    @register_to_config
+    def __init__(
+        self, in_channels: int = 1, block_out_channels: tuple[int, ...] = (16, 32, 48), num_features: int = 48
+    ):
+        super().__init__()
+        layers, channels = [], in_channels
+        for outputs in block_out_channels:
+            layers += [conv(3, channels, outputs, 3, stride=2, padding=1), ResnetBlock(3, outputs, outputs, 8)]
+            channels = outputs
+        self.layers = nn.Sequential(*layers)
+        self.norm_out = nn.GroupNorm(8, channels)
+        self.project = nn.Linear(channels * 8, num_features)
+
+    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Features `[B, 1, 1, num_features]`, float32, of `volumes [B, C, D, H, W]` in [-1, 1]."""
+        hidden = F.silu(self.norm_out(self.layers(volumes))).float()
+        pooled = F.adaptive_avg_pool3d(hidden, 2).flatten(1)  # octants: where something is matters
+        return self.project(pooled)[:, None, None]

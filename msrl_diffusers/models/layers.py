@@ -1,0 +1,85 @@
+"""Blocks shared by the networks of this package: residual convolutions in 2D and 3D."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+
+def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
+    """`nn.Conv2d` or `nn.Conv3d`."""
+    return {2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims](*args, **kwargs)
+
+
+class ResnetBlock(nn.Module):
+    """Pre-activation residual block: two (GroupNorm, SiLU, 3-convolution), with an optional time embedding between.
+
+    The second convolution starts at zero when `zero_init` is set, so the block starts as the identity.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        norm_num_groups: int = 8,
+        temb_channels: int | None = None,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-6)
+        self.conv1 = conv(spatial_dims, in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_channels, out_channels) if temb_channels else None
+        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv(spatial_dims, out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = conv(spatial_dims, in_channels, out_channels, 1) if in_channels != out_channels else None
+        if zero_init:
+            nn.init.zeros_(self.conv2.weight)
+            nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, hidden: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
+        hidden = self.conv1(F.silu(self.norm1(hidden)))
+        if self.time_emb_proj is not None:
+            projected = self.time_emb_proj(F.silu(temb))
+            hidden = hidden + projected.reshape(*projected.shape, *[1] * (hidden.ndim - 2))
+        return residual + self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+
+
+class Downsample3D(nn.Module):
+    """Halve every axis with a strided convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 4, stride=2, padding=1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.conv(hidden)
+
+
+class Upsample3D(nn.Module):
+    """Double every axis: nearest neighbour, then a convolution (a transposed convolution leaves a checkerboard)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+class SpatialAttention3D(nn.Module):
+    """Self-attention over all voxels, with diffusers' own `Attention` module."""
+
+    def __init__(self, channels: int, head_dim: int, norm_num_groups: int = 8):
+        super().__init__()
+        self.attention = Attention(
+            query_dim=channels, heads=max(1, channels // head_dim), dim_head=head_dim, bias=True, eps=1e-6
+        )
+        self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(hidden).flatten(2).transpose(1, 2)
+        return hidden + self.attention(tokens).transpose(1, 2).reshape(hidden.shape)

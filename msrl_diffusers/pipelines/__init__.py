@@ -1,0 +1,1 @@
+"""Pipelines: ordinary diffusers pipelines, which know nothing of reinforcement learning."""

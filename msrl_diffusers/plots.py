@@ -1,0 +1,90 @@
+"""Figures: orthogonal slices side by side, curves, scatter plots. Matplotlib without a screen."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+
+
+PLANES = ("axial", "coronal", "sagittal")
+
+
+def orthogonal_slices(volume: torch.Tensor) -> list[torch.Tensor]:
+    """The axial, coronal and sagittal slice through the middle of `volume [C, D, H, W]` (its first channel)."""
+    data = volume[0].float()
+    D, H, W = data.shape
+    return [data[D * 9 // 16], data[:, H // 2], data[:, :, W * 3 // 8]]
+
+
+def plot_volumes(rows: Mapping[str, torch.Tensor], path: str | Path, max_volumes: int = 8) -> None:
+    """Three orthogonal slices of each volume; one band of rows per entry `{name: [N, C, D, H, W] in [-1, 1]}`.
+
+    Volumes at the same position of all entries stand under one another.
+    """
+    columns = min(max_volumes, min(len(volumes) for volumes in rows.values()))
+    figure, axes = plt.subplots(
+        3 * len(rows), columns, figsize=(1.3 * columns + 0.6, 3.9 * len(rows)), squeeze=False, facecolor="black"
+    )
+    for band, (name, volumes) in enumerate(rows.items()):
+        for column in range(columns):
+            for plane, image in enumerate(orthogonal_slices(volumes[column])):
+                axis = axes[3 * band + plane, column]
+                axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1, origin="lower", interpolation="nearest")
+                axis.set_xticks([])
+                axis.set_yticks([])
+        axes[3 * band, 0].set_title(name, color="white", loc="left", fontsize=10)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.01, hspace=0.08, wspace=0.04)
+    _save(figure, path, facecolor="black")
+
+
+def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, xlabel: str) -> None:
+    """One panel per entry `{name: (x, y)}`, sharing the horizontal axis."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.4 * len(curves), 3), squeeze=False)
+    for axis, (name, (x, y)) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(x, y, color="tab:blue")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(xlabel)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def plot_history(output_dir: str | Path, names: Sequence[str], path: str | Path | None = None) -> None:
+    """The curves `names` of a training's `history.jsonl`, to `path` or `output_dir/curves.png`; those it lacks are left out."""
+    history = [json.loads(line) for line in (Path(output_dir) / "history.jsonl").read_text().splitlines()]
+    curves = {}
+    for name in names:
+        points = [(line["step"], line[name]) for line in history if name in line]
+        if points:
+            curves[name] = tuple(zip(*points, strict=True))
+    if curves:
+        plot_curves(curves, path or Path(output_dir) / "curves.png", "step")
+
+
+def plot_scatter(
+    groups: Mapping[str, tuple[Sequence[float], Sequence[float]]], path, xlabel: str, ylabel: str
+) -> None:
+    """Points of several groups `{name: (x, y)}` on one pair of axes."""
+    figure, axis = plt.subplots(figsize=(5, 4))
+    for name, (x, y) in groups.items():
+        axis.scatter(x, y, s=12, alpha=0.6, label=name)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure, path: str | Path, **kwargs) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, **kwargs)
+    plt.close(figure)

@@ -1,0 +1,161 @@
+"""Rollouts: trajectories of a denoising policy, with the log-probability of every stochastic step.
+
+Shape letters: B batch, T denoising steps, C channels, *S spatial axes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from .functional.denoising import StepMoments, ddim_moments, ddim_std, gaussian_log_prob
+from .policies.base import Conditioning, DenoisingPolicy
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The grid of a sampler: `timesteps [T]`, `alpha_prods [T]`, their successors `alpha_prods_prev [T]`, `eta`.
+
+    `stochastic` lists the steps whose standard deviation reaches `min_std`. The others are taken without noise and are
+    no actions: their log-probability is infinite or so steep that it would rule the gradient (the last step of a
+    DDIM grid that ends at alpha = 1 is the usual case).
+    """
+
+    timesteps: torch.Tensor
+    alpha_prods: torch.Tensor
+    alpha_prods_prev: torch.Tensor
+    eta: float
+    stochastic: tuple[int, ...]
+
+    @classmethod
+    def of(cls, scheduler, num_inference_steps: int, eta: float, min_std: float, device="cpu") -> "StepTable":
+        """The grid of a `DDIMScheduler`.
+
+        Raises:
+            ValueError: the scheduler has no DDIM transition (no `final_alpha_cumprod`).
+        """
+        if not hasattr(scheduler, "final_alpha_cumprod"):
+            raise ValueError(
+                f"Rollouts need the DDIM transition; {type(scheduler).__name__} has none. "
+                "Use DDIMScheduler.from_config(pipeline.scheduler.config)."
+            )
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps = scheduler.timesteps.cpu()
+        previous = timesteps - scheduler.config.num_train_timesteps // num_inference_steps
+        table = scheduler.alphas_cumprod.double()
+        final = torch.as_tensor(scheduler.final_alpha_cumprod).double()
+        alpha_prods = table[timesteps]
+        alpha_prods_prev = torch.where(previous >= 0, table[previous.clamp_min(0)], final)
+        stds = ddim_std(alpha_prods, alpha_prods_prev, eta)
+        return cls(
+            timesteps.to(device),
+            alpha_prods.float().to(device),
+            alpha_prods_prev.float().to(device),
+            eta,
+            tuple((stds >= min_std).nonzero()[:, 0].tolist()),
+        )
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Finished trajectories.
+
+    Attributes:
+        latents (`Tensor [B, T+1, C, *S]`): float32, from noise to the final latents; half precision here would shift
+            ratios by more than the clip range.
+        log_probs (`Tensor [B, T]`): of the steps taken; 0 where the step was not stochastic.
+        conditioning (`Conditioning`): what the denoiser was given.
+        conditions (`Tensor [B]`): number of the condition of each sample, the groups of the advantages.
+        samples (`Tensor [B, C, *S']`): decoded, in [-1, 1].
+        advantages (`Tensor [B]`, *optional*).
+    """
+
+    latents: torch.Tensor
+    log_probs: torch.Tensor
+    conditioning: Conditioning
+    conditions: torch.Tensor
+    samples: torch.Tensor
+    advantages: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def with_advantages(self, advantages: torch.Tensor) -> "Rollout":
+        return replace(self, advantages=advantages)
+
+    def select(self, rows: slice | torch.Tensor) -> "Rollout":
+        """Some of the samples."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        conditioning = values.pop("conditioning").select(rows)
+        return Rollout(conditioning=conditioning, **{k: None if v is None else v[rows] for k, v in values.items()})
+
+    @staticmethod
+    def cat(parts: Sequence["Rollout"]) -> "Rollout":
+        """One rollout of several batches."""
+        join = lambda name: torch.cat([getattr(part, name) for part in parts])  # noqa: E731
+        return Rollout(
+            join("latents"), join("log_probs"), Conditioning.cat([part.conditioning for part in parts]),
+            join("conditions"), join("samples"),
+        )  # fmt: skip
+
+
+def step_moments(
+    policy: DenoisingPolicy,
+    table: StepTable,
+    step: int,
+    latents: torch.Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float,
+) -> StepMoments:
+    """Mean and standard deviation of step number `step` from `latents [B, C, *S]`, in float32."""
+    model_output = policy.predict(latents, table.timesteps[step], conditioning, guidance_scale)
+    prediction_type = policy.scheduler.config.prediction_type
+    return ddim_moments(
+        model_output, latents, table.alpha_prods[step], table.alpha_prods_prev[step], table.eta, prediction_type
+    )
+
+
+@torch.no_grad()
+def sample_rollout(
+    policy: DenoisingPolicy,
+    conditions: Sequence | torch.Tensor,
+    table: StepTable,
+    generators: Sequence[torch.Generator],
+    guidance_scale: float = 1.0,
+    log_prob_reduction: str = "mean",
+) -> Rollout:
+    """Denoise one sample per condition; sample i draws all its noise from `generators[i]`."""
+    conditioning = policy.encode(conditions)
+    device = table.timesteps.device
+    shape = (len(generators), *policy.latent_shape)
+    latents = randn_tensor(shape, list(generators), device)
+    states, log_probs = [latents], []
+    for step in range(len(table)):
+        mean, std = step_moments(policy, table, step, latents, conditioning, guidance_scale)
+        if step in table.stochastic:
+            latents = mean + std * randn_tensor(shape, list(generators), device)
+            log_probs.append(gaussian_log_prob(latents, mean, std, log_prob_reduction))
+        else:
+            latents = mean
+            log_probs.append(torch.zeros(len(latents), device=device))
+        states.append(latents)
+    return Rollout(
+        latents=torch.stack(states, dim=1),
+        log_probs=torch.stack(log_probs, dim=1),
+        conditioning=conditioning,
+        conditions=torch.as_tensor(condition_numbers(conditions), device=device),
+        samples=policy.decode(latents),
+    )
+
+
+def condition_numbers(conditions: Sequence | torch.Tensor) -> list[int]:
+    """A number per condition, equal where conditions are equal: labels stay, texts are numbered by their order."""
+    values = conditions.tolist() if isinstance(conditions, torch.Tensor) else list(conditions)
+    if all(isinstance(value, int) for value in values):
+        return values
+    order = {value: number for number, value in enumerate(sorted(set(map(str, values))))}
+    return [order[str(value)] for value in values]

@@ -1,0 +1,66 @@
+"""Where the results of stages lie, and how later stages read them: from the study's folders or from a release."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..data.volumes import VolumeDataset
+from ..errors import InputError
+from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
+from ..models.reward_models import SliceRewardModel, VolumeRewardModel
+from ..pipelines.med_volume import MedVolumePipeline
+from .config import StudyConfig
+
+
+REWARD_CLASSES = {"volume": VolumeRewardModel, "slice": SliceRewardModel, "heldout": VolumeRewardModel}
+EXTRACTOR_CLASSES = {"label": SliceFeatureExtractor, "judge": VolumeFeatureExtractor}
+
+
+def load_split(config: StudyConfig, split: str) -> VolumeDataset:
+    """The `"train"` or `"heldout"` volumes."""
+    return VolumeDataset.load(Path(config.output_dir) / "prepare" / f"{split}.safetensors")
+
+
+def load_pipeline(config: StudyConfig) -> MedVolumePipeline:
+    """The pretrained pipeline, in float32."""
+    path = config.pretrained or Path(config.output_dir) / "diffusion" / "pipeline"
+    return MedVolumePipeline.from_pretrained(path, dtype=torch.float32)
+
+
+def load_reward_models(config: StudyConfig) -> dict[str, torch.nn.Module]:
+    """The reward models by role: `"volume"`, `"slice"`, and `"heldout"`, which only watches."""
+    return _load(config, REWARD_CLASSES, "rewards", "reward")
+
+
+def load_extractors(config: StudyConfig) -> dict[str, torch.nn.Module]:
+    """The feature extractors by role: `"label"` and `"judge"`."""
+    return _load(config, EXTRACTOR_CLASSES, "extractors", "extractor")
+
+
+def load_scores(config: StudyConfig) -> dict:
+    """FIDs and targets of the trajectory sets, and the chosen sampler."""
+    path = Path(config.pretrained or Path(config.output_dir) / "score") / "scores.json"
+    return json.loads(path.read_text())
+
+
+def _load(config: StudyConfig, classes: dict, stage: str, prefix: str) -> dict[str, torch.nn.Module]:
+    folders = {
+        role: Path(config.pretrained) / f"{prefix}_{role}"
+        if config.pretrained
+        else Path(config.output_dir) / stage / role
+        for role in classes
+    }
+    return {role: load_model(model_class, folders[role], dtype=torch.float32) for role, model_class in classes.items()}
+
+
+def load_model(model_class: type, path: str | Path, **kwargs) -> torch.nn.Module | MedVolumePipeline:
+    """`from_pretrained` of a model (in evaluation mode, as it always is) or of a pipeline.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    try:
+        return model_class.from_pretrained(path, **kwargs)
+    except OSError as error:
+        raise InputError(f"{path} holds no {model_class.__name__}: {str(error).splitlines()[0]}") from error

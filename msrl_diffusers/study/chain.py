@@ -1,0 +1,131 @@
+"""The chain: which stages there are, what each depends on, and when one may be skipped."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from . import stages
+from .config import StudyConfig
+from .evaluate import evaluate
+from .report import report
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its function, the stages it reads, and the fields of the config that change its result."""
+
+    run: Callable[[StudyConfig], dict]
+    needs: tuple[str, ...]
+    fields: tuple[str, ...]
+
+
+_SAMPLING = ("sampling_batch_size", "mixed_precision", "seed")
+STAGES: dict[str, Stage] = {
+    "prepare": Stage(
+        stages.prepare,
+        (),
+        ("dataset", "data_dir", "image_size", "field_of_view", "num_per_class", "data_seed", "holdout_fraction",
+         "label_column", "label_bins"),
+    ),
+    "extractors": Stage(
+        stages.train_extractors, ("prepare",), ("label_extractor", "judge_extractor", "extractors", "seed")
+    ),
+    "vqgan": Stage(stages.train_vqgan, ("prepare",), ("vqvae", "vqgan", "mixed_precision", "seed")),
+    "diffusion": Stage(
+        stages.train_diffusion, ("prepare", "vqgan"), ("unet", "scheduler", "diffusion", "mixed_precision", "seed")
+    ),
+    "trajectories": Stage(
+        stages.sample_trajectories, ("prepare", "diffusion"), ("synthetic_steps", "reconstruction_steps", *_SAMPLING)
+    ),
+    "score": Stage(
+        stages.score_trajectories,
+        ("prepare", "extractors", "diffusion", "trajectories"),
+        ("target_map", "samplers", *_SAMPLING),
+    ),
+    "rewards": Stage(
+        stages.train_rewards,
+        ("trajectories", "score"),
+        ("volume_reward", "slice_reward", "heldout_reward", "rewards", "mixed_precision", "seed"),
+    ),
+    "ppo": Stage(stages.train_ppo, ("prepare", "diffusion", "rewards"), ("ppo", "mixed_precision", "seed")),
+    "evaluate": Stage(
+        evaluate,
+        ("prepare", "extractors", "diffusion", "score", "rewards", "ppo"),
+        ("num_validity_subjects", "bootstrap_draws", *_SAMPLING),
+    ),
+    "report": Stage(report, ("evaluate",), ()),
+}  # fmt: skip
+PRETRAINED_STAGES = ("extractors", "vqgan", "diffusion", "trajectories", "score", "rewards")
+
+
+def fingerprint(config: StudyConfig, name: str) -> str:
+    """Hash of everything a stage's result depends on."""
+    stage, settings = STAGES[name], asdict(config)
+    inputs = {
+        "stage": name,
+        "fields": {key: settings[key] for key in stage.fields},
+        "max_steps": config.max_steps,
+        "pretrained": config.pretrained,
+        "needs": [fingerprint(config, needed) for needed in stage.needs],
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
+    """Run all stages, or those named in `only`, skipping those already done; returns the last one's result.
+
+    Raises:
+        InputError: an unknown stage, or one whose inputs are not there (when run alone).
+    """
+    names = list(only or STAGES)
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise InputError(f"Unknown stage {unknown[0]!r}; the stages are {list(STAGES)}.")
+    result = {}
+    for name in (name for name in STAGES if name in names):
+        if config.pretrained and name in PRETRAINED_STAGES:
+            continue
+        result = _run_stage(config, name)
+    return result
+
+
+def _run_stage(config: StudyConfig, name: str) -> dict:
+    folder = Path(config.output_dir) / name
+    record, mark = folder / "stage.json", fingerprint(config, name)
+    if record.is_file():
+        saved = json.loads(record.read_text())
+        if saved["fingerprint"] == mark:
+            return saved["result"]
+    for needed in STAGES[name].needs:
+        from_release = config.pretrained and needed in PRETRAINED_STAGES
+        if not from_release and not (Path(config.output_dir) / needed / "stage.json").is_file():
+            raise InputError(f"Stage {name!r} needs the result of {needed!r}; run that stage first.")
+    _open_folder(folder, mark)
+    started = time.monotonic()
+    result = STAGES[name].run(config)
+    saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
+    write_json(record, saved)
+    return result
+
+
+def _open_folder(folder: Path, mark: str) -> None:
+    """Make the stage's folder. What an interrupted run of the same stage left is kept, so that training resumes; what
+    a run with other settings left is removed."""
+    marker = folder / ".fingerprint"
+    if marker.is_file() and marker.read_text() != mark:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(mark)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,130 @@
+"""StudyConfig: one study, as its YAML file states it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
+from ..trainers.diffusion_config import LatentDiffusionConfig
+from ..trainers.feature_config import FeatureConfig
+from ..trainers.ppo_config import DiffusionPPOConfig
+from ..trainers.reward_config import RewardConfig
+from ..trainers.vqgan_config import VQGANConfig
+
+
+TRAINER_CONFIGS = {
+    "extractors": FeatureConfig,
+    "vqgan": VQGANConfig,
+    "diffusion": LatentDiffusionConfig,
+    "rewards": RewardConfig,
+    "ppo": DiffusionPPOConfig,
+}
+
+
+@dataclass
+class StudyConfig:
+    """Data, networks and trainers of one study. Sections are mappings: constructor arguments of a network, or fields of a
+    trainer's config; both are checked before anything runs."""
+
+    output_dir: str = field(default="outputs/study", metadata={"help": "Every stage writes its folder in here."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random but the data's split."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16, for training and sampling."})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Cap on the steps of every trainer; for trying out."}
+    )
+    pretrained: str | None = field(
+        default=None, metadata={"help": "A folder written by the release stage; its models are used, not trained."}
+    )
+
+    dataset: str = field(default="phantoms", metadata={"help": "phantoms or nifti_folder."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the nifti_folder data set."})
+    image_size: int = field(default=32, metadata={"help": "Voxels along each edge of the cubes."})
+    field_of_view: float = field(default=192.0, metadata={"help": "Edge of the cubes in millimetres (nifti_folder)."})
+    num_per_class: int = field(default=128, metadata={"help": "Phantoms per class in training and in the hold-out."})
+    data_seed: int = field(default=0, metadata={"help": "Seed of the phantoms and of the split by subject."})
+    holdout_fraction: float = field(default=0.3, metadata={"help": "Share of held-out subjects (nifti_folder)."})
+    label_column: str = field(default="label", metadata={"help": "Column of metadata.csv with the classes."})
+    label_bins: dict | None = field(default=None, metadata={"help": "{class: [low, high]} for a numeric column."})
+
+    vqvae: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of VQModel3D."})
+    unet: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of UNet3DModel."})
+    scheduler: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of DDIMScheduler."})
+    volume_reward: dict = field(default_factory=dict, metadata={"help": "Arguments of VolumeRewardModel."})
+    slice_reward: dict = field(default_factory=dict, metadata={"help": "Arguments of SliceRewardModel."})
+    heldout_reward: dict = field(
+        default_factory=dict, metadata={"help": "Arguments of the VolumeRewardModel that only watches."}
+    )
+    label_extractor: dict = field(default_factory=dict, metadata={"help": "Arguments of SliceFeatureExtractor."})
+    judge_extractor: dict = field(default_factory=dict, metadata={"help": "Arguments of VolumeFeatureExtractor."})
+
+    extractors: dict = field(default_factory=dict, metadata={"help": "Fields of FeatureConfig."})
+    vqgan: dict = field(default_factory=dict, metadata={"help": "Fields of VQGANConfig."})
+    diffusion: dict = field(default_factory=dict, metadata={"help": "Fields of LatentDiffusionConfig."})
+    rewards: dict = field(default_factory=dict, metadata={"help": "Fields of RewardConfig."})
+    ppo: dict = field(default_factory=dict, metadata={"help": "Fields of DiffusionPPOConfig."})
+
+    synthetic_steps: list[int] = field(
+        default_factory=lambda: [10, 25, 50, 100], metadata={"help": "Denoising steps k of the synthetic sets."}
+    )
+    reconstruction_steps: list[int] = field(
+        default_factory=lambda: [1, 10, 25, 50, 75, 90, 99], metadata={"help": "Noise steps k of the reconstructions."}
+    )
+    target_map: str = field(default="linear", metadata={"help": "linear, exponential or rank: from FID to target."})
+    sampling_batch_size: int = field(default=32, metadata={"help": "Volumes sampled at once."})
+    samplers: list[dict] = field(
+        default_factory=lambda: [
+            {"num_inference_steps": 10, "eta": 0.0},
+            {"num_inference_steps": 25, "eta": 0.0},
+            {"num_inference_steps": 50, "eta": 0.0},
+            {"num_inference_steps": 25, "eta": 1.0},
+            {"num_inference_steps": 50, "eta": 1.0},
+            {"num_inference_steps": 100, "eta": 1.0},
+        ],
+        metadata={"help": "Samplers among which the label extractor picks the standard arm's."},
+    )
+    num_validity_subjects: int = field(
+        default=32, metadata={"help": "Held-out subjects per class on which reward models are checked."}
+    )
+    bootstrap_draws: int = field(default=200, metadata={"help": "Bootstrap draws of the intervals."})
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice(self, "dataset", ("phantoms", "nifti_folder"))
+        check_choice(self, "mixed_precision", ("no", "bf16", "fp16"))
+        check_choice(self, "target_map", ("linear", "exponential", "rank"))
+        for name in ("image_size", "num_per_class", "sampling_batch_size", "num_validity_subjects", "bootstrap_draws"):
+            check_positive(self, name)
+        if self.dataset == "nifti_folder" and not self.data_dir:
+            raise InputError("dataset nifti_folder needs data_dir: the folder with metadata.csv and the images.")
+        if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
+            raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
+        for stage in TRAINER_CONFIGS:
+            self.trainer_config(stage)
+
+    def trainer_config(self, stage: str, name: str | None = None, **overrides) -> TrainingConfig:
+        """The config of a stage's trainer, writing to the stage's folder (or `name` within it).
+
+        Raises:
+            ValueError, TypeError: a field the trainer does not have, or a bad value; the sentence names the section.
+        """
+        settings = {
+            "seed": self.seed,
+            "mixed_precision": self.mixed_precision,
+            "save_steps": 5 if stage == "ppo" else 250,
+            "save_total_limit": 1,
+            "resume_from_checkpoint": "latest",
+            **getattr(self, stage),
+            **overrides,
+        }
+        settings["output_dir"] = str(Path(self.output_dir) / stage / (name or ""))
+        config_class = TRAINER_CONFIGS[stage]
+        unknown = set(settings) - set(config_class.__dataclass_fields__)
+        if unknown:
+            raise InputError(
+                f"Section {stage!r} has the unknown field {sorted(unknown)[0]!r}; {config_class.__name__} knows "
+                f"{sorted(config_class.__dataclass_fields__)}."
+            )
+        config = config_class(**settings)
+        if self.max_steps is not None:
+            config.max_steps = min(config.max_steps, self.max_steps)
+        return config

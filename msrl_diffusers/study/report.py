@@ -1,0 +1,176 @@
+"""The stage report: report.json, report.md, figures and the two pipelines, from what the other stages found."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from ..data.volumes import VolumeDataset
+from ..pipelines.med_volume import MedVolumePipeline
+from ..plots import plot_history, plot_scatter, plot_volumes
+from .artifacts import load_pipeline, load_scores, load_split
+from .config import StudyConfig
+
+
+PACKAGES = ("msrl_diffusers", "torch", "diffusers", "accelerate", "transformers", "monai", "torchmetrics", "numpy")
+ARMS = {
+    "real_floor": "real, held out (floor)",
+    "limit": "autoencoder (limit)",
+    "standard": "standard diffusion",
+    "rl": "RL-tuned",
+}
+
+
+def report(config: StudyConfig) -> dict:
+    """Write `report.json`, `report.md`, `figures/`, `pipeline_standard/` and `pipeline_rl/` into the study's folder."""
+    output_dir = Path(config.output_dir)
+    records = {path.parent.name: json.loads(path.read_text()) for path in output_dir.glob("*/stage.json")}
+    figures = records["evaluate"]["result"]
+    content = {
+        **figures,
+        "gap_closed": {role: gap_closed(fids) for role, fids in figures["fid"].items()},
+        "seed": config.seed,
+        "dataset": config.dataset,
+        "data_fingerprint": records["prepare"]["result"]["fingerprint"],
+        "data": records["prepare"]["result"],
+        "ppo": records["ppo"]["result"],
+        "unet_forwards": records["ppo"]["result"]["unet_forwards"],
+        "seconds": {name: record["seconds"] for name, record in records.items()},
+        "pretrained": config.pretrained,
+        "commit": git_commit(),
+        "versions": versions(),
+    }
+    load_pipeline(config).save_pretrained(output_dir / "pipeline_standard")
+    MedVolumePipeline.from_pretrained(output_dir / "ppo" / "pipeline").save_pretrained(output_dir / "pipeline_rl")
+    _draw(config, content)
+    (output_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n")
+    (output_dir / "report.md").write_text(markdown(content))
+    return {"report": str(output_dir / "report.md")}
+
+
+def gap_closed(fids: dict[str, dict[str, float]]) -> float | None:
+    """(standard - RL) / (standard - limit) over all classes; None where there is no gap."""
+    gap = fids["standard"]["all"] - fids["limit"]["all"]
+    return (fids["standard"]["all"] - fids["rl"]["all"]) / gap if gap > 0 else None
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree this package lies in, with `+` if files differ; None outside a repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def markdown(content: dict) -> str:
+    """The report as a page."""
+    classes = list(content["fid"]["judge"]["standard"])
+    lines = [
+        "# Study report",
+        "",
+        f"Data: {content['dataset']} `{content['data_fingerprint']}`; {content['n']['all']} volumes on each side of every "
+        f"distance; seed {content['seed']}. Not for clinical use.",
+        "",
+    ]
+    for role in ("judge", "label"):
+        identity = content["extractors"][role]
+        purpose = "used for nothing but this table" if role == "judge" else "it also scored the reward data"
+        lines += [
+            f"## Frechet distance to the training volumes, {role} extractor",
+            "",
+            f"`{identity['name']}` `{identity['sha256']}`, {purpose}. Lower is better; intervals: 95 % bootstrap by volume.",
+            "",
+            "| | " + " | ".join(classes) + " | interval (all) | KID | to held-out volumes (all) |",
+            "|---" * (len(classes) + 4) + "|",
+        ]
+        for arm, title in ARMS.items():
+            fids = content["fid"][role][arm]
+            low, high = content["fid_interval"][role][arm]
+            other = content["fid_heldout"][role].get(arm)
+            lines.append(
+                f"| {title} | "
+                + " | ".join(f"{fids[name]:.4f}" for name in classes)
+                + f" | {low:.4f} .. {high:.4f} | {content['kid'][role][arm]:.5f} | {'' if other is None else format(other['all'], '.4f')} |"
+            )
+        difference = content["fid_rl_minus_standard"][role]
+        closed = content["gap_closed"][role]
+        lines += [
+            "",
+            f"RL minus standard: {difference['value']:+.4f} ({difference['interval'][0]:+.4f} .. "
+            f"{difference['interval'][1]:+.4f}, paired). Gap closed: {'no gap' if closed is None else format(closed, '.1%')}.",
+            "",
+        ]
+    lines += [
+        "## Both arms at both samplers (judge / label, all classes)",
+        "",
+        "| arm and sampler | judge | label |",
+        "|---|---|---|",
+    ]
+    for name in content["fid_by_sampler"]["judge"]:
+        if "@" in name:
+            judge, label = (content["fid_by_sampler"][role][name]["all"] for role in ("judge", "label"))
+            lines.append(f"| {name} | {judge:.4f} | {label:.4f} |")
+    lines += ["", f"Samplers: {json.dumps(content['samplers'])}", "", "## Reward", ""]
+    reward = content["reward"]
+    lines += [
+        f"Mean reward before {reward['before']['mean']:.2f} (sd {reward['before']['std']:.2f}), after "
+        f"{reward['after']['mean']:.2f} (sd {reward['after']['std']:.2f}): a gain of {reward['gain']:.2f} reference deviations.",
+        "",
+        "| reward model, on held-out subjects | AUC k = 1 against synthetic | Spearman over sets | after RL (reference deviations) |",
+        "|---|---|---|---|",
+    ]
+    for role, validity in content["reward_models"].items():
+        after = reward["parts"]["after"][role]
+        lines.append(f"| {role} | {validity['auc']:.3f} | {validity['spearman']:.3f} | {after:+.2f} |")
+    ppo = content["ppo"]
+    lines += [
+        "",
+        f"PPO: {ppo['rollouts']} rollouts, {content['unet_forwards']} denoiser forwards, stopped: {ppo['stopped'] or 'at max_steps'}.",
+        "",
+        "## Figures",
+        "",
+        *(f"![{name}](figures/{name}.png)" for name in ("comparison", "ppo", "reward_vs_fid")),
+        "",
+        "Not measured here: anatomical correctness by a reader, memorization of training volumes, downstream use.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _draw(config: StudyConfig, content: dict) -> None:
+    output_dir, figures = Path(config.output_dir), Path(config.output_dir) / "figures"
+    arms = {
+        arm: VolumeDataset.load(output_dir / "evaluate" / f"{arm}.safetensors") for arm in ("limit", "standard", "rl")
+    }
+    shown = {"real": load_split(config, "train"), **arms}
+    titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
+    rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}
+    plot_volumes(rows, figures / "comparison.png")
+    plot_history(output_dir / "ppo", ["reward", "volume", "slice", "heldout_reward", "kl"], figures / "ppo.png")
+    fids = load_scores(config)["fid"]
+    groups = {
+        role: ([fids[name]["all"] for name in validity["mean_by_set"]], list(validity["mean_by_set"].values()))
+        for role, validity in content["reward_models"].items()
+    }
+    plot_scatter(
+        groups, figures / "reward_vs_fid.png", "FID of the set (label extractor)", "mean reward, held-out subjects"
+    )

@@ -1,0 +1,231 @@
+"""The stages that make data and models: prepare, extractors, vqgan, diffusion, trajectories, score, rewards, ppo."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from tqdm import tqdm
+
+from ..data.nifti_folder import load_nifti_folder
+from ..data.phantoms import load_phantoms
+from ..data.processor import VolumeProcessor
+from ..data.splits import split_by_subject
+from ..data.volumes import VolumeDataset
+from ..evaluation.features import extract_features, extractor_identity, hash_tensors
+from ..models.autoencoder_vq_3d import VQModel3D
+from ..models.unet_3d import UNet3DModel
+from ..pipelines.med_volume import MedVolumePipeline
+from ..plots import plot_volumes
+from ..rewards import LearnedReward
+from ..rollouts import Rollout
+from ..seeding import fold_seed
+from ..trainers.diffusion_trainer import LatentDiffusionTrainer
+from ..trainers.feature_trainer import FeatureTrainer
+from ..trainers.ppo_trainer import DiffusionPPOTrainer
+from ..trainers.reward_trainer import RewardTrainer, ScoredVolumes
+from ..trainers.vqgan_trainer import VQGANTrainer
+from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs, set_targets
+from .artifacts import (
+    EXTRACTOR_CLASSES,
+    REWARD_CLASSES,
+    load_extractors,
+    load_pipeline,
+    load_reward_models,
+    load_scores,
+    load_split,
+)
+from .config import StudyConfig
+
+
+SCHEDULER_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,  # latents are not bounded by 1
+    "set_alpha_to_one": False,  # else the last step has no noise and an infinite log-probability
+    "steps_offset": 0,
+}
+
+
+def prepare(config: StudyConfig) -> dict:
+    """Volumes of both splits, their counts and fingerprint."""
+    if config.dataset == "phantoms":
+        train, heldout = (
+            load_phantoms(config.num_per_class, config.image_size, config.data_seed, first_index=start)
+            for start in (0, config.num_per_class)
+        )
+    else:
+        processor = VolumeProcessor(config.image_size, config.field_of_view)
+        volumes = load_nifti_folder(config.data_dir, processor, config.label_column, config.label_bins)
+        train, heldout = split_by_subject(volumes, config.holdout_fraction, config.data_seed)
+    folder = Path(config.output_dir) / "prepare"
+    train.save(folder / "train.safetensors")
+    heldout.save(folder / "heldout.safetensors")
+    plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
+    return {
+        "train": train.class_counts(),
+        "heldout": heldout.class_counts(),
+        "shape": list(train.pixel_values.shape[1:]),
+        "spacing": list(train.spacing),
+        "fingerprint": hash_tensors({"train": train.pixel_values, "heldout": heldout.pixel_values}.items()),
+    }
+
+
+def train_extractors(config: StudyConfig) -> dict:
+    """The label and the judge extractor, on the training volumes."""
+    train, results = load_split(config, "train"), {}
+    for role, model_class in EXTRACTOR_CLASSES.items():
+        torch.manual_seed(fold_seed(config.seed, "init", role))
+        model = model_class(**getattr(config, f"{role}_extractor"))
+        args = config.trainer_config("extractors", role, seed=fold_seed(config.seed, role) % 2**31)
+        figures = FeatureTrainer(model, args, train).train()
+        model.save_pretrained(Path(config.output_dir) / "extractors" / role)
+        results[role] = {**extractor_identity(model), **figures}
+    return results
+
+
+def train_vqgan(config: StudyConfig) -> dict:
+    """The autoencoder."""
+    train, heldout = load_split(config, "train"), load_split(config, "heldout")
+    torch.manual_seed(fold_seed(config.seed, "init", "vqvae"))
+    model = VQModel3D(**config.vqvae)
+    trainer = VQGANTrainer(model, config.trainer_config("vqgan"), train, heldout)
+    figures = trainer.train()
+    folder = Path(config.output_dir) / "vqgan"
+    model.save_pretrained(folder / "vqvae")
+    shown = heldout.take_per_class(4)
+    with torch.no_grad():
+        reconstructed = model(shown.batch(range(len(shown)))["pixel_values"]).sample
+    plot_volumes({"held-out": shown.pixel_values, "reconstructed": reconstructed}, folder / "reconstructions.png")
+    return figures
+
+
+def train_diffusion(config: StudyConfig) -> dict:
+    """The denoiser; the pipeline."""
+    train = load_split(config, "train")
+    vqvae = VQModel3D.from_pretrained(Path(config.output_dir) / "vqgan" / "vqvae")
+    torch.manual_seed(fold_seed(config.seed, "init", "unet"))
+    unet = UNet3DModel(
+        sample_size=train.image_size // vqvae.downsample_factor,
+        in_channels=vqvae.config.latent_channels,
+        out_channels=vqvae.config.latent_channels,
+        num_class_embeds=train.num_classes,
+        **config.unet,
+    )
+    scheduler = DDIMScheduler(**{**SCHEDULER_DEFAULTS, **config.scheduler})
+    pipeline = MedVolumePipeline(vqvae, unet, scheduler, spacing=train.spacing, id2label=train.id2label)
+    figures = LatentDiffusionTrainer(pipeline, config.trainer_config("diffusion"), train).train()
+    folder = Path(config.output_dir) / "diffusion"
+    pipeline.save_pretrained(folder / "pipeline")
+    shown = train.take_per_class(4)
+    samples = sample_set(pipeline, shown, SetSpec("synthetic", 50), config.seed)
+    plot_volumes({"real": shown.pixel_values, "generated": samples.pixel_values}, folder / "samples.png")
+    return figures
+
+
+def sample_trajectories(config: StudyConfig) -> dict:
+    """Every trajectory set, each in a file of its own; those already there are kept."""
+    train, pipeline = load_split(config, "train"), load_pipeline(config)
+    specs = set_specs(config.synthetic_steps, config.reconstruction_steps)
+    folder = Path(config.output_dir) / "trajectories"
+    total = sum(spec.unet_forwards for spec in specs) * len(train)
+    with tqdm(total=total, desc="trajectories", unit="forward") as progress:
+        for spec in specs:
+            sampled = sample_set(
+                pipeline, train, spec, config.seed, config.sampling_batch_size,
+                mixed_precision=config.mixed_precision, progress=progress,
+            )  # fmt: skip
+            sampled.save(folder / f"{spec.name}.safetensors")
+    return {"sets": [spec.name for spec in specs], "volumes_per_set": len(train), "unet_forwards": total}
+
+
+def score_trajectories(config: StudyConfig) -> dict:
+    """FID of every set by the label extractor, the reward targets, and the best sampler of the pretrained model."""
+    train = load_split(config, "train")
+    extractor = load_extractors(config)["label"]
+    real = extract_features(extractor, train.pixel_values)
+    trajectories = Path(config.output_dir) / "trajectories"
+    fids = {}
+    for spec in tqdm(set_specs(config.synthetic_steps, config.reconstruction_steps), desc="score"):
+        volumes = VolumeDataset.load(trajectories / f"{spec.name}.safetensors")
+        fids[spec.name] = frechet_by_class(real, train, extract_features(extractor, volumes.pixel_values), volumes)
+    pipeline, samplers = load_pipeline(config), []
+    for sampler in tqdm(config.samplers, desc="samplers"):
+        sampled = sample_with(pipeline, train, sampler, config, "sampler choice")
+        features = extract_features(extractor, sampled.pixel_values)
+        samplers.append({**sampler, "fid": frechet_by_class(real, train, features, sampled)})
+    scores = {
+        "extractor": extractor_identity(extractor),
+        "n": len(train),
+        "fid": fids,
+        "targets": set_targets(fids, list(train.id2label.values()), config.target_map),
+        "samplers": samplers,
+        "best_sampler": min(range(len(samplers)), key=lambda i: samplers[i]["fid"]["all"]),
+    }
+    (Path(config.output_dir) / "score" / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def sample_with(
+    pipeline: MedVolumePipeline, volumes: VolumeDataset, sampler: dict, config: StudyConfig, name: str
+) -> VolumeDataset:
+    """One sample per volume of `volumes`, of its class, by `{"num_inference_steps", "eta", "guidance_scale"}`."""
+    return sample_set(
+        pipeline,
+        volumes,
+        SetSpec("synthetic", sampler["num_inference_steps"]),
+        fold_seed(config.seed, name),
+        config.sampling_batch_size,
+        guidance_scale=sampler.get("guidance_scale", 1.0),
+        eta=sampler["eta"],
+        mixed_precision=config.mixed_precision,
+    )
+
+
+def train_rewards(config: StudyConfig) -> dict:
+    """The two reward models, and a third of another seed and width that only watches."""
+    targets = load_scores(config)["targets"]
+    parts = []
+    for name, by_class in targets.items():
+        volumes = VolumeDataset.load(Path(config.output_dir) / "trajectories" / f"{name}.safetensors")
+        values = torch.tensor([by_class[volumes.id2label[label]] for label in volumes.class_labels.tolist()])
+        parts.append(ScoredVolumes(volumes.pixel_values, values, volumes.subject_ids))
+    data = ScoredVolumes(
+        torch.cat([part.pixel_values for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        [subject for part in parts for subject in part.subject_ids],
+    )
+    results = {}
+    for role, model_class in REWARD_CLASSES.items():
+        torch.manual_seed(fold_seed(config.seed, "init", "reward", role))
+        model = model_class(**getattr(config, f"{role}_reward"))
+        args = config.trainer_config("rewards", role, seed=fold_seed(config.seed, "reward", role) % 2**31)
+        results[role] = RewardTrainer(model, args, data).train()
+        model.save_pretrained(Path(config.output_dir) / "rewards" / role)
+    return results
+
+
+def train_ppo(config: StudyConfig) -> dict:
+    """The pipeline tuned by PPO on the two rewards, stopped by the KL budget and the held-out reward."""
+    pipeline, models = load_pipeline(config), load_reward_models(config)
+    rewards = [LearnedReward(role, models[role]) for role in ("volume", "slice")]
+    heldout = LearnedReward("heldout", models["heldout"])
+
+    def heldout_reward(rollout: Rollout) -> float:
+        return heldout(rollout.samples, rollout.conditions).mean().item()
+
+    trainer = DiffusionPPOTrainer(
+        pipeline,
+        rewards,
+        config.trainer_config("ppo"),
+        watchdogs={"heldout_reward": heldout_reward},
+        select_by="heldout_reward",
+    )
+    figures = trainer.train()
+    pipeline.save_pretrained(Path(config.output_dir) / "ppo" / "pipeline")
+    scales = {name: vars(scale) for name, scale in trainer.reward.scales.items()}
+    return {**figures, "unet_forwards": trainer.unet_forwards, "scales": scales}

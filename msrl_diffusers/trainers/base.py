@@ -1,0 +1,199 @@
+"""TrainingRun: what every trainer needs around its loop. It is called by the loop and never calls back."""
+
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..seeding import fold_seed
+from .base_config import TrainingConfig
+
+
+CHECKPOINT_PREFIX = "checkpoint-"
+
+
+class TrainingRun:
+    """Accelerator, optimizers, checkpoints, history and progress of one training.
+
+    Numbers go to `output_dir/history.jsonl` (one line per log, also the source of the curves) and to the tracker
+    named by `report_to`. Checkpoints are written under a temporary name and renamed, so a killed run leaves only
+    whole ones.
+    """
+
+    def __init__(self, args: TrainingConfig, description: str, gradient_accumulation_steps: int | None = None):
+        self.args, self.description = args, description
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps or args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=str(self.output_dir),
+            step_scheduler_with_optimizer=False,
+        )
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if args.report_to != "none":
+            self.accelerator.init_trackers("logs")
+        self.step = 0
+        self.state: dict = {}  # what else the loop must remember; plain JSON
+        self.history: list[dict] = []
+        self.stopped: str | None = None
+        self._pending: dict[str, list[float]] = defaultdict(list)
+        self._started = time.monotonic()
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def optimizer(self, parameters, learning_rate: float | None = None) -> torch.optim.AdamW:
+        """AdamW with the settings of the run."""
+        args = self.args
+        return torch.optim.AdamW(
+            parameters,
+            lr=learning_rate or args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.weight_decay,
+        )
+
+    def lr_scheduler(self, optimizer: torch.optim.Optimizer, num_updates: int):
+        """The learning rate schedule over `num_updates` optimizer updates."""
+        return get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=self.args.warmup_steps,
+            num_training_steps=max(1, num_updates),
+        )
+
+    def shard(self, indices: torch.Tensor) -> torch.Tensor:
+        """This process' part of a batch drawn for all processes."""
+        return indices[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def resume(self) -> None:
+        """Load the checkpoint that `resume_from_checkpoint` names, if any.
+
+        Raises:
+            ValueError: the named checkpoint does not exist.
+        """
+        wanted = self.args.resume_from_checkpoint
+        if wanted is None:
+            return
+        if wanted == "latest":
+            found = checkpoints(self.output_dir)
+            if not found:
+                return
+            path = found[-1]
+        else:
+            path = Path(wanted)
+        if not (path / "trainer_state.json").is_file():
+            raise InputError(f"{path} is not a checkpoint of this trainer; give 'latest' or a checkpoint-N folder.")
+        self.accelerator.load_state(str(path))
+        saved = json.loads((path / "trainer_state.json").read_text())
+        self.step, self.state = saved["step"], saved["state"]
+        self.history = read_history(self.output_dir, up_to=self.step)
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.
+
+        History lines of an earlier run past this point are dropped, so the file never holds a step twice.
+        """
+        if self.is_main:
+            write_history(self.output_dir, self.history)
+        with tqdm(
+            total=self.args.max_steps, initial=self.step, desc=self.description, disable=not self.is_main, leave=True
+        ) as self.progress:
+            while self.step < self.args.max_steps and not self.stopped:
+                set_seed(fold_seed(self.args.seed, "step", self.step) % 2**32)
+                yield self.step
+                self.step += 1
+                self.progress.update()
+                self._flush()
+                if self.args.save_steps and self.step % self.args.save_steps == 0:
+                    self.save_checkpoint()
+
+    def stop(self, reason: str) -> None:
+        """End the loop after this step."""
+        self.stopped = reason
+
+    def record(self, **metrics: float | torch.Tensor) -> None:
+        """Collect figures of this step; their means are logged every `logging_steps`."""
+        for name, value in metrics.items():
+            self._pending[name].append(value.detach() if isinstance(value, torch.Tensor) else value)
+
+    def _flush(self) -> None:
+        if self.step % self.args.logging_steps and self.step < self.args.max_steps and not self.stopped:
+            return
+        means = {
+            name: float(torch.as_tensor(values, dtype=torch.float64).mean()) for name, values in self._pending.items()
+        }
+        self._pending.clear()
+        if self.is_main and means:
+            line = {"step": self.step, "seconds": round(time.monotonic() - self._started, 2), **means}
+            self.history.append(line)
+            with (self.output_dir / "history.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.progress.set_postfix({name: f"{value:.4g}" for name, value in list(means.items())[:6]})
+        self.accelerator.log(means, step=self.step)
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-{step}`, all processes taking part, and drop the oldest over `save_total_limit`."""
+        final = self.output_dir / f"{CHECKPOINT_PREFIX}{self.step}"
+        temporary = self.output_dir / f".{final.name}.tmp"
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            (temporary / "trainer_state.json").write_text(json.dumps({"step": self.step, "state": self.state}))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in checkpoints(self.output_dir)[: -self.args.save_total_limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Close the trackers."""
+        self.accelerator.end_training()
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Whole checkpoints under `output_dir`, oldest first."""
+    found = [
+        path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if (path / "trainer_state.json").is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+
+
+def read_history(output_dir: str | Path, up_to: int | None = None) -> list[dict]:
+    """The lines of `history.jsonl`, those after step `up_to` left out; a line cut by a kill is dropped."""
+    path = Path(output_dir) / "history.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if up_to is None or line["step"] <= up_to:
+            lines.append(line)
+    return lines
+
+
+def write_history(output_dir: str | Path, lines: list[dict]) -> None:
+    """Replace `history.jsonl`."""
+    path = Path(output_dir) / "history.jsonl"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(temporary, path)

@@ -1,0 +1,73 @@
+"""TrainingConfig: the fields every trainer shares, and their validation."""
+
+import types
+import typing
+from dataclasses import dataclass, field, fields
+
+from ..errors import InputError
+
+
+@dataclass
+class TrainingConfig:
+    """Fields shared by all trainers. Batch sizes are per process; randomness follows from `seed` alone."""
+
+    output_dir: str = field(default="outputs/run", metadata={"help": "Where checkpoints, logs and results go."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    max_steps: int = field(default=1000, metadata={"help": "Number of steps (of the PPO trainer: rollouts)."})
+    train_batch_size: int = field(default=8, metadata={"help": "Samples per process in one forward pass of training."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer update."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "A scheduler name of diffusers: constant, cosine, linear, ..."}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Optimizer updates of linear warm-up."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "First moment decay of AdamW."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Second moment decay of AdamW."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    logging_steps: int = field(default=20, metadata={"help": "Steps between log lines."})
+    save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 writes none."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'latest', or the path of a checkpoint folder."}
+    )
+    report_to: str = field(default="tensorboard", metadata={"help": "A tracker of accelerate, or none."})
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("max_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+            check_positive(self, name)
+        check_positive(self, "learning_rate")
+        check_choice(self, "mixed_precision", ("no", "bf16", "fp16"))
+
+
+def check_types(config) -> None:
+    """Raise InputError unless every field of a dataclass holds its annotated type (YAML is not checked by parsers).
+
+    An int is taken where a float is annotated.
+    """
+    hints = typing.get_type_hints(type(config))
+    for item in fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        allowed = tuple(typing.get_origin(option) or option for option in options)
+        if float in allowed and type(value) is int:
+            setattr(config, item.name, float(value))
+        elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join(getattr(option, "__name__", str(option)) for option in allowed)
+            raise InputError(f"{type(config).__name__}: {item.name} must be {names}, got {value!r}.")
+
+
+def check_positive(config, name: str) -> None:
+    """Raise InputError unless the field is greater than zero."""
+    if getattr(config, name) <= 0:
+        raise InputError(f"{type(config).__name__}: {name} must be positive, got {getattr(config, name)}.")
+
+
+def check_choice(config, name: str, choices: tuple) -> None:
+    """Raise InputError unless the field is one of `choices`."""
+    if getattr(config, name) not in choices:
+        raise InputError(
+            f"{type(config).__name__}: {name} must be one of {list(choices)}, got {getattr(config, name)!r}."
+        )

@@ -1,0 +1,117 @@
+"""LatentDiffusionTrainer: class-conditional diffusion over the latents of a trained autoencoder.
+
+1. All training volumes (and their mirror images, if asked) are encoded once; their mean and standard deviation become
+   the autoencoder's `shift_factor` and `scaling_factor`.
+2. The loss is the mean squared error in the scheduler's own prediction type (epsilon, v or sample).
+3. An exponential average of the weights is what ends up in the pipeline.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import EMAModel, compute_snr
+
+from ..data.volumes import VolumeDataset
+from ..errors import InputError
+from ..pipelines.med_volume import MedVolumePipeline
+from ..seeding import batch_indices, generator_for
+from .base import TrainingRun
+from .diffusion_config import LatentDiffusionConfig
+
+
+class LatentDiffusionTrainer:
+    """Trains `pipeline.unet`; the pipeline holds the averaged weights afterwards."""
+
+    def __init__(self, pipeline: MedVolumePipeline, args: LatentDiffusionConfig, train_dataset: VolumeDataset):
+        self.pipeline, self.args, self.train_dataset = pipeline, args, train_dataset
+
+    def train(self) -> dict[str, float]:
+        """Run the training; returns the last logged figures."""
+        args, run = self.args, TrainingRun(self.args, "diffusion")
+        accelerator, scheduler = run.accelerator, self.pipeline.scheduler
+        unet = self.pipeline.unet.to(memory_format=torch.channels_last_3d)
+        latents, labels = self._cache_latents(run.device)
+        optimizer = run.optimizer(unet.parameters())
+        lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
+        unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+        ema = EMAModel(
+            accelerator.unwrap_model(unet).parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75
+        )
+        ema.to(run.device)
+        accelerator.register_for_checkpointing(ema)
+        run.resume()
+        unet.train()
+        for step in run.steps():
+            batch_size = args.train_batch_size * accelerator.num_processes
+            indices = run.shard(batch_indices(len(latents), batch_size, args.seed, step)).to(run.device)
+            clean = latents[indices]
+            noise, timesteps, dropped = (
+                run.shard(values).to(run.device) for values in self._draws(batch_size, clean.shape[1:], step)
+            )
+            classes = torch.where(dropped, self.pipeline.null_class, labels[indices])
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            with accelerator.accumulate(unet):
+                (prediction,) = unet(noisy, timesteps, classes, return_dict=False)
+                target = self._target(clean, noise, timesteps)
+                losses = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
+                loss = (losses * self._weights(timesteps)).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                lr_scheduler.step()
+                ema.step(accelerator.unwrap_model(unet).parameters())
+                run.record(grad_norm=grad_norm)
+            run.record(loss=loss)
+        run.finish()
+        self.pipeline.unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
+        ema.copy_to(self.pipeline.unet.parameters())
+        return run.history[-1] if run.history else {}
+
+    @torch.no_grad()
+    def _cache_latents(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of about unit variance `[N, C, d, h, w]` and labels `[N]`; sets the autoencoder's scale."""
+        vqvae = self.pipeline.vqvae.to(device).eval()
+        encoded, labels = [], []
+        for flip in (False, True) if self.args.flip_augmentation else (False,):
+            for indices in torch.arange(len(self.train_dataset)).split(self.args.encode_batch_size):
+                batch = self.train_dataset.batch(indices, device)
+                volumes = batch["pixel_values"].flip(-1) if flip else batch["pixel_values"]
+                encoded.append(vqvae.encode(volumes).latents)
+                labels.append(batch["class_labels"])
+        latents = torch.cat(encoded)
+        shift, scale = latents.mean().item(), 1 / latents.std().item()
+        vqvae.register_to_config(shift_factor=shift, scaling_factor=scale)
+        return (latents - shift) * scale, torch.cat(labels)
+
+    def _draws(self, batch_size: int, shape: torch.Size, step: int) -> tuple[torch.Tensor, ...]:
+        """Noise, timesteps and dropped classes of the whole batch, so processes can't change them."""
+        generator = generator_for(self.args.seed, "diffusion", step)
+        noise = torch.randn(batch_size, *shape, generator=generator)
+        num_timesteps = self.pipeline.scheduler.config.num_train_timesteps
+        # one timestep from each of `batch_size` equal parts: less variance between batches
+        positions = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        timesteps = (positions[torch.randperm(batch_size, generator=generator)] * num_timesteps).long()
+        return noise, timesteps, torch.rand(batch_size, generator=generator) < self.args.class_dropout
+
+    def _target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        scheduler = self.pipeline.scheduler
+        prediction_type = scheduler.config.prediction_type
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "v_prediction":
+            return scheduler.get_velocity(clean, noise, timesteps)
+        if prediction_type == "sample":
+            return clean
+        raise InputError(f"prediction_type {prediction_type!r} can't be trained; use epsilon, v_prediction or sample.")
+
+    def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """min-SNR weights (arXiv 2303.09556, section 3.4) in the scheduler's prediction type; ones if not asked."""
+        if self.args.snr_gamma is None:
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        snr = compute_snr(self.pipeline.scheduler, timesteps)
+        clipped = snr.clamp(max=self.args.snr_gamma)
+        return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[
+            self.pipeline.scheduler.config.prediction_type
+        ]

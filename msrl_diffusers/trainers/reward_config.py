@@ -1,0 +1,28 @@
+"""RewardConfig: settings of the regression of a reward model."""
+
+from dataclasses import dataclass, field
+
+from ..errors import InputError
+from .base_config import TrainingConfig
+
+
+@dataclass
+class RewardConfig(TrainingConfig):
+    """Settings of `RewardTrainer`."""
+
+    max_steps: int = field(default=2000, metadata={"help": "Number of steps; the published method takes 100 epochs."})
+    train_batch_size: int = field(default=32, metadata={"help": "Volumes per process in one forward pass."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    validation_fraction: float = field(
+        default=0.2, metadata={"help": "Share of source subjects kept from training, to watch over-fitting."}
+    )
+    max_shift: int = field(default=1, metadata={"help": "Largest random shift along each axis, in voxels."})
+    noise_level: float = field(
+        default=0.0, metadata={"help": "Standard deviation of added noise; noise hides texture."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"validation_fraction must lie in (0, 1), got {self.validation_fraction}.")

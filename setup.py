@@ -1,0 +1,52 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (here / "msrl_diffusers" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="msrl_diffusers",
+    version=version,
+    description="3D diffusion models of medical volumes, fine-tuned by reinforcement learning, on diffusers and accelerate",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["msrl_diffusers", "msrl_diffusers.*"]),
+    package_data={"msrl_diffusers": ["py.typed"]},
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=5.0",
+        "diffusers>=0.42",
+        "huggingface_hub>=1.0",
+        "matplotlib>=3.8",
+        "monai>=1.5",
+        "nibabel>=5.2",
+        "numpy>=1.26",
+        "peft>=0.17",
+        "safetensors>=0.5",
+        "tensorboard>=2.15",
+        "torch>=2.6",
+        "torchmetrics>=1.6",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+        "trl>=1.0",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "scipy>=1.12"],
+        "dev": ["ruff>=0.12"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)
