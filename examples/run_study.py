@@ -8,15 +8,16 @@ A stage that is done is skipped; a killed one resumes when the same command is g
 
 import sys
 
-from msrl_diffusers.arguments import parse, read_yaml, take_option
+from msrl_diffusers.arguments import parse, take_option
 from msrl_diffusers.errors import sentence_instead_of_traceback
 from msrl_diffusers.study import StudyConfig, run_study
+from msrl_diffusers.study.command_line import read_study
 
 
 def main() -> None:
     config_path, arguments = take_option("config", sys.argv[1:])
     stages, arguments = take_option("stages", arguments)
-    (config,) = parse([StudyConfig], read_yaml(config_path) if config_path else None, arguments)
+    (config,) = parse([StudyConfig], read_study(config_path) if config_path else None, arguments)
     run_study(config, stages.split(",") if stages else None)
     print(f"{config.output_dir}: {stages or 'report.md'} done")
 

@@ -16,7 +16,7 @@ Every field of DiffusionPPOConfig is an option and overrides the config's sectio
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,44 +29,36 @@ from msrl_diffusers import (
     SliceRewardModel,
     VolumeRewardModel,
 )
-from msrl_diffusers.arguments import parse, read_yaml, take_option
+from msrl_diffusers.arguments import parse
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.plots import plot_history
-from msrl_diffusers.study import StudyConfig, run_study
+from msrl_diffusers.study import run_study
 from msrl_diffusers.study.artifacts import load_model
+from msrl_diffusers.study.command_line import parse_study
 
 
 EMBEDDED = Path(__file__).parent / "configs" / "phantoms" / "demo.yaml"
 
 
 @dataclass
-class ScriptArguments:
-    """What to train on; a study unless `pipeline` is given."""
+class CheckpointArguments:
+    """Given checkpoints to train on."""
 
-    pipeline: str | None = field(default=None, metadata={"help": "A pipeline to tune."})
-    reward_volume: str | None = field(default=None, metadata={"help": "A VolumeRewardModel for it."})
-    reward_slice: str | None = field(default=None, metadata={"help": "A SliceRewardModel for it."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the study's data set."})
+    pipeline: str = field(metadata={"help": "The pipeline to tune."})
+    reward_volume: str | None = field(default=None, metadata={"help": "A VolumeRewardModel."})
+    reward_slice: str | None = field(default=None, metadata={"help": "A SliceRewardModel."})
 
 
 def main() -> None:
-    config_path, arguments = take_option("config", sys.argv[1:])
-    on_checkpoints = any(argument.split("=")[0] == "--pipeline" for argument in arguments)
-    study = {} if on_checkpoints else read_yaml(config_path or EMBEDDED)
-    shared = {name: study[name] for name in ("output_dir", "seed", "mixed_precision", "data_dir") if name in study}
-    script_args, ppo_args = parse([ScriptArguments, DiffusionPPOConfig], {**study.get("ppo", {}), **shared}, arguments)
-    if on_checkpoints:
-        train_on_checkpoints(script_args, ppo_args)
+    if any(argument.split("=")[0] == "--pipeline" for argument in sys.argv[1:]):
+        train_on_checkpoints(*parse([CheckpointArguments, DiffusionPPOConfig]))
     else:
-        ppo = asdict(ppo_args)
-        general = {name: ppo.pop(name) for name in ("output_dir", "seed", "mixed_precision")}
-        if study.get("pretrained"):  # relative to the project, wherever the command is given
-            study["pretrained"] = str(EMBEDDED.parents[3] / study["pretrained"])
-        run_study(StudyConfig(**{**study, **general, "data_dir": script_args.data_dir, "ppo": ppo}))
-        print(f"report: {Path(ppo_args.output_dir) / 'report.md'}")
+        config = parse_study("ppo", EMBEDDED)
+        run_study(config)
+        print(f"report: {Path(config.output_dir) / 'report.md'}")
 
 
-def train_on_checkpoints(script_args: ScriptArguments, ppo_args: DiffusionPPOConfig) -> None:
+def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPPOConfig) -> None:
     classes = {"reward_volume": VolumeRewardModel, "reward_slice": SliceRewardModel}
     given = {name: getattr(script_args, name) for name in classes if getattr(script_args, name)}
     if not given:

@@ -77,6 +77,16 @@ def fingerprint(config: StudyConfig, name: str) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def stages_up_to(name: str) -> list[str]:
+    """Stage `name` and all it needs, in order."""
+    wanted, open_names = set(), [name]
+    while open_names:
+        current = open_names.pop()
+        wanted.add(current)
+        open_names += STAGES[current].needs
+    return [stage for stage in STAGES if stage in wanted]
+
+
 def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
     """Run all stages, or those named in `only`, skipping those already done; returns the last one's result.
 

@@ -1,0 +1,26 @@
+"""The autoencoder: a VQGAN for volumes, trained with slice and volume discriminators.
+
+    accelerate launch examples/train_vqgan.py --config examples/configs/phantoms/cpu.yaml --output_dir OUT
+
+Every field of the trainer's config is an option and overrides the config's section `vqgan`. Writes OUT/vqgan/vqvae.
+"""
+
+from pathlib import Path
+
+from msrl_diffusers.errors import sentence_instead_of_traceback
+from msrl_diffusers.study.chain import run_study, stages_up_to
+from msrl_diffusers.study.command_line import parse_study
+
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantoms" / "cpu.yaml"
+
+
+def main() -> None:
+    config = parse_study("vqgan", DEFAULT_CONFIG)
+    run_study(config, stages_up_to("vqgan"))
+    print(f"{Path(config.output_dir) / 'vqgan/vqvae'} written")
+
+
+if __name__ == "__main__":
+    with sentence_instead_of_traceback():
+        main()

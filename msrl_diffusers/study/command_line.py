@@ -1,0 +1,54 @@
+"""From a command line to a StudyConfig: a YAML file, and options that override one section of it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..arguments import parse, read_yaml, take_option
+from .config import TRAINER_CONFIGS, StudyConfig
+
+
+GENERAL_FIELDS = ("output_dir", "seed", "mixed_precision")
+
+
+@dataclass
+class DataArguments:
+    """Where the volumes are."""
+
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the study's data set."})
+
+
+def read_study(path: str | Path) -> dict:
+    """The fields of a study's YAML file; a relative `pretrained` is relative to the file.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    study = read_yaml(path)
+    if study.get("pretrained"):
+        study["pretrained"] = str((Path(path).parent / study["pretrained"]).resolve())
+    return study
+
+
+def parse_study(
+    section: str, default_config: str | Path | None = None, arguments: Sequence[str] | None = None
+) -> StudyConfig:
+    """The study of `--config` (or the default), with all fields of the trainer of `section` as options.
+
+    Raises:
+        InputError: an unknown field or a bad value; the sentence names it.
+    """
+    path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
+    path = path or default_config
+    study = read_study(path) if path else {}
+    shared = {name: study[name] for name in (*GENERAL_FIELDS, "data_dir") if study.get(name) is not None}
+    data, trainer = parse([DataArguments, TRAINER_CONFIGS[section]], {**study.get(section, {}), **shared}, rest)
+    fields = asdict(trainer)
+    general = {name: fields.pop(name) for name in GENERAL_FIELDS}
+    fields = {name: value for name, value in fields.items() if value != _default(section, name)}
+    return StudyConfig(**{**study, **general, "data_dir": data.data_dir, section: fields})
+
+
+def _default(section: str, name: str):
+    return getattr(TRAINER_CONFIGS[section](), name)
