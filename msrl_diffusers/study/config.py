@@ -33,7 +33,8 @@ class StudyConfig:
         default=None, metadata={"help": "Cap on the steps of every trainer; for trying out."}
     )
     pretrained: str | None = field(
-        default=None, metadata={"help": "A folder written by the release stage; its models are used, not trained."}
+        default=None,
+        metadata={"help": "A folder written by run_study.py --release; its models are used, not trained."},
     )
 
     dataset: str = field(default="phantoms", metadata={"help": "phantoms or nifti_folder."})

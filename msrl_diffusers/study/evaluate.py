@@ -77,7 +77,7 @@ def evaluate(config: StudyConfig) -> dict:
             for role in extractors
         },
         **_intervals(references, features, by_sampler, chosen, config),
-        "reward": _rewards(config, arms[chosen["standard"]], arms[chosen["rl"]]),
+        "reward": _rewards(config, arms["standard @ rollout"], arms["rl @ rollout"]),
         "reward_models": _validity(config, load_split(config, "heldout")),
         "extractors": {role: extractor_identity(extractor) for role, extractor in extractors.items()},
     }  # fmt: skip
@@ -124,7 +124,7 @@ def _intervals(references: dict, features: dict, by_sampler: dict, chosen: dict,
 
 
 def _rewards(config: StudyConfig, before: VolumeDataset, after: VolumeDataset) -> dict:
-    """Mean and deviation of the reward that was trained on, and of its parts, before and after.
+    """Mean and deviation of the reward that was trained on, and of its parts, before and after, at the rollouts' sampler.
 
     Parts are in units of the reference policy's deviation; `gain` is in units of the whole reward's deviation before.
     """
