@@ -5,6 +5,7 @@ are averaged (as NVIDIA's 2.5D FID does); resampling is by volume, since the sli
 The distance of finite sets is biased upwards, so only sets of equal N may be compared.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -45,9 +46,13 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, seed: int = 0, subse
     """KID (arXiv 1801.01401), by torchmetrics, of volumes' mean features; unbiased in N, but noisier than FID."""
     distances = []
     for plane in range(real.shape[1]):
-        metric = KernelInceptionDistance(
-            feature=_Identity(real.shape[-1]), subsets=subsets, subset_size=max(2, min(len(real), len(fake)) // 2)
-        ).set_dtype(torch.float64)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Metric `Kernel Inception Distance` will save all"
+            )  # few, small features
+            metric = KernelInceptionDistance(
+                feature=_Identity(real.shape[-1]), subsets=subsets, subset_size=max(2, min(len(real), len(fake)) // 2)
+            ).set_dtype(torch.float64)
         metric.update(real[:, plane].mean(dim=1), real=True)
         metric.update(fake[:, plane].mean(dim=1), real=False)
         with torch.random.fork_rng(devices=[]):

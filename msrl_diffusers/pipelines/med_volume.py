@@ -48,12 +48,12 @@ class MedVolumePipeline(DiffusionPipeline):
         vqvae: VQModel3D,
         unet: UNet3DModel,
         scheduler: DDIMScheduler,
-        spacing: tuple[float, ...] | None = None,
+        spacing: list[float] | None = None,
         id2label: dict | None = None,
     ):
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
-        self.register_to_config(spacing=spacing, id2label=id2label)
+        self.register_to_config(spacing=spacing and list(spacing), id2label=id2label)
 
     @property
     def id2label(self) -> dict[int, str]:

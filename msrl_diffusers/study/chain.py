@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ..errors import InputError
+from ..files import write_json
 from . import stages
 from .config import StudyConfig
 from .evaluate import evaluate
@@ -93,6 +95,8 @@ def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
     Raises:
         InputError: an unknown stage, or one whose inputs are not there (when run alone).
     """
+    if PartialState().num_processes > 1:
+        raise InputError("A study runs in one process; launch the trainers on checkpoints to use several.")
     names = list(only or STAGES)
     unknown = [name for name in names if name not in STAGES]
     if unknown:
@@ -132,10 +136,3 @@ def _open_folder(folder: Path, mark: str) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     marker.write_text(mark)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

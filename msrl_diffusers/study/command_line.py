@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..arguments import parse, read_yaml, take_option
-from .config import TRAINER_CONFIGS, StudyConfig
+from .config import TRAINER_CONFIGS, StudyConfig, trainer_defaults
 
 
 GENERAL_FIELDS = ("output_dir", "seed", "mixed_precision")
@@ -43,12 +43,11 @@ def parse_study(
     path = path or default_config
     study = read_study(path) if path else {}
     shared = {name: study[name] for name in (*GENERAL_FIELDS, "data_dir") if study.get(name) is not None}
-    data, trainer = parse([DataArguments, TRAINER_CONFIGS[section]], {**study.get(section, {}), **shared}, rest)
+    data, trainer = parse(
+        [DataArguments, TRAINER_CONFIGS[section]],
+        {**trainer_defaults(section), **study.get(section, {}), **shared},
+        rest,
+    )
     fields = asdict(trainer)
     general = {name: fields.pop(name) for name in GENERAL_FIELDS}
-    fields = {name: value for name, value in fields.items() if value != _default(section, name)}
     return StudyConfig(**{**study, **general, "data_dir": data.data_dir, section: fields})
-
-
-def _default(section: str, name: str):
-    return getattr(TRAINER_CONFIGS[section](), name)

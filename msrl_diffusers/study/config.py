@@ -21,6 +21,11 @@ TRAINER_CONFIGS = {
 }
 
 
+def trainer_defaults(stage: str) -> dict:
+    """Where a trainer within a study differs from its own defaults: it resumes when the study is run again."""
+    return {"save_steps": 5 if stage == "ppo" else 250, "save_total_limit": 1, "resume_from_checkpoint": "latest"}
+
+
 @dataclass
 class StudyConfig:
     """Data, networks and trainers of one study. Sections are mappings: constructor arguments of a network, or fields of a
@@ -111,9 +116,7 @@ class StudyConfig:
         settings = {
             "seed": self.seed,
             "mixed_precision": self.mixed_precision,
-            "save_steps": 5 if stage == "ppo" else 250,
-            "save_total_limit": 1,
-            "resume_from_checkpoint": "latest",
+            **trainer_defaults(stage),
             **getattr(self, stage),
             **overrides,
         }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_json, write_text
 from .artifacts import load_extractors, load_pipeline, load_reward_models, load_scores, load_split
 from .config import StudyConfig
 from .report import git_commit, versions
@@ -56,7 +57,7 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         model.half().save_pretrained(path / f"reward_{role}")
     for role, model in load_extractors(config).items():
         model.save_pretrained(path / f"extractor_{role}")
-    (path / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(path / "scores.json", scores)
     best = scores["samplers"][scores["best_sampler"]]
     card = CARD.format(
         title=path.name,
@@ -73,4 +74,4 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         seed=config.seed,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
-    (path / "README.md").write_text(card)
+    write_text(path / "README.md", card)

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from ..data.volumes import VolumeDataset
+from ..files import write_json, write_text
 from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_history, plot_scatter, plot_volumes
 from .artifacts import load_pipeline, load_scores, load_split
@@ -44,8 +45,8 @@ def report(config: StudyConfig) -> dict:
     load_pipeline(config).save_pretrained(output_dir / "pipeline_standard")
     MedVolumePipeline.from_pretrained(output_dir / "ppo" / "pipeline").save_pretrained(output_dir / "pipeline_rl")
     _draw(config, content)
-    (output_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n")
-    (output_dir / "report.md").write_text(markdown(content))
+    write_text(output_dir / "report.md", markdown(content))
+    write_json(output_dir / "report.json", content)
     return {"report": str(output_dir / "report.md")}
 
 

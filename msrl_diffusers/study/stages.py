@@ -1,6 +1,5 @@
 """The stages that make data and models: prepare, extractors, vqgan, diffusion, trajectories, score, rewards, ppo."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from ..data.processor import VolumeProcessor
 from ..data.splits import split_by_subject
 from ..data.volumes import VolumeDataset
 from ..evaluation.features import extract_features, extractor_identity, hash_tensors
+from ..files import write_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
 from ..pipelines.med_volume import MedVolumePipeline
@@ -135,11 +135,15 @@ def sample_trajectories(config: StudyConfig) -> dict:
     total = sum(spec.unet_forwards for spec in specs) * len(train)
     with tqdm(total=total, desc="trajectories", unit="forward") as progress:
         for spec in specs:
+            path = folder / f"{spec.name}.safetensors"
+            if path.is_file():  # left by a killed run of this very stage: files are written whole
+                progress.update(spec.unet_forwards * len(train))
+                continue
             sampled = sample_set(
                 pipeline, train, spec, config.seed, config.sampling_batch_size,
                 mixed_precision=config.mixed_precision, progress=progress,
             )  # fmt: skip
-            sampled.save(folder / f"{spec.name}.safetensors")
+            sampled.save(path)
     return {"sets": [spec.name for spec in specs], "volumes_per_set": len(train), "unet_forwards": total}
 
 
@@ -166,7 +170,7 @@ def score_trajectories(config: StudyConfig) -> dict:
         "samplers": samplers,
         "best_sampler": min(range(len(samplers)), key=lambda i: samplers[i]["fid"]["all"]),
     }
-    (Path(config.output_dir) / "score" / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(Path(config.output_dir) / "score" / "scores.json", scores)
     return scores
 
 

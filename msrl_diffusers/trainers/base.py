@@ -15,6 +15,7 @@ from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import write_text
 from ..seeding import fold_seed
 from .base_config import TrainingConfig
 
@@ -193,7 +194,10 @@ def read_history(output_dir: str | Path, up_to: int | None = None) -> list[dict]
 
 def write_history(output_dir: str | Path, lines: list[dict]) -> None:
     """Replace `history.jsonl`."""
-    path = Path(output_dir) / "history.jsonl"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(temporary, path)
+    write_text(Path(output_dir) / "history.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def channels_last(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with its convolutions in channels-last memory, about twice as fast on a CPU, for 2D or 3D ones."""
+    is_3d = any(isinstance(part, torch.nn.Conv3d) for part in module.modules())
+    return module.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)

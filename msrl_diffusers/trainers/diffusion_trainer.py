@@ -14,7 +14,7 @@ from ..data.volumes import VolumeDataset
 from ..errors import InputError
 from ..pipelines.med_volume import MedVolumePipeline
 from ..seeding import batch_indices, generator_for
-from .base import TrainingRun
+from .base import TrainingRun, channels_last
 from .diffusion_config import LatentDiffusionConfig
 
 
@@ -28,7 +28,7 @@ class LatentDiffusionTrainer:
         """Run the training; returns the last logged figures."""
         args, run = self.args, TrainingRun(self.args, "diffusion")
         accelerator, scheduler = run.accelerator, self.pipeline.scheduler
-        unet = self.pipeline.unet.to(memory_format=torch.channels_last_3d)
+        unet = channels_last(self.pipeline.unet)
         latents, labels = self._cache_latents(run.device)
         optimizer = run.optimizer(unet.parameters())
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)

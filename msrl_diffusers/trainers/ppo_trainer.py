@@ -27,7 +27,7 @@ from ..rewards import Reward, WeightedSum
 from ..rewards.base import Scale
 from ..rollouts import Rollout, StepTable, sample_rollout, step_moments
 from ..seeding import generator_for, sample_generators
-from .base import TrainingRun
+from .base import TrainingRun, channels_last
 from .ppo_config import DiffusionPPOConfig
 
 
@@ -84,7 +84,7 @@ class DiffusionPPOTrainer:
         accelerator = run.accelerator
         table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std, run.device)
         self.pipeline.to(run.device)
-        denoiser = self.pipeline.unet.to(memory_format=torch.channels_last_3d)
+        denoiser = channels_last(self.pipeline.unet)
         trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         optimizer = run.optimizer(trainable)
         scheduler = run.lr_scheduler(optimizer, args.max_steps * args.num_updates)

@@ -1,0 +1,19 @@
+"""Writing files whole: under a temporary name first, then renamed, so a killed run leaves no half of one."""
+
+import json
+import os
+from pathlib import Path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: str | Path, content) -> None:
+    """Write `content` as indented JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from msrl_diffusers import LearnedReward, SliceRewardModel, VolumeRewardModel, WeightedSum
+from msrl_diffusers.rewards import checked
+from msrl_diffusers.rewards.base import Scale, as_ddpo_reward
+
+
+class Formula:
+    """A reward that is a function of the samples."""
+
+    differentiable = True
+
+    def __init__(self, name, function):
+        self.name, self.function = name, function
+
+    def __call__(self, samples, conditions):
+        return self.function(samples)
+
+
+def first_voxel(samples):
+    return samples.flatten(1)[:, 0]
+
+
+def last_voxel(samples):
+    return samples.flatten(1)[:, -1]
+
+
+@pytest.mark.parametrize("function", [lambda x: x.mean(), lambda x: x.flatten(1), lambda x: first_voxel(x)[:-1]])
+def test_a_reward_of_the_wrong_shape_is_refused(function):
+    with pytest.raises(ValueError, match=r"Reward 'bad' gave shape .* for 3 samples"):
+        checked(Formula("bad", function), torch.rand(3, 1, 2, 2, 2), [0, 0, 0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_refused(value):
+    def function(samples):
+        return torch.tensor([0.0, value, value])
+
+    with pytest.raises(ValueError, match="Reward 'bad' gave 2 values that are not finite"):
+        checked(Formula("bad", function), torch.rand(3, 1, 2, 2, 2), [0, 0, 0])
+
+
+def test_rewards_come_out_as_float32():
+    assert (
+        checked(Formula("half", lambda x: first_voxel(x).half()), torch.rand(3, 1, 2), [0] * 3).dtype == torch.float32
+    )
+
+
+def test_weighted_sum_gives_rewards_of_any_scale_an_equal_say():
+    samples = torch.randn(50, 1, 4, generator=torch.Generator().manual_seed(0))
+    small, large = Formula("small", first_voxel), Formula("large", lambda x: 1000 * last_voxel(x) + 7)
+    both = WeightedSum([small, large])
+    both.fit(both.parts(samples, [0] * 50))
+    total = both(samples, [0] * 50)
+    first, last = first_voxel(samples), last_voxel(samples)
+    expected = 0.5 * (first - first.mean()) / first.std() + 0.5 * (last - last.mean()) / last.std()
+    torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-4)
+    assert both.scales["large"].std == pytest.approx(1000 * last.std().item(), rel=1e-4)
+    only_large = WeightedSum([small, large], [0.0, 1.0], both.scales)
+    torch.testing.assert_close(only_large(samples, [0] * 50), (last - last.mean()) / last.std(), atol=1e-4, rtol=1e-4)
+
+
+def test_weighted_sum_explains_what_is_missing():
+    reward = Formula("bright", first_voxel)
+    with pytest.raises(ValueError, match="scale of reward 'bright' is unknown; call fit"):
+        WeightedSum([reward])(torch.rand(2, 1, 4), [0, 0])
+    with pytest.raises(ValueError, match="1 rewards need as many weights, got 2"):
+        WeightedSum([reward], [0.5, 0.5])
+    with pytest.raises(ValueError, match="at least one reward"):
+        WeightedSum([])
+
+
+def test_weighted_sum_is_differentiable_if_all_parts_are():
+    smooth, rough = Formula("smooth", first_voxel), Formula("rough", first_voxel)
+    rough.differentiable = False
+    assert WeightedSum([smooth, smooth]).differentiable
+    assert not WeightedSum([smooth, rough]).differentiable
+
+
+def test_a_reward_without_spread_does_not_blow_up():
+    flat = WeightedSum([Formula("flat", first_voxel)], scales={"flat": Scale(2.0, 0.0)})
+    assert torch.isfinite(flat(torch.full((3, 1, 2), 2.0), [0] * 3)).all()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="parts are kept by name: the second of two rewards of one name replaces the first"
+)
+def test_two_rewards_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="same"):
+        WeightedSum([Formula("same", first_voxel), Formula("same", last_voxel)])
+
+
+def test_a_reward_in_the_form_of_ddpo_trainers():
+    function = as_ddpo_reward(Formula("bright", lambda x: x.flatten(1).mean(dim=1)))
+    images = torch.stack([torch.zeros(1, 4, 4), torch.full((1, 4, 4), 0.5), torch.ones(1, 4, 4)])
+    result = function(images, ("a", "b", "c"), ({}, {}, {}))
+    assert isinstance(result, tuple)
+    rewards, info = result
+    assert rewards.tolist() == [-1.0, 0.0, 1.0]
+    assert info == {}
+    with pytest.raises(ValueError, match="'broken'"):
+        as_ddpo_reward(Formula("broken", lambda x: x))(images, ("a", "b", "c"), ({}, {}, {}))
+
+
+@pytest.mark.parametrize("model_class", [VolumeRewardModel, SliceRewardModel])
+def test_learned_reward_in_micro_batches(model_class):
+    torch.manual_seed(0)
+    model = model_class(block_out_channels=(8, 16)).train()
+    volumes = torch.rand(5, 1, 16, 16, 16) * 2 - 1
+    whole = LearnedReward("quality", model, batch_size=5)(volumes, [0] * 5)
+    parts = LearnedReward("quality", model, batch_size=2)(volumes, [0] * 5)
+    assert whole.shape == (5,)
+    assert whole.std() > 0
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    leaf = volumes.clone().requires_grad_()
+    LearnedReward("quality", model)(leaf, [0] * 5).sum().backward()
+    assert leaf.grad.abs().sum() > 0

@@ -1,0 +1,70 @@
+"""Tiny real components: random weights, 16^3 volumes, 8^3 latents, seconds on one core."""
+
+import torch
+from diffusers import DDIMScheduler
+
+from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D
+from msrl_diffusers.data.phantoms import load_phantoms
+from msrl_diffusers.data.volumes import VolumeDataset
+
+
+def tiny_phantoms(num_per_class: int = 3) -> VolumeDataset:
+    return load_phantoms(num_per_class, 16, seed=0)
+
+
+def tiny_vqvae(quantizer: str = "fsq", seed: int = 0) -> VQModel3D:
+    torch.manual_seed(seed)
+    return VQModel3D(
+        block_out_channels=(8, 16), latent_channels=2, quantizer=quantizer, num_vq_embeddings=16, norm_num_groups=4
+    )
+
+
+def tiny_unet(seed: int = 0, dropout: float = 0.0) -> UNet3DModel:
+    """Without the zero initialisation of a fresh denoiser, so that every parameter has a gradient at once."""
+    torch.manual_seed(seed)
+    unet = UNet3DModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        attention_levels=(False, True),
+        attention_head_dim=8,
+        num_class_embeds=2,
+        norm_num_groups=4,
+        dropout=dropout,
+    )
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return unet
+
+
+def tiny_pipeline(seed: int = 0, dropout: float = 0.0) -> MedVolumePipeline:
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.0015,
+        beta_end=0.0195,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=0,
+    )
+    pipeline = MedVolumePipeline(
+        tiny_vqvae(seed=seed), tiny_unet(seed, dropout), scheduler, (12.0, 12.0, 12.0), {0: "HGG", 1: "LGG"}
+    )
+    pipeline.vqvae.register_to_config(scaling_factor=2.0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights and buffers of a module as they are now."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
