@@ -1,6 +1,8 @@
 """Command lines of the example scripts: dataclasses by TRL's parser, with a YAML file behind `--config`."""
 
 import sys
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,11 +42,31 @@ def parse(
     unknown = sorted(set(defaults or {}) - known)
     if unknown:
         raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
-    parser.set_defaults(**(defaults or {}))
+    parser.set_defaults(**_readable(config_classes, defaults or {}))
     for action in parser._actions:  # a field with a value from the file is not required any more
         if action.dest in (defaults or {}):
             action.required = False
     return tuple(parser.parse_args_into_dataclasses(args=list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _readable(config_classes: Sequence[type], defaults: dict) -> dict:
+    """The defaults with words where numbers belong refused (the parser would end with its usage), and YAML's `1e-4`,
+    which is a word to YAML, read as a number."""
+    readable = dict(defaults)
+    for config_class in config_classes:
+        for name, hint in typing.get_type_hints(config_class).items():
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            value = defaults.get(name)
+            if not isinstance(value, str) or str in options:
+                continue
+            try:
+                readable[name] = float(value) if float in options else None
+            except ValueError:
+                readable[name] = None
+            if readable[name] is None:
+                names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+                raise InputError(f"{config_class.__name__}: {name} must be {names}, got {value!r}.")
+    return readable
 
 
 def take_option(name: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from diffusers import DDIMParallelScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from .functional.denoising import StepMoments, ddim_moments, ddim_std, gaussian_log_prob
@@ -33,9 +34,9 @@ class StepTable:
         """The grid of a `DDIMScheduler`.
 
         Raises:
-            ValueError: the scheduler has no DDIM transition (no `final_alpha_cumprod`).
+            ValueError: the scheduler has no DDIM transition; others share its tables but not its grid.
         """
-        if not hasattr(scheduler, "final_alpha_cumprod"):
+        if not isinstance(scheduler, DDIMScheduler | DDIMParallelScheduler):
             raise ValueError(
                 f"Rollouts need the DDIM transition; {type(scheduler).__name__} has none. "
                 "Use DDIMScheduler.from_config(pipeline.scheduler.config)."

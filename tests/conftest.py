@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import tempfile
-import warnings
 
 import pytest
 
@@ -19,12 +18,6 @@ from diffusers import DDIMScheduler  # noqa: E402
 
 from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D, load_phantoms  # noqa: E402
 from msrl_diffusers.study.stages import SCHEDULER_DEFAULTS  # noqa: E402
-
-
-def pytest_configure(config):
-    # datasets leaves metadata.csv open; the garbage collector says so in whatever test runs then, so marks can't help.
-    config.addinivalue_line("filterwarnings", "ignore:unclosed file.*metadata.csv:ResourceWarning")
-    warnings.filterwarnings("ignore", r"unclosed file.*metadata\.csv", ResourceWarning)  # for the session's end
 
 
 def fill_zeros(model: torch.nn.Module) -> torch.nn.Module:

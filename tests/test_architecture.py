@@ -17,7 +17,7 @@ MODULES = {
     if path != PACKAGE / "__init__.py"
 }
 FLOORS = [
-    {"errors", "seeding", "arguments"},
+    {"errors", "files", "seeding", "arguments"},
     {"functional"},
     {"models", "data"},
     {"pipelines", "policies", "rewards"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"trainers"},
     {"study"},
 ]
-SIDEWAYS = {("policies", "pipelines"), ("trajectories", "evaluation")}  # on one floor, in this direction only
+SIDEWAYS = {("policies", "pipelines"), ("trajectories", "evaluation"), ("arguments", "errors")}  # on one floor, in this direction only
 FORBIDDEN = [r"torch\.load\(", r"\bpickle\b", r"allow_pickle", r"^\s*print\("]
 
 

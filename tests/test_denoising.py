@@ -105,7 +105,6 @@ def test_a_scheduler_without_ddim_transition_raises():
         StepTable.of(scheduler, num_inference_steps=10, eta=1.0, min_std=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: PNDMScheduler has final_alpha_cumprod too, and another grid")
 def test_the_default_scheduler_of_stable_diffusion_raises():
     with pytest.raises(ValueError, match="PNDMScheduler"):
         StepTable.of(PNDMScheduler(), num_inference_steps=10, eta=1.0, min_std=1e-3)

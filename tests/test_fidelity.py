@@ -54,7 +54,6 @@ def test_sets_of_unequal_size_are_refused():
         frechet_distance(gaussian(10, 0), gaussian(9, 0))
 
 
-@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save all:UserWarning")
 def test_kernel_distance():
     real, same, shifted = gaussian(80, 0), gaussian(80, 1), gaussian(80, 1, shift=2.0)
     noise = abs(kernel_distance(real, same))

@@ -118,7 +118,6 @@ def test_targets_that_cannot_be_learned_raise(fids, target_map, sentence):
         reward_targets(fids, target_map)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a FID that is not finite gives targets that are not")
 def test_a_fid_that_is_no_number_raises():
     with pytest.raises(ValueError, match="middle"):
         reward_targets({**FIDS, "middle": math.nan})

@@ -237,13 +237,11 @@ def test_noise_step_out_of_range_raises(pipeline, noise_step):
         pipeline.reconstruct(torch.zeros(1, 1, 16, 16, 16), noise_step, 0, num_inference_steps=10)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: one label is silently used for all volumes")
 def test_reconstruct_needs_a_label_per_volume(pipeline):
     with pytest.raises(ValueError, match="label"):
         pipeline.reconstruct(torch.zeros(3, 1, 16, 16, 16), 1, "HGG", num_inference_steps=10)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: too few generators are an IndexError, too many pass in silence")
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_wrong_number_of_generators_raises(pipeline, count):
     with pytest.raises(ValueError, match="generator"):

@@ -115,19 +115,17 @@ def test_two_updates_per_rollout_move_the_ratio(tmp_path):
     assert line["ratio_deviation"] > 1e-6
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_reward_rises_with_either_reduction(reduction, tmp_path):
-    args = config(
-        tmp_path,
-        max_steps=6,
-        rollout_batch_size=32,
-        train_batch_size=32,
-        learning_rate=5e-3,
-        log_prob_reduction=reduction,
-    )
-    DiffusionPPOTrainer(tiny_pipeline(), Brightness(), args).train()
-    rewards = [line["reward"] for line in read_history(tmp_path)]
-    assert rewards[-1] > rewards[0] + 0.3
+def test_one_update_is_the_same_with_either_reduction(tmp_path):
+    """At a ratio of one the gradients are parallel, and AdamW does not care for their length."""
+    weights = []
+    for reduction in ("mean", "sum"):
+        pipeline = tiny_pipeline()
+        args = config(tmp_path / reduction, max_steps=1, log_prob_reduction=reduction, max_grad_norm=1e-3)
+        DiffusionPPOTrainer(pipeline, Brightness(), args).train()
+        weights.append(torch.cat([value.flatten() for value in pipeline.unet.state_dict().values()]))
+    start = torch.cat([value.flatten() for value in tiny_pipeline().unet.state_dict().values()])
+    moved, apart = (weights[0] - start).abs().mean(), (weights[0] - weights[1]).abs().mean()
+    assert apart < 0.02 * moved
 
 
 def run(output_dir, max_steps, **settings):
@@ -283,12 +281,23 @@ def test_samples_do_not_depend_on_the_size_of_rollout_batches(tmp_path):
     assert histories[0][0]["reward_std"] == pytest.approx(histories[1][0]["reward_std"], abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="names are numbered per rollout batch, so classes share one advantage group")
-def test_conditions_by_name_train_as_those_by_number(tmp_path):
+@pytest.mark.parametrize(
+    "batch_size",
+    [
+        4,
+        pytest.param(
+            1,
+            marks=pytest.mark.xfail(
+                strict=True, reason="names are numbered per rollout batch, so classes share one advantage group"
+            ),
+        ),
+    ],
+)
+def test_conditions_by_name_train_as_those_by_number(batch_size, tmp_path):
     weights = []
     for conditions in ([0, 1], ["HGG", "LGG"]):
         pipeline = tiny_pipeline()
-        args = config(tmp_path / str(conditions[0]), max_steps=1, rollout_batch_size=1, num_rollout_batches=4)
+        args = config(tmp_path / str(conditions[0]), max_steps=1, rollout_batch_size=batch_size, num_rollout_batches=8 // batch_size)
         DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=conditions).train()
         weights.append(copied(pipeline.unet))
     assert differing(*weights) == []

@@ -56,7 +56,7 @@ def build(name: str, output_dir, **settings):
         return LatentDiffusionTrainer(pipeline, LatentDiffusionConfig(**settings), tiny_phantoms()), pipeline.unet
     if name.startswith("features"):
         model_class = {"slice": SliceFeatureExtractor, "volume": VolumeFeatureExtractor}[name.split("-")[1]]
-        model = model_class(block_out_channels=(8, 8), num_features=4)
+        model = model_class(block_out_channels=(8, 8), num_features=16)
         trainer = FeatureTrainer(model, FeatureConfig(**settings), tiny_phantoms())
         return trainer, trainer.network
     model_class = {"volume": VolumeRewardModel, "slice": SliceRewardModel}[name.split("-")[1]]

@@ -68,3 +68,36 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     """Names of the tensors that are not equal bit for bit."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def tiny_study() -> dict:
+    """Fields of a StudyConfig that runs the whole chain in seconds; no tracker."""
+    quiet = {"report_to": "none"}
+    return {
+        "max_steps": 2,
+        "num_per_class": 4,
+        "image_size": 16,
+        "vqvae": {"block_out_channels": [8, 16], "latent_channels": 2, "quantizer": "fsq"},
+        "unet": {"block_out_channels": [8, 8], "layers_per_block": 1, "attention_head_dim": 8},
+        "volume_reward": {"block_out_channels": [8, 8]},
+        "slice_reward": {"block_out_channels": [8, 8]},
+        "heldout_reward": {"block_out_channels": [8]},
+        "label_extractor": {"block_out_channels": [8, 8], "num_features": 4, "num_slices": 3},
+        "judge_extractor": {"block_out_channels": [8, 8], "num_features": 3},
+        "extractors": {"train_batch_size": 4, **quiet},
+        "vqgan": {
+            "train_batch_size": 4, "discriminator_start_step": 0, "discriminator_channels": 8,
+            "discriminator_layers": 1, **quiet,
+        },
+        "diffusion": {"train_batch_size": 4, **quiet},
+        "rewards": {"train_batch_size": 4, **quiet},
+        "ppo": {
+            "rollout_batch_size": 4, "num_rollout_batches": 2, "train_batch_size": 4, "num_inference_steps": 4,
+            "timestep_fraction": 0.5, **quiet,
+        },
+        "synthetic_steps": [2, 4],
+        "reconstruction_steps": [1, 5],
+        "samplers": [{"num_inference_steps": 2, "eta": 0.0}, {"num_inference_steps": 4, "eta": 1.0}],
+        "num_validity_subjects": 3,
+        "bootstrap_draws": 4,
+    }  # fmt: skip

@@ -53,7 +53,8 @@ def load_nifti_folder(
     for row, name in tqdm(kept, desc="prepare"):
         volumes.append(_read_volume(row["nifti"], processor))
         labels.append(classes.index(name))
-        subjects.append(str(row.get(subject_column) or Path(row["nifti"]["path"]).name.split(".")[0]))
+        subject = row.get(subject_column)  # 0 is a subject, too
+        subjects.append(Path(row["nifti"]["path"]).name.split(".")[0] if subject in (None, "") else str(subject))
     return VolumeDataset(
         torch.stack(volumes), torch.tensor(labels), subjects, dict(enumerate(classes)), processor.spacing
     )

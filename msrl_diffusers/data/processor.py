@@ -39,16 +39,10 @@ class VolumeProcessor:
             ValueError: the image is not 3D, holds NaN or infinity, or is constant.
         """
         from monai.data import MetaTensor  # here, since monai takes seconds to import and generating needs none of it
-        from monai.transforms import (
-            Orientation,
-            Resize,
-            ResizeWithPadOrCrop,
-            ScaleIntensityRangePercentiles,
-            SpatialCrop,
-        )
+        from monai.transforms import BorderPad, Orientation, Resize, ScaleIntensityRangePercentiles, SpatialCrop
         from monai.transforms.utils import generate_spatial_bounding_box
 
-        data = np.asarray(image.dataobj, dtype=np.float32)
+        data = np.ascontiguousarray(image.dataobj, dtype=np.float32)
         if data.ndim == 4 and data.shape[3] == 1:
             data = data[..., 0]
         if data.ndim != 3:
@@ -62,11 +56,11 @@ class VolumeProcessor:
         )
         background = volume.min()
         start, end = generate_spatial_bounding_box(volume, select_fn=lambda x: x > background)
-        center = [(low + high) // 2 for low, high in zip(start, end, strict=True)]
         voxel = torch.linalg.norm(volume.affine[:3, :3], dim=0)
         cube = [max(1, round(self.field_of_view / float(edge))) for edge in voxel]
+        volume = BorderPad(cube, value=float(background))(volume)  # so that a cube at the border keeps its centre
+        center = [(low + high) // 2 + edge for low, high, edge in zip(start, end, cube, strict=True)]
         volume = SpatialCrop(roi_center=center, roi_size=cube)(volume)
-        volume = ResizeWithPadOrCrop(cube, mode="constant", value=float(background))(volume)
         volume = Resize([self.image_size] * 3, mode="area")(volume)
         volume = ScaleIntensityRangePercentiles(*self.percentiles, b_min=-1.0, b_max=1.0, clip=True)(volume)
         return volume.as_tensor().permute(0, 3, 2, 1).contiguous()

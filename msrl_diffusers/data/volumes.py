@@ -112,7 +112,7 @@ class VolumeDataset:
                     {int(label): name for label, name in json.loads(metadata["id2label"]).items()},
                     tuple(json.loads(metadata["spacing"])),
                 )
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise InputError(
                 f"{path} can't be read as prepared volumes ({error}); run the prepare stage again."
             ) from error

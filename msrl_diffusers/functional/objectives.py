@@ -14,7 +14,9 @@ def scaled_clip_range(clip_shift: float, num_elements: int, log_prob_reduction: 
     """
     if log_prob_reduction == "mean":
         return clip_shift / math.sqrt(num_elements)
-    return clip_shift * math.sqrt(num_elements)
+    if log_prob_reduction == "sum":
+        return clip_shift * math.sqrt(num_elements)
+    raise ValueError(f"log_prob_reduction must be 'mean' or 'sum', got {log_prob_reduction!r}.")
 
 
 def ppo_clip_loss(

@@ -94,15 +94,18 @@ class MedVolumePipeline(DiffusionPipeline):
         Raises:
             ValueError: a label or a name the model does not know; the sentence lists those it knows.
         """
+        if isinstance(class_labels, torch.Tensor | np.ndarray | np.integer):
+            class_labels = class_labels.tolist()
         if isinstance(class_labels, int | str):
             class_labels = [class_labels]
+        if not len(class_labels):
+            raise ValueError("At least one class label is needed.")
         names = {name: label for label, name in self.id2label.items()}
-        values = class_labels.tolist() if isinstance(class_labels, torch.Tensor) else list(class_labels)
-        labels = [names.get(value, value) for value in values]
+        labels = [names.get(value, value) for value in class_labels]
         unknown = [label for label in labels if label not in self.id2label]
         if unknown:
             raise ValueError(f"Unknown class {unknown[0]!r}; this model knows {self.id2label}.")
-        return torch.tensor(labels, device=device or self._execution_device)
+        return torch.tensor(labels, dtype=torch.long, device=device or self._execution_device)
 
     @torch.no_grad()
     def __call__(
@@ -132,10 +135,10 @@ class MedVolumePipeline(DiffusionPipeline):
             callback_on_step_end: called as `(pipeline, step, timestep, {"latents": ...})`; may return new latents.
 
         Raises:
-            ValueError: unknown class or `output_type`, or latents of the wrong shape.
+            ValueError: unknown class or `output_type`, or latents or generators that don't fit.
         """
         labels = self.prepare_class_labels(class_labels)
-        self._check_inputs(output_type, callback_on_step_end_tensor_inputs)
+        self._check_inputs(len(labels), output_type, generator, callback_on_step_end_tensor_inputs)
         shape = (len(labels), *self.latent_shape)
         if latents is None:
             latents = randn_tensor(shape, generator, self._execution_device, self.unet.dtype)
@@ -171,12 +174,14 @@ class MedVolumePipeline(DiffusionPipeline):
         One class label per volume.
 
         Raises:
-            ValueError: `noise_step` outside 0 .. `num_inference_steps`.
+            ValueError: `noise_step` outside 0 .. `num_inference_steps`, or labels or generators that don't fit.
         """
         if not 0 <= noise_step <= num_inference_steps:
             raise ValueError(f"noise_step must lie in 0 .. {num_inference_steps}, got {noise_step}.")
-        self._check_inputs(output_type, ())
         labels = self.prepare_class_labels(class_labels)
+        if len(labels) != len(volumes):
+            raise ValueError(f"{len(volumes)} volumes need as many class labels, got {len(labels)}.")
+        self._check_inputs(len(labels), output_type, generator)
         latents = self.encode_volumes(volumes.to(self._execution_device, self.vqvae.dtype)).to(self.unet.dtype)
         if noise_step:
             self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -186,7 +191,9 @@ class MedVolumePipeline(DiffusionPipeline):
             latents = self._denoise(latents, timesteps, labels, guidance_scale, eta, generator)
         return self._output(latents, output_type, return_dict)
 
-    def _check_inputs(self, output_type: str, tensor_inputs) -> None:
+    def _check_inputs(self, num_volumes: int, output_type: str, generator, tensor_inputs=()) -> None:
+        if isinstance(generator, list) and len(generator) != num_volumes:
+            raise ValueError(f"A list of generators needs one per volume ({num_volumes}), got {len(generator)}.")
         if output_type not in ("pt", "np", "nifti", "latent"):
             raise ValueError(f"output_type must be 'pt', 'np', 'nifti' or 'latent', got {output_type!r}.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
@@ -209,7 +216,7 @@ class MedVolumePipeline(DiffusionPipeline):
             latents = self.scheduler.step(output, timestep, latents, **step_kwargs).prev_sample
             if callback is not None:
                 changed = callback(self, index, timestep, dict.fromkeys(tensor_inputs, latents))
-                latents = changed.pop("latents", latents)
+                latents = (changed or {}).get("latents", latents)
         return latents
 
     def _output(self, latents: torch.Tensor, output_type: str, return_dict: bool):

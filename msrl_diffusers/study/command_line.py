@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..arguments import parse, read_yaml, take_option
+from ..errors import InputError
 from .config import TRAINER_CONFIGS, StudyConfig, trainer_defaults
 
 
@@ -42,12 +43,14 @@ def parse_study(
     path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
     path = path or default_config
     study = read_study(path) if path else {}
+    own = study.get(section, {})
+    if not isinstance(own, dict):
+        raise InputError(f"StudyConfig: {section} must be dict, got {own!r}.")
     shared = {name: study[name] for name in (*GENERAL_FIELDS, "data_dir") if study.get(name) is not None}
     data, trainer = parse(
-        [DataArguments, TRAINER_CONFIGS[section]],
-        {**trainer_defaults(section), **study.get(section, {}), **shared},
-        rest,
+        [DataArguments, TRAINER_CONFIGS[section]], {**trainer_defaults(section), **shared, **own}, rest
     )
     fields = asdict(trainer)
-    general = {name: fields.pop(name) for name in GENERAL_FIELDS}
+    # a general option is the whole study's, unless the section has a value of its own
+    general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}
     return StudyConfig(**{**study, **general, "data_dir": data.data_dir, section: fields})

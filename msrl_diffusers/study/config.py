@@ -1,9 +1,16 @@
 """StudyConfig: one study, as its YAML file states it."""
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers import DDIMScheduler
+
 from ..errors import InputError
+from ..models.autoencoder_vq_3d import VQModel3D
+from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
+from ..models.reward_models import SliceRewardModel, VolumeRewardModel
+from ..models.unet_3d import UNet3DModel
 from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
 from ..trainers.diffusion_config import LatentDiffusionConfig
 from ..trainers.feature_config import FeatureConfig
@@ -18,6 +25,18 @@ TRAINER_CONFIGS = {
     "diffusion": LatentDiffusionConfig,
     "rewards": RewardConfig,
     "ppo": DiffusionPPOConfig,
+}
+
+
+NETWORKS = {
+    "vqvae": VQModel3D,
+    "unet": UNet3DModel,
+    "scheduler": DDIMScheduler,
+    "volume_reward": VolumeRewardModel,
+    "slice_reward": SliceRewardModel,
+    "heldout_reward": VolumeRewardModel,
+    "label_extractor": SliceFeatureExtractor,
+    "judge_extractor": VolumeFeatureExtractor,
 }
 
 
@@ -104,6 +123,18 @@ class StudyConfig:
             raise InputError("dataset nifti_folder needs data_dir: the folder with metadata.csv and the images.")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
             raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
+        if self.max_steps is not None:
+            check_positive(self, "max_steps")
+        for sampler in self.samplers:
+            if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
+                raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")
+        for section, network in NETWORKS.items():
+            known = set(inspect.signature(network.__init__).parameters) - {"self"}
+            unknown = sorted(set(getattr(self, section)) - known)
+            if unknown:
+                raise InputError(
+                    f"Section {section!r} has the unknown field {unknown[0]!r}; {network.__name__} knows {sorted(known)}."
+                )
         for stage in TRAINER_CONFIGS:
             self.trainer_config(stage)
 

@@ -4,6 +4,9 @@ import types
 import typing
 from dataclasses import dataclass, field, fields
 
+from accelerate.utils import LoggerType
+from diffusers.optimization import SchedulerType
+
 from ..errors import InputError
 
 
@@ -39,6 +42,11 @@ class TrainingConfig:
         for name in ("max_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             check_positive(self, name)
         check_positive(self, "learning_rate")
+        check_positive(self, "save_total_limit")
+        if self.save_steps < 0:
+            raise InputError(f"{type(self).__name__}: save_steps must be 0 or more, got {self.save_steps}.")
+        check_choice(self, "lr_scheduler_type", tuple(name.value for name in SchedulerType))
+        check_choice(self, "report_to", ("none", *(tracker.value for tracker in LoggerType)))
         check_choice(self, "mixed_precision", ("no", "bf16", "fp16"))
 
 
@@ -57,11 +65,18 @@ def check_types(config) -> None:
         elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             names = " or ".join(getattr(option, "__name__", str(option)) for option in allowed)
             raise InputError(f"{type(config).__name__}: {item.name} must be {names}, got {value!r}.")
+        if isinstance(value, list):
+            element = next(typing.get_args(option)[0] for option in options if typing.get_origin(option) is list)
+            wrong = [entry for entry in value if not isinstance(entry, (int, float) if element is float else element)]
+            if wrong:
+                raise InputError(
+                    f"{type(config).__name__}: {item.name} must hold {element.__name__} values, got {wrong[0]!r}."
+                )
 
 
 def check_positive(config, name: str) -> None:
     """Raise InputError unless the field is greater than zero."""
-    if getattr(config, name) <= 0:
+    if not 0 < getattr(config, name) < float("inf"):  # refuses NaN as well
         raise InputError(f"{type(config).__name__}: {name} must be positive, got {getattr(config, name)}.")
 
 

@@ -78,6 +78,10 @@ class DiffusionPPOTrainer:
         """Run the training; the pipeline holds the chosen weights afterwards. Returns that rollout's figures."""
         args = self.args
         table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std)
+        if not table.stochastic:
+            raise InputError(
+                f"No denoising step reaches min_std={args.min_std} (eta={args.eta}); lower min_std or raise eta."
+            )
         num_trained = max(1, round(args.timestep_fraction * len(table.stochastic)))
         micro_batches = args.samples_per_rollout // args.train_batch_size // args.num_updates * num_trained
         run = TrainingRun(args, "ppo", gradient_accumulation_steps=micro_batches)
