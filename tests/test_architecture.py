@@ -25,7 +25,11 @@ FLOORS = [
     {"trainers"},
     {"study"},
 ]
-SIDEWAYS = {("policies", "pipelines"), ("trajectories", "evaluation"), ("arguments", "errors")}  # on one floor, in this direction only
+SIDEWAYS = {
+    ("policies", "pipelines"),
+    ("trajectories", "evaluation"),
+    ("arguments", "errors"),
+}  # on one floor, in this direction only
 FORBIDDEN = [r"torch\.load\(", r"\bpickle\b", r"allow_pickle", r"^\s*print\("]
 
 

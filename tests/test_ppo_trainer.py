@@ -297,7 +297,12 @@ def test_conditions_by_name_train_as_those_by_number(batch_size, tmp_path):
     weights = []
     for conditions in ([0, 1], ["HGG", "LGG"]):
         pipeline = tiny_pipeline()
-        args = config(tmp_path / str(conditions[0]), max_steps=1, rollout_batch_size=batch_size, num_rollout_batches=8 // batch_size)
+        args = config(
+            tmp_path / str(conditions[0]),
+            max_steps=1,
+            rollout_batch_size=batch_size,
+            num_rollout_batches=8 // batch_size,
+        )
         DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=conditions).train()
         weights.append(copied(pipeline.unet))
     assert differing(*weights) == []

@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
         ("trajectories", "score"),
         ("volume_reward", "slice_reward", "heldout_reward", "rewards", "mixed_precision", "seed"),
     ),
-    "ppo": Stage(stages.train_ppo, ("prepare", "diffusion", "rewards"), ("ppo", "mixed_precision", "seed")),
+    "ppo": Stage(stages.train_ppo, ("prepare", "extractors", "diffusion", "rewards"), ("ppo", "select_by", "mixed_precision", "seed")),
     "evaluate": Stage(
         evaluate,
         ("prepare", "extractors", "diffusion", "score", "rewards", "ppo"),

@@ -107,6 +107,10 @@ class StudyConfig:
         ],
         metadata={"help": "Samplers among which the label extractor picks the standard arm's."},
     )
+    select_by: str = field(
+        default="heldout_reward",
+        metadata={"help": "heldout_reward (highest) or -label_fid (lowest): picks the weights that PPO keeps."},
+    )
     num_validity_subjects: int = field(
         default=32, metadata={"help": "Held-out subjects per class on which reward models are checked."}
     )
@@ -116,6 +120,7 @@ class StudyConfig:
         check_types(self)
         check_choice(self, "dataset", ("phantoms", "nifti_folder"))
         check_choice(self, "mixed_precision", ("no", "bf16", "fp16"))
+        check_choice(self, "select_by", ("heldout_reward", "-label_fid"))
         check_choice(self, "target_map", ("linear", "exponential", "rank"))
         for name in ("image_size", "num_per_class", "sampling_batch_size", "num_validity_subjects", "bootstrap_draws"):
             check_positive(self, name)

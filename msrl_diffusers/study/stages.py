@@ -12,6 +12,7 @@ from ..data.processor import VolumeProcessor
 from ..data.splits import split_by_subject
 from ..data.volumes import VolumeDataset
 from ..evaluation.features import extract_features, extractor_identity, hash_tensors
+from ..evaluation.fidelity import frechet_distance
 from ..files import write_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
@@ -214,20 +215,34 @@ def train_rewards(config: StudyConfig) -> dict:
 
 
 def train_ppo(config: StudyConfig) -> dict:
-    """The pipeline tuned by PPO on the two rewards, stopped by the KL budget and the held-out reward."""
-    pipeline, models = load_pipeline(config), load_reward_models(config)
+    """The pipeline tuned by PPO on the two rewards; watched by the held-out reward and the label FID, which also pick the
+    weights that are kept. The judge has no part in it."""
+    pipeline, models, train = load_pipeline(config), load_reward_models(config), load_split(config, "train")
     rewards = [LearnedReward(role, models[role]) for role in ("volume", "slice")]
     heldout = LearnedReward("heldout", models["heldout"])
 
     def heldout_reward(rollout: Rollout) -> float:
         return heldout(rollout.samples, rollout.conditions).mean().item()
 
+    extractor = load_extractors(config)["label"]
+    real_features = extract_features(extractor, train.pixel_values)
+
+    def label_fid(rollout: Rollout) -> float:
+        features = extract_features(extractor, rollout.samples)
+        distances = []
+        for label in train.id2label:
+            rows = (rollout.conditions == label).nonzero()[:, 0]
+            real_rows = (train.class_labels == label).nonzero()[:, 0]
+            count = min(len(rows), len(real_rows))
+            distances.append(frechet_distance(real_features[real_rows[:count]], features[rows[:count].cpu()]))
+        return sum(distances) / len(distances)
+
     trainer = DiffusionPPOTrainer(
         pipeline,
         rewards,
         config.trainer_config("ppo"),
-        watchdogs={"heldout_reward": heldout_reward},
-        select_by="heldout_reward",
+        watchdogs={"heldout_reward": heldout_reward, "label_fid": label_fid},
+        select_by=config.select_by,
     )
     figures = trainer.train()
     pipeline.save_pretrained(Path(config.output_dir) / "ppo" / "pipeline")

@@ -45,8 +45,8 @@ class DiffusionPPOTrainer:
         args: settings.
         train_conditions: class labels or prompts, taken in turn; all classes of the pipeline by default.
         watchdogs: figures of a rollout that are logged and never trained on, by name.
-        select_by: name of the watchdog whose highest value picks the weights kept at the end, and against which
-            `args.patience` counts; the last weights are kept if not given.
+        select_by: name of the watchdog whose highest value (`"-name"`: lowest) picks the weights kept at the end, and
+            against which `args.patience` counts; the last weights are kept if not given.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DiffusionPPOTrainer:
         self.reward = WeightedSum(rewards, args.reward_weights)
         self.train_conditions = list(train_conditions if train_conditions is not None else pipeline.id2label)
         self.watchdogs = dict(watchdogs or {})
-        if select_by is not None and select_by not in self.watchdogs:
+        if select_by is not None and select_by.removeprefix("-") not in self.watchdogs:
             raise InputError(f"select_by={select_by!r} is no watchdog; there are {sorted(self.watchdogs)}.")
         self.select_by = select_by
         self.unet_forwards = 0
@@ -199,10 +199,10 @@ class DiffusionPPOTrainer:
         The figures are of the weights before this rollout's update.
         """
         figures = {name: watchdog(rollout) for name, watchdog in self.watchdogs.items()}
-        run.record(**{name: value for name, value in figures.items() if value is not None})
-        figure = figures.get(self.select_by)
-        if figure is None:
+        run.record(**figures)
+        if self.select_by is None:
             return False
+        figure = figures[self.select_by.removeprefix("-")] * (-1 if self.select_by.startswith("-") else 1)
         if figure > run.state.get("best_figure", float("-inf")):
             run.state.update(best_figure=figure, best_step=step)
             self._save_best(run)
