@@ -76,6 +76,33 @@ def test_train_ppo_on_checkpoints(checkpoints, tmp_path):
     assert any(not torch.equal(tuned[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["--use_lora", "true", "--lora_rank", "2"], ["--guidance_scale", "2"]])
+def test_two_processes_train_as_one_does(extra, checkpoints, tmp_path):
+    for processes in (1, 2):
+        size = str(8 // processes)
+        done = run(
+            "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            "examples/train_ppo.py", "--pipeline", str(checkpoints / "pipeline"),
+            "--reward_volume", str(checkpoints / "volume"), "--reward_slice", str(checkpoints / "slice"),
+            "--output_dir", str(tmp_path / str(processes)), "--max_steps", "3", "--report_to", "none",
+            "--rollout_batch_size", size, "--num_rollout_batches", "1", "--train_batch_size", size,
+            "--num_inference_steps", "3", *extra,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    histories = [read_history(tmp_path / name) for name in "12"]
+    for one, two in zip(*histories, strict=True):
+        for name in ("reward", "reward_std", "reward_volume", "reward_slice"):
+            assert two[name] == pytest.approx(one[name], rel=2e-2, abs=2e-3)
+    weights = [MedVolumePipeline.from_pretrained(tmp_path / name / "pipeline_rl").unet.state_dict() for name in "12"]
+    before = MedVolumePipeline.from_pretrained(checkpoints / "pipeline").unet.state_dict()
+    moved = sum((weights[0][name] - before[name]).abs().sum().item() for name in before)
+    apart = sum((weights[0][name] - weights[1][name]).abs().sum().item() for name in before)
+    assert 0 < moved
+    assert apart < 0.1 * moved
+
+
 def test_a_user_s_error_is_one_line(tmp_path):
     done = run("examples/run_study.py", "--config", str(tmp_path / "none.yaml"))
     assert done.returncode == 1

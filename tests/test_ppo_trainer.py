@@ -265,7 +265,6 @@ def test_as_many_weights_as_rewards(tmp_path):
         DiffusionPPOTrainer(tiny_pipeline(), Brightness(), config(tmp_path, reward_weights=[0.5, 0.5]))
 
 
-@pytest.mark.xfail(strict=True, reason="ZeroDivisionError in train(): no step is stochastic, none is trained")
 def test_a_sampler_without_noise_is_explained(tmp_path):
     with pytest.raises(ValueError, match="min_std"):
         DiffusionPPOTrainer(tiny_pipeline(), Brightness(), config(tmp_path, min_std=100.0)).train()

@@ -83,3 +83,19 @@ class SpatialAttention3D(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         tokens = self.norm(hidden).flatten(2).transpose(1, 2)
         return hidden + self.attention(tokens).transpose(1, 2).reshape(hidden.shape)
+
+
+def voxels_to_channels(sample: torch.Tensor, factor: int) -> torch.Tensor:
+    """`[B, C, D, H, W] -> [B, C * factor^3, D / factor, H / factor, W / factor]`: every block of voxels becomes channels."""
+    B, C, D, H, W = sample.shape
+    f = factor
+    blocks = sample.reshape(B, C, D // f, f, H // f, f, W // f, f)
+    return blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, C * f**3, D // f, H // f, W // f)
+
+
+def channels_to_voxels(hidden: torch.Tensor, factor: int) -> torch.Tensor:
+    """The inverse of `voxels_to_channels` (sub-voxel convolution, arXiv 1609.05158, in 3D)."""
+    B, C, D, H, W = hidden.shape
+    f = factor
+    blocks = hidden.reshape(B, C // f**3, f, f, f, D, H, W)
+    return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, C // f**3, D * f, H * f, W * f)

@@ -24,10 +24,9 @@ A class-conditional latent diffusion model of {image_size}^3 volumes ({classes})
 reward models, a third that only watches, and the label and judge feature extractors. **Not for clinical use.**
 
 ```python
-import torch
 from msrl_diffusers import MedVolumePipeline
 
-pipe = MedVolumePipeline.from_pretrained("{title}", dtype=torch.float32)
+pipe = MedVolumePipeline.from_pretrained("{title}")
 pipe("{first_class}", num_inference_steps={steps}, eta={eta}, output_type="nifti").volumes[0].to_filename("brain.nii.gz")
 ```
 

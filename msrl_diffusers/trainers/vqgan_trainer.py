@@ -1,6 +1,6 @@
 """VQGANTrainer: the autoencoder, trained against a slice and a volume discriminator (arXiv 2603.06173, section 2).
 
-1. L1 and commitment losses from the first step; MONAI's perceptual loss if asked.
+1. L1 (and L2, if asked) and commitment losses from the first step; MONAI's perceptual loss if asked.
 2. From `discriminator_start_step` on: hinge losses of two patch discriminators (MONAI's), one on random slices of the
    three planes and one on the volume, and L1 matching of their features.
 3. Instance normalization in the discriminators: batch normalization couples the samples of small 3D batches.
@@ -68,7 +68,7 @@ class VQGANTrainer:
             with accelerator.accumulate(model, slice_net, volume_net):
                 fake, commitment_loss, perplexity = model(real, return_dict=False)
                 l1 = F.l1_loss(fake, real)
-                loss = args.l1_weight * l1 + commitment_loss
+                loss = args.l1_weight * l1 + args.l2_weight * F.mse_loss(fake, real) + commitment_loss
                 if self.perceptual is not None:
                     loss = loss + args.perceptual_weight * self.perceptual(fake, real)
                 if adversarial:
