@@ -78,12 +78,12 @@ def test_train_ppo_on_checkpoints(checkpoints, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["--use_lora", "true", "--lora_rank", "2"], ["--guidance_scale", "2"]])
-def test_two_processes_train_as_one_does(extra, checkpoints, tmp_path):
+def test_two_processes_train_as_one_does(extra, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for processes in (1, 2):
         size = str(8 // processes)
         done = run(
-            "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
             "examples/train_ppo.py", "--pipeline", str(checkpoints / "pipeline"),
             "--reward_volume", str(checkpoints / "volume"), "--reward_slice", str(checkpoints / "slice"),
             "--output_dir", str(tmp_path / str(processes)), "--max_steps", "3", "--report_to", "none",

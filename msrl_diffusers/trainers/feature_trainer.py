@@ -23,11 +23,13 @@ class ExtractorWithHeads(nn.Module):
         super().__init__()
         self.extractor = extractor
         features = extractor.config.num_features
+        self.norm = nn.BatchNorm1d(features)  # at first all inputs give nearly the same features; heads need the difference
         self.heads = nn.ModuleDict({name: nn.Linear(features, size) for name, size in num_outputs.items()})
 
     def forward(self, volumes: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits `[B, P * S, classes]` by task."""
-        features = F.leaky_relu(self.extractor(volumes)).flatten(1, 2)
+        features = self.extractor(volumes).flatten(1, 2)
+        features = F.leaky_relu(self.norm(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
         return {name: head(features) for name, head in self.heads.items()}
 
 
@@ -66,6 +68,8 @@ class FeatureTrainer:
                     loss = loss + F.cross_entropy(logits.flatten(0, 1), target.flatten())
                     run.record(**{f"accuracy_{name}": (logits.argmax(dim=-1) == target).float().mean()})
                 run.accelerator.backward(loss)
+                if run.accelerator.sync_gradients:
+                    run.accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if run.accelerator.sync_gradients:
