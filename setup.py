@@ -23,7 +23,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=5.0",
-        "diffusers>=0.42",
+        "diffusers>=0.41",
         "huggingface_hub>=1.0",
         "matplotlib>=3.8",
         "monai>=1.5",

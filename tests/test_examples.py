@@ -27,7 +27,9 @@ def write_config(path: Path, **changes) -> str:
 
 def run(*command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
 
 
 def run_here(script: str, *arguments: str, monkeypatch) -> None:

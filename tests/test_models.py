@@ -13,6 +13,7 @@ from msrl_diffusers import (
     VolumeRewardModel,
     VQModel3D,
 )
+from msrl_diffusers.models.layers import channels_to_voxels, voxels_to_channels
 from msrl_diffusers.trainers.ppo_trainer import LORA_TARGETS
 
 
@@ -186,3 +187,21 @@ def test_slice_reward_of_an_empty_volume_is_finite_and_differentiable():
     torch.testing.assert_close(score[0], model(torch.full((1, 1, 16, 16), -1.0))[0])
     (gradient,) = torch.autograd.grad(score.sum(), volumes)
     assert gradient.isfinite().all()
+
+
+def test_blocks_of_voxels_become_channels_and_back():
+    from monai.networks.utils import pixelshuffle
+
+    sample = torch.randn(2, 3, 4, 6, 8)
+    channels = voxels_to_channels(sample, 2)
+    assert channels.shape == (2, 24, 2, 3, 4)
+    torch.testing.assert_close(channels_to_voxels(channels, 2), sample)
+    torch.testing.assert_close(channels_to_voxels(channels, 2), pixelshuffle(channels, 3, 2))
+
+
+def test_autoencoder_on_blocks_of_voxels(phantoms):
+    model = VQModel3D(patch_size=2, block_out_channels=(8, 16), latent_channels=4, quantizer="fsq")
+    volumes = phantoms.batch([0, 1])["pixel_values"]
+    assert model.downsample_factor == 4
+    assert model.encode(volumes).latents.shape == (2, 4, 4, 4, 4)
+    assert model(volumes).sample.shape == volumes.shape
