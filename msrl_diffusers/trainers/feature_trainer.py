@@ -23,7 +23,9 @@ class ExtractorWithHeads(nn.Module):
         super().__init__()
         self.extractor = extractor
         features = extractor.config.num_features
-        self.norm = nn.BatchNorm1d(features)  # at first all inputs give nearly the same features; heads need the difference
+        self.norm = nn.BatchNorm1d(
+            features
+        )  # at first all inputs give nearly the same features; heads need the difference
         self.heads = nn.ModuleDict({name: nn.Linear(features, size) for name, size in num_outputs.items()})
 
     def forward(self, volumes: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from .ppo_config import DiffusionPPOConfig
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+COST_OF_TRAINING = 4  # in forwards per sample and step: one forward, a backward worth two, the reference's forward
 Watchdog = Callable[[Rollout], float]
 
 
@@ -141,9 +142,7 @@ class DiffusionPPOTrainer:
                             optimizer.zero_grad()
                         kl_sum, kl_count = kl_sum + kl.item(), kl_count + 1
                         run.record(**stats)
-                        self.unet_forwards += (
-                            4 * len(batch) * self._forwards_per_prediction
-                        )  # 1 + backward 2 + reference
+                        self.unet_forwards += len(batch) * COST_OF_TRAINING * self._forwards_per_prediction
                 scheduler.step()
             run.record(kl=kl_sum / kl_count)
             run.state["unet_forwards"] = self.unet_forwards

@@ -13,7 +13,8 @@ class VQGANConfig(TrainingConfig):
     discriminator_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the discriminators."})
     l1_weight: float = field(default=4.0, metadata={"help": "Weight of the L1 reconstruction loss."})
     l2_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the squared error, which minds rare large errors such as small lesions."}
+        default=0.0,
+        metadata={"help": "Weight of the squared error, which minds rare large errors such as small lesions."},
     )
     perceptual_weight: float = field(
         default=0.0, metadata={"help": "Weight of MONAI's perceptual loss; above 0 it fetches pretrained weights."}
