@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from msrl_diffusers import (
     DiffusionPPOConfig,
@@ -68,6 +69,8 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
         LearnedReward(name, load_model(classes[name], path, dtype=torch.float32)) for name, path in given.items()
     ]
     DiffusionPPOTrainer(pipeline, rewards, ppo_args).train()
+    if not PartialState().is_main_process:
+        return
     pipeline.save_pretrained(Path(ppo_args.output_dir) / "pipeline_rl")
     plot_history(ppo_args.output_dir, ["reward", *given, "kl"])
     print(f"pipeline: {Path(ppo_args.output_dir) / 'pipeline_rl'}")

@@ -128,8 +128,12 @@ def sample_rollout(
     generators: Sequence[torch.Generator],
     guidance_scale: float = 1.0,
     log_prob_reduction: str = "mean",
+    vocabulary: Sequence | None = None,
 ) -> Rollout:
-    """Denoise one sample per condition; sample i draws all its noise from `generators[i]`."""
+    """Denoise one sample per condition; sample i draws all its noise from `generators[i]`.
+
+    `vocabulary` lists all conditions there may be, so that batches of one rollout number them alike.
+    """
     conditioning = policy.encode(conditions)
     device = table.timesteps.device
     shape = (len(generators), *policy.latent_shape)
@@ -148,15 +152,16 @@ def sample_rollout(
         latents=torch.stack(states, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
         conditioning=conditioning,
-        conditions=torch.as_tensor(condition_numbers(conditions), device=device),
+        conditions=torch.as_tensor(condition_numbers(conditions, vocabulary), device=device),
         samples=policy.decode(latents),
     )
 
 
-def condition_numbers(conditions: Sequence | torch.Tensor) -> list[int]:
-    """A number per condition, equal where conditions are equal: labels stay, texts are numbered by their order."""
+def condition_numbers(conditions: Sequence | torch.Tensor, vocabulary: Sequence | None = None) -> list[int]:
+    """A number per condition, equal where conditions are equal: labels stay, texts get their place among the sorted
+    texts of `vocabulary` (of `conditions` themselves, where it is not given)."""
     values = conditions.tolist() if isinstance(conditions, torch.Tensor) else list(conditions)
     if all(isinstance(value, int) for value in values):
         return values
-    order = {value: number for number, value in enumerate(sorted(set(map(str, values))))}
+    order = {text: number for number, text in enumerate(sorted(set(map(str, vocabulary or values))))}
     return [order[str(value)] for value in values]

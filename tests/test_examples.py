@@ -160,13 +160,7 @@ BAD = {
     "no metadata.csv": ("run_study.py", ["--config", "{folder}/folder.yaml"], "has no metadata.csv"),
     "no data_dir": ("run_study.py", ["--config", "{folder}/nowhere.yaml"], "needs data_dir"),
 }  # fmt: skip
-NOT_A_SENTENCE = pytest.mark.xfail(
-    strict=True, reason="load_model turns OSError into a sentence, diffusers raises ValueError"
-)
-CASES = [
-    pytest.param(*case, id=name, marks=[NOT_A_SENTENCE] if name == "missing checkpoint" else [])
-    for name, case in BAD.items()
-]
+CASES = [pytest.param(*case, id=name) for name, case in BAD.items()]
 
 
 @pytest.fixture

@@ -280,18 +280,7 @@ def test_samples_do_not_depend_on_the_size_of_rollout_batches(tmp_path):
     assert histories[0][0]["reward_std"] == pytest.approx(histories[1][0]["reward_std"], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "batch_size",
-    [
-        4,
-        pytest.param(
-            1,
-            marks=pytest.mark.xfail(
-                strict=True, reason="names are numbered per rollout batch, so classes share one advantage group"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("batch_size", [4, 1])
 def test_conditions_by_name_train_as_those_by_number(batch_size, tmp_path):
     weights = []
     for conditions in ([0, 1], ["HGG", "LGG"]):

@@ -83,9 +83,6 @@ def test_a_reward_without_spread_does_not_blow_up():
     assert torch.isfinite(flat(torch.full((3, 1, 2), 2.0), [0] * 3)).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="parts are kept by name: the second of two rewards of one name replaces the first"
-)
 def test_two_rewards_of_one_name_are_refused():
     with pytest.raises(ValueError, match="same"):
         WeightedSum([Formula("same", first_voxel), Formula("same", last_voxel)])

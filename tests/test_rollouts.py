@@ -92,7 +92,6 @@ def test_condition_numbers():
     assert condition_numbers(["b", "a", "b"]) == [1, 0, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="names are numbered within a batch, so cat gives unequal conditions one number")
 def test_conditions_given_by_name_stay_apart_over_batches():
     policy = make_policy(tiny_pipeline())
     table = StepTable.of(policy.scheduler, 2, 1.0, 0.01)

@@ -208,9 +208,6 @@ def test_what_other_settings_left_is_removed(study):
     assert not (study / "ppo" / "left_by_the_first_run").exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only the presence of a needed stage's record is looked at, not its fingerprint"
-)
 def test_a_stage_does_not_take_stale_inputs(study):
     with pytest.raises(InputError, match="diffusion"):
         run_study(settings_with(study, diffusion={"learning_rate": 0.5}), ["ppo"])
@@ -273,16 +270,12 @@ def test_a_fingerprint_follows_what_a_stage_depends_on(tmp_path):
         assert {name for name in STAGES if fingerprint(base, name) != fingerprint(other, name)} == stages, field
 
 
-@pytest.mark.xfail(strict=True, reason="the extractors train with mixed_precision, which their fingerprint leaves out")
 def test_a_fingerprint_of_extractors_knows_their_precision(tmp_path):
     one, other = (settings_with(tmp_path, mixed_precision=precision) for precision in ("no", "bf16"))
     assert one.trainer_config("extractors").mixed_precision != other.trainer_config("extractors").mixed_precision
     assert fingerprint(one, "extractors") != fingerprint(other, "extractors")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="parse_study drops settings that equal defaults, the fingerprint is of the raw section"
-)
 def test_scripts_of_one_stage_share_their_results_with_the_study(tmp_path):
     """train_vqgan.py, then train_diffusion.py or run_study.py with one config: the autoencoder is not trained twice."""
     study = StudyConfig(**read_study(CPU_CONFIG))
@@ -321,11 +314,8 @@ def test_reward_models_are_ready_to_score(finished):
     assert not any(model.training for model in models.values())
 
 
-NOT_A_SENTENCE = pytest.mark.xfail(strict=True, reason="diffusers raises ValueError, or AttributeError for a Path")
-
-
 @pytest.mark.parametrize("path_type", [str, Path])
-@pytest.mark.parametrize("model_class", [VolumeRewardModel, pytest.param(MedVolumePipeline, marks=NOT_A_SENTENCE)])
+@pytest.mark.parametrize("model_class", [VolumeRewardModel, MedVolumePipeline])
 def test_a_checkpoint_that_is_not_there_is_refused(model_class, path_type, tmp_path):
     with pytest.raises(InputError, match=f"nothing holds no {model_class.__name__}"):
         load_model(model_class, path_type(tmp_path / "nothing"))

@@ -193,7 +193,6 @@ def test_half_the_batch_twice_is_the_whole_batch(tmp_path):
     assert differing(before, one)
 
 
-@pytest.mark.xfail(strict=True, reason="zero_grad before the discriminators' loss drops what earlier batches gave")
 def test_discriminators_accumulate_gradients_too(tmp_path):
     weights = []
     for name in ("same", "other"):
@@ -209,9 +208,6 @@ def test_discriminators_accumulate_gradients_too(tmp_path):
     assert differing(*weights)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="accelerate's state is shared: a second mixed_precision in a process is refused"
-)
 def test_trainings_of_different_precision_in_one_process(tmp_path):
     for precision in ("no", "bf16", "no"):
         trainer, module = build("reward-volume", tmp_path / precision, max_steps=1, mixed_precision=precision)
@@ -241,7 +237,6 @@ def test_vqgan_learns_to_reconstruct(tmp_path):
     assert not trainer.model.training
 
 
-@pytest.mark.xfail(strict=True, reason="the discriminators' schedule moves before their first update; torch warns")
 def test_a_discriminator_that_waits_is_no_cause_for_a_warning(tmp_path):
     trainer, _ = build("vqgan-fsq", tmp_path, max_steps=2, discriminator_start_step=5)
     trainer.train()

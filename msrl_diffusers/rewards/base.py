@@ -66,6 +66,9 @@ class WeightedSum:
         if not rewards:
             raise ValueError("WeightedSum needs at least one reward.")
         self.rewards = list(rewards)
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Rewards need different names, got {names}.")
         self.weights = list(weights) if weights is not None else [1 / len(self.rewards)] * len(self.rewards)
         if len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.rewards)} rewards need as many weights, got {len(self.weights)}.")

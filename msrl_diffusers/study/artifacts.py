@@ -61,6 +61,6 @@ def load_model(model_class: type, path: str | Path, **kwargs) -> torch.nn.Module
         InputError: there is no such checkpoint.
     """
     try:
-        return model_class.from_pretrained(path, **kwargs)
-    except OSError as error:
+        return model_class.from_pretrained(str(path), **kwargs)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} holds no {model_class.__name__}: {str(error).splitlines()[0]}") from error

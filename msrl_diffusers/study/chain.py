@@ -13,7 +13,7 @@ from accelerate import PartialState
 from ..errors import InputError
 from ..files import write_json
 from . import stages
-from .config import StudyConfig
+from .config import TRAINER_CONFIGS, StudyConfig
 from .evaluate import evaluate
 from .report import report
 
@@ -36,7 +36,7 @@ STAGES: dict[str, Stage] = {
          "label_column", "label_bins"),
     ),
     "extractors": Stage(
-        stages.train_extractors, ("prepare",), ("label_extractor", "judge_extractor", "extractors", "seed")
+        stages.train_extractors, ("prepare",), ("label_extractor", "judge_extractor", "extractors", "mixed_precision", "seed")
     ),
     "vqgan": Stage(stages.train_vqgan, ("prepare",), ("vqvae", "vqgan", "mixed_precision", "seed")),
     "diffusion": Stage(
@@ -63,12 +63,18 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage(report, ("evaluate",), ()),
 }  # fmt: skip
+BOOKKEEPING = (
+    "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
+)  # fmt: skip
 PRETRAINED_STAGES = ("extractors", "vqgan", "diffusion", "trajectories", "score", "rewards")
 
 
 def fingerprint(config: StudyConfig, name: str) -> str:
     """Hash of everything a stage's result depends on."""
     stage, settings = STAGES[name], asdict(config)
+    for section in TRAINER_CONFIGS:  # resolved, so that a default and the same value spelled out are one
+        trainer = asdict(config.trainer_config(section))
+        settings[section] = {key: value for key, value in trainer.items() if key not in BOOKKEEPING}
     inputs = {
         "stage": name,
         "fields": {key: settings[key] for key in stage.fields},
@@ -117,9 +123,15 @@ def _run_stage(config: StudyConfig, name: str) -> dict:
         if saved["fingerprint"] == mark:
             return saved["result"]
     for needed in STAGES[name].needs:
-        from_release = config.pretrained and needed in PRETRAINED_STAGES
-        if not from_release and not (Path(config.output_dir) / needed / "stage.json").is_file():
+        if config.pretrained and needed in PRETRAINED_STAGES:
+            continue
+        done = Path(config.output_dir) / needed / "stage.json"
+        if not done.is_file():
             raise InputError(f"Stage {name!r} needs the result of {needed!r}; run that stage first.")
+        if json.loads(done.read_text())["fingerprint"] != fingerprint(config, needed):
+            raise InputError(
+                f"Stage {name!r} needs {needed!r}, which was run with other settings; run it again first."
+            )
     _open_folder(folder, mark)
     started = time.monotonic()
     result = STAGES[name].run(config)

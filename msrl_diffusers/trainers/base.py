@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
@@ -34,6 +35,7 @@ class TrainingRun:
     def __init__(self, args: TrainingConfig, description: str, gradient_accumulation_steps: int | None = None):
         self.args, self.description = args, description
         self.output_dir = Path(args.output_dir)
+        AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=gradient_accumulation_steps or args.gradient_accumulation_steps,

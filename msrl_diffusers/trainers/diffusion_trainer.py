@@ -39,6 +39,7 @@ class LatentDiffusionTrainer:
         ema.to(run.device)
         accelerator.register_for_checkpointing(ema)
         run.resume()
+        ema.to(run.device)  # a checkpoint's averages are loaded on the CPU
         unet.train()
         for step in run.steps():
             batch_size = args.train_batch_size * accelerator.num_processes

@@ -60,8 +60,11 @@ class DiffusionPPOTrainer:
         select_by: str | None = None,
     ):
         self.pipeline, self.args = pipeline, args
-        rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.reward = WeightedSum(rewards, args.reward_weights)
+        if isinstance(reward_funcs, WeightedSum):
+            self.reward = reward_funcs
+        else:
+            rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+            self.reward = WeightedSum(rewards, args.reward_weights)
         self.train_conditions = list(train_conditions if train_conditions is not None else pipeline.id2label)
         self.watchdogs = dict(watchdogs or {})
         if select_by is not None and select_by.removeprefix("-") not in self.watchdogs:
@@ -100,7 +103,8 @@ class DiffusionPPOTrainer:
         )
         run.resume()
         self.unet_forwards = run.state.get("unet_forwards", 0)
-        self.reward.scales = {name: Scale(**scale) for name, scale in run.state.get("scales", {}).items()}
+        if "scales" in run.state:
+            self.reward.scales = {name: Scale(**scale) for name, scale in run.state["scales"].items()}
 
         for step in run.steps():
             rollout = self._sample(run, table, step)
@@ -165,7 +169,13 @@ class DiffusionPPOTrainer:
             with accelerator.autocast():
                 parts.append(
                     sample_rollout(
-                        self.policy, conditions, table, generators, args.guidance_scale, args.log_prob_reduction
+                        self.policy,
+                        conditions,
+                        table,
+                        generators,
+                        args.guidance_scale,
+                        args.log_prob_reduction,
+                        vocabulary=self.train_conditions,
                     )
                 )
         self.unet_forwards += len(indices) * len(table) * self._forwards_per_prediction

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from ..errors import InputError
 from ..seeding import batch_indices, generator_for
 from .augmentation import augment_volumes
 from .base import TrainingRun
@@ -34,6 +35,8 @@ class ScoredVolumes:
     def split_by_subject(self, fraction: float, seed: int) -> tuple["ScoredVolumes", "ScoredVolumes"]:
         """Training and validation volumes; `fraction` of the subjects go to the second."""
         subjects = sorted(set(self.subject_ids))
+        if len(subjects) < 2:
+            raise InputError(f"Reward data of {len(subjects)} subjects can't be split; at least two are needed.")
         order = torch.randperm(len(subjects), generator=generator_for(seed, "validation subjects")).tolist()
         chosen = {subjects[i] for i in order[: max(1, round(fraction * len(subjects)))]}
         inside = torch.tensor([subject in chosen for subject in self.subject_ids])

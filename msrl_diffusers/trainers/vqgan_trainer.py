@@ -49,14 +49,11 @@ class VQGANTrainer:
         optimizer = run.optimizer(self.model.parameters())
         d_optimizer = run.optimizer(self.discriminators.parameters(), args.discriminator_learning_rate)
         updates = args.max_steps // args.gradient_accumulation_steps
-        schedulers = run.lr_scheduler(optimizer, updates), run.lr_scheduler(d_optimizer, updates)
-        model, slice_net, volume_net, optimizer, d_optimizer, *schedulers = accelerator.prepare(
-            self.model,
-            self.discriminators["slice"],
-            self.discriminators["volume"],
-            optimizer,
-            d_optimizer,
-            *schedulers,
+        scheduler = run.lr_scheduler(optimizer, updates)
+        d_scheduler = run.lr_scheduler(d_optimizer, updates)
+        model, optimizer, scheduler = accelerator.prepare(self.model, optimizer, scheduler)
+        slice_net, volume_net, d_optimizer, d_scheduler = accelerator.prepare(
+            self.discriminators["slice"], self.discriminators["volume"], d_optimizer, d_scheduler
         )
         if self.perceptual is not None:
             self.perceptual.to(run.device)
@@ -72,6 +69,7 @@ class VQGANTrainer:
                 if self.perceptual is not None:
                     loss = loss + args.perceptual_weight * self.perceptual(fake, real)
                 if adversarial:
+                    self.discriminators.requires_grad_(False)  # the generator's loss is not theirs
                     real_slices, fake_slices = random_slices(
                         [real, fake], args.num_slices, generator_for(args.seed, "slices", step)
                     )
@@ -84,7 +82,7 @@ class VQGANTrainer:
                 optimizer.step()
                 optimizer.zero_grad()
                 if adversarial:
-                    d_optimizer.zero_grad()  # the generator's loss left gradients in the discriminators
+                    self.discriminators.requires_grad_(True)
                     d_loss = self._discriminator_loss(slice_net, real_slices, fake_slices.detach())
                     d_loss = d_loss + self._discriminator_loss(volume_net, real, fake.detach())
                     accelerator.backward(d_loss)
@@ -92,8 +90,9 @@ class VQGANTrainer:
                     d_optimizer.zero_grad()
                     run.record(discriminator_loss=d_loss)
             if accelerator.sync_gradients:
-                for scheduler in schedulers:
-                    scheduler.step()
+                scheduler.step()
+                if adversarial:
+                    d_scheduler.step()
             run.record(l1=l1, psnr=psnr(fake, real), loss=loss, perplexity=perplexity)
         run.finish()
         self.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
