@@ -20,12 +20,14 @@ class ScoreNetwork(nn.Module):
             layers.append(ResnetBlock(spatial_dims, outputs, outputs, norm_num_groups))
             channels = outputs
         self.layers = nn.Sequential(*layers)
-        self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        self.head = nn.Linear(channels, 1)
+        self.norm_out = nn.BatchNorm1d(2 * channels)
+        self.head = nn.Sequential(nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 1))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        hidden = F.silu(self.norm_out(self.layers(sample)))
-        return self.head(hidden.flatten(2).mean(dim=2).float())[:, 0]
+        hidden = F.silu(self.layers(sample)).float().flatten(2)
+        # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
+        pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
+        return self.head(self.norm_out(pooled))[:, 0]
 
 
 class VolumeRewardModel(ModelMixin, ConfigMixin):

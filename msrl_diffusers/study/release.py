@@ -35,7 +35,7 @@ pipe("{first_class}", num_inference_steps={steps}, eta={eta}, output_type="nifti
 | `vqvae`, `unet`, `scheduler` | the pipeline, float16 |
 | `reward_volume`, `reward_slice` | reward models, float16 |
 | `reward_heldout` | reward model of another seed and width; a watchdog, never trained on |
-| `extractor_label`, `extractor_judge` | feature extractors, float32: the first labels and selects, the second only judges |
+| `extractor_label`, `extractor_judge` | feature extractors: the first labels and selects, the second only judges |
 | `scores.json` | label FID of every trajectory set, reward targets, and the samplers tried |
 
 Training data: {dataset}, {train} training and {heldout} held-out volumes per class, fingerprint `{fingerprint}`.
@@ -46,8 +46,8 @@ Memorization has not been audited.
 
 
 def write_release(config: StudyConfig, path: str | Path) -> None:
-    """Write the pipeline, the reward models (float16), the extractors (float32: their hash identifies every distance),
-    the scores and a card to `path`. The stages up to `rewards` must be done."""
+    """Write the pipeline, the reward models and extractors in float16, the scores and a card to
+    `path`. The stages up to `rewards` must be done."""
     path = Path(path)
     prepared = json.loads((Path(config.output_dir) / "prepare" / "stage.json").read_text())["result"]
     scores, id2label = load_scores(config), load_split(config, "train").id2label
@@ -55,7 +55,7 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     for role, model in load_reward_models(config).items():
         model.half().save_pretrained(path / f"reward_{role}")
     for role, model in load_extractors(config).items():
-        model.save_pretrained(path / f"extractor_{role}")
+        model.half().save_pretrained(path / f"extractor_{role}")
     write_json(path / "scores.json", scores)
     best = scores["samplers"][scores["best_sampler"]]
     card = CARD.format(

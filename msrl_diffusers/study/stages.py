@@ -84,6 +84,7 @@ def train_extractors(config: StudyConfig) -> dict:
         model = model_class(**getattr(config, f"{role}_extractor"))
         args = config.trainer_config("extractors", role, seed=fold_seed(config.seed, role) % 2**31)
         figures = FeatureTrainer(model, args, train).train()
+        model.half().float()  # rounded, so that a release in float16 measures the very same
         model.save_pretrained(Path(config.output_dir) / "extractors" / role)
         results[role] = {**extractor_identity(model), **figures}
     return results
