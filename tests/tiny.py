@@ -77,6 +77,7 @@ def tiny_study() -> dict:
         "max_steps": 2,
         "num_per_class": 4,
         "image_size": 16,
+        "mixed_precision": "bf16",
         "vqvae": {"block_out_channels": [8, 16], "latent_channels": 2, "quantizer": "fsq"},
         "unet": {"block_out_channels": [8, 8], "layers_per_block": 1, "attention_head_dim": 8},
         "volume_reward": {"block_out_channels": [8, 8]},

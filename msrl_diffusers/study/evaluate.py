@@ -14,7 +14,7 @@ from ..pipelines.med_volume import MedVolumePipeline
 from ..rewards.base import Scale
 from ..seeding import fold_seed
 from ..trainers.reward_trainer import score_volumes
-from ..trajectories import SetSpec, autocast, frechet_by_class, sample_set, set_specs
+from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
 from .artifacts import load_extractors, load_pipeline, load_reward_models, load_scores, load_split
 from .config import StudyConfig
 from .stages import sample_with
@@ -105,8 +105,14 @@ def _samplers(config: StudyConfig) -> dict[str, dict]:
 
 def _reconstructions(pipeline: MedVolumePipeline, volumes: VolumeDataset, config: StudyConfig) -> VolumeDataset:
     """What the autoencoder makes of the volumes: no generator over its latents can do better."""
-    with autocast(pipeline.device, config.mixed_precision):
-        return sample_set(pipeline, volumes, SetSpec("reconstruction", 0), config.seed, config.sampling_batch_size)
+    return sample_set(
+        pipeline,
+        volumes,
+        SetSpec("reconstruction", 0),
+        config.seed,
+        config.sampling_batch_size,
+        mixed_precision=config.mixed_precision,
+    )
 
 
 def _intervals(references: dict, features: dict, by_sampler: dict, chosen: dict, config: StudyConfig) -> dict:
