@@ -74,7 +74,7 @@ def test_weighted_sum_explains_what_is_missing():
 def test_weighted_sum_is_differentiable_if_all_parts_are():
     smooth, rough = Formula("smooth", first_voxel), Formula("rough", first_voxel)
     rough.differentiable = False
-    assert WeightedSum([smooth, smooth]).differentiable
+    assert WeightedSum([smooth, Formula("smooth too", last_voxel)]).differentiable
     assert not WeightedSum([smooth, rough]).differentiable
 
 

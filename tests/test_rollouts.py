@@ -96,7 +96,7 @@ def test_conditions_given_by_name_stay_apart_over_batches():
     policy = make_policy(tiny_pipeline())
     table = StepTable.of(policy.scheduler, 2, 1.0, 0.01)
     parts = [
-        sample_rollout(policy, [name], table, sample_generators(0, "test", [index]))
+        sample_rollout(policy, [name], table, sample_generators(0, "test", [index]), vocabulary=["HGG", "LGG"])
         for index, name in enumerate(["HGG", "LGG"])
     ]
     assert len(set(Rollout.cat(parts).conditions.tolist())) == 2

@@ -182,6 +182,8 @@ def test_half_the_batch_twice_is_the_whole_batch(tmp_path):
         max_shift=0,
         gradient_accumulation_steps=2,
     )
+    for _, module in (whole, halves):  # batch normalization sees batches, not updates
+        module.network.norm_out = torch.nn.Identity()
     before = copied(whole[1])
     for trainer, _ in (whole, halves):  # flips are drawn per step: without left and right there is nothing to flip
         data = trainer.train_dataset.pixel_values
@@ -189,7 +191,7 @@ def test_half_the_batch_twice_is_the_whole_batch(tmp_path):
         trainer.train()
     one, other = copied(whole[1]), copied(halves[1])
     for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(one[name], other[name], atol=2e-4, rtol=1e-3)  # a wrong mean moves Adam by 2e-3
     assert differing(before, one)
 
 
