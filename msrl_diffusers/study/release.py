@@ -56,6 +56,10 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         model.half().save_pretrained(path / f"reward_{role}")
     for role, model in load_extractors(config).items():
         model.half().save_pretrained(path / f"extractor_{role}")
+    for file in path.rglob("*.json"):  # where the models lay on this machine is nobody's business
+        content = json.loads(file.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            write_json(file, content)
     write_json(path / "scores.json", scores)
     best = scores["samplers"][scores["best_sampler"]]
     card = CARD.format(
