@@ -5,7 +5,6 @@ training volumes and the same noise seeds: sample i of every set belongs to trai
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from .evaluation.features import extract_features
 from .evaluation.fidelity import frechet_distance
 from .functional.targets import reward_targets
 from .pipelines.med_volume import MedVolumePipeline
+from .precision import autocast
 from .seeding import sample_generators
 
 
@@ -45,14 +45,6 @@ def set_specs(synthetic_steps: Sequence[int], reconstruction_steps: Sequence[int
     return [SetSpec("reconstruction", step) for step in reconstruction_steps] + [
         SetSpec("synthetic", step) for step in synthetic_steps
     ]
-
-
-def autocast(device: torch.device, mixed_precision: str):
-    """The precision samples are made in; every stage of a study uses the same."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if mixed_precision == "no":
-        return nullcontext()
-    return torch.autocast(device.type, dtypes[mixed_precision])
 
 
 def sample_set(

@@ -54,7 +54,9 @@ def test_zero_is_refused_where_it_makes_no_sense(config_class, field):
 
 @pytest.mark.parametrize("config_class", [*TRAINERS, StudyConfig])
 def test_an_unknown_precision_is_refused(config_class):
-    with pytest.raises(InputError, match=r"mixed_precision must be one of \['no', 'bf16', 'fp16'\], got 'fp8'"):
+    with pytest.raises(
+        InputError, match=r"mixed_precision must be one of \['auto', 'no', 'bf16', 'fp16'\], got 'fp8'"
+    ):
         config_class(mixed_precision="fp8")
 
 

@@ -89,6 +89,7 @@ def test_take_per_class_and_batch(phantoms):
     assert taken.class_counts() == {"HGG": 2, "LGG": 2}
     assert taken.subject_ids == ["phantom-HGG-00000", "phantom-HGG-00001", "phantom-LGG-00000", "phantom-LGG-00001"]
     assert phantoms.take_per_class(100).class_counts() == phantoms.class_counts()
+    assert phantoms.take_per_class({0: 1, 1: 2}).class_counts() == {"HGG": 1, "LGG": 2}
     batch = phantoms.batch([3, 0])
     assert batch["subject_id"] == [phantoms.subject_ids[3], phantoms.subject_ids[0]]
     assert batch["pixel_values"].dtype == torch.float32

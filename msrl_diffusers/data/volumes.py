@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +71,11 @@ class VolumeDataset:
             self.spacing,
         )
 
-    def take_per_class(self, count: int) -> "VolumeDataset":
-        """The first `count` volumes of every class (all, where a class has fewer)."""
-        return self.select(
-            torch.cat([(self.class_labels == label).nonzero()[:count, 0] for label in sorted(self.id2label)])
-        )
+    def take_per_class(self, count: int | Mapping[int, int]) -> "VolumeDataset":
+        """The first `count` volumes of every class, one number for all or one per label (all, where a class has fewer)."""
+        counts = count if isinstance(count, Mapping) else dict.fromkeys(self.id2label, count)
+        rows = [(self.class_labels == label).nonzero()[: counts[label], 0] for label in sorted(self.id2label)]
+        return self.select(torch.cat(rows))
 
     def class_counts(self) -> dict[str, int]:
         """Number of volumes per class name."""

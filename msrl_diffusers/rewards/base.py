@@ -44,6 +44,10 @@ class Scale:
     def of(cls, values: torch.Tensor) -> "Scale":
         return cls(values.double().mean().item(), values.double().std().item())
 
+    def standardise(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` in deviations from the mean."""
+        return (values - self.mean) / max(self.std, 1e-6)
+
 
 class WeightedSum:
     """A weighted sum of rewards, each brought to zero mean and unit deviation on the reference policy's samples first:
@@ -98,8 +102,7 @@ class WeightedSum:
                 raise ValueError(
                     f"The scale of reward {reward.name!r} is unknown; call fit on reference samples first."
                 )
-            scale = self.scales[reward.name]
-            total = total + weight * (parts[reward.name] - scale.mean) / max(scale.std, 1e-6)
+            total = total + weight * self.scales[reward.name].standardise(parts[reward.name])
         return total
 
     def __call__(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:

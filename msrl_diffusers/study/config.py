@@ -11,6 +11,7 @@ from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
 from ..models.reward_models import SliceRewardModel, VolumeRewardModel
 from ..models.unet_3d import UNet3DModel
+from ..precision import PRECISIONS
 from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
 from ..trainers.diffusion_config import LatentDiffusionConfig
 from ..trainers.feature_config import FeatureConfig
@@ -52,7 +53,9 @@ class StudyConfig:
 
     output_dir: str = field(default="outputs/study", metadata={"help": "Every stage writes its folder in here."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random but the data's split."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16, for training and sampling."})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "auto (bf16 where the device is fast in it), no, bf16 or fp16."}
+    )
     max_steps: int | None = field(
         default=None, metadata={"help": "Cap on the steps of every trainer; for trying out."}
     )
@@ -119,7 +122,7 @@ class StudyConfig:
     def __post_init__(self):
         check_types(self)
         check_choice(self, "dataset", ("phantoms", "nifti_folder"))
-        check_choice(self, "mixed_precision", ("no", "bf16", "fp16"))
+        check_choice(self, "mixed_precision", PRECISIONS)
         check_choice(self, "select_by", ("heldout_reward", "-label_fid"))
         check_choice(self, "target_map", ("linear", "exponential", "rank"))
         for name in ("image_size", "num_per_class", "sampling_batch_size", "num_validity_subjects", "bootstrap_draws"):

@@ -11,28 +11,36 @@ from ..data.volumes import VolumeDataset
 from ..evaluation.features import extract_features, extractor_identity
 from ..evaluation.fidelity import bootstrap_frechet, centred_interval, kernel_distance
 from ..pipelines.med_volume import MedVolumePipeline
-from ..rewards.base import Scale
+from ..rewards import LearnedReward, WeightedSum
 from ..seeding import fold_seed
-from ..trainers.reward_trainer import score_volumes
 from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
 from .artifacts import load_extractors, load_pipeline, load_reward_models, load_scores, load_split
 from .config import StudyConfig
 from .stages import sample_with
 
 
-REPORTED = ("real_floor", "limit", "standard", "rl")
+REPORTED = {"real_floor": "real_floor", "limit": "limit", "standard": "standard @ best", "rl": "rl @ best"}
 
 
 def evaluate(config: StudyConfig) -> dict:
-    """All figures of the report that need models or volumes. Saves the volumes of every reported arm."""
-    train, heldout = equal_sets(load_split(config, "train"), load_split(config, "heldout"))
-    extractors = load_extractors(config)
-    samplers = _samplers(config)
-    arms = {"real_floor": heldout, "limit": _reconstructions(load_pipeline(config), train, config)}
+    """All figures of the report that need models or volumes. Saves the volumes of every reported arm.
+
+    Both arms stand at the sampler that the label extractor chose for the pretrained model in stage score, on other
+    samples than these; the rollouts' sampler is reported beside it.
+    """
+    train, heldout = load_split(config, "train"), load_split(config, "heldout")
+    validity_subjects = heldout.take_per_class(config.num_validity_subjects)
+    counts = {
+        label: int(min((split.class_labels == label).sum() for split in (train, heldout))) for label in train.id2label
+    }
+    train, heldout = train.take_per_class(counts), heldout.take_per_class(counts)  # distances need sets of equal size
+    extractors, samplers = load_extractors(config), _samplers(config)
+    rewards = {role: LearnedReward(role, model) for role, model in load_reward_models(config).items()}
     pipelines = {
         "standard": load_pipeline(config),
         "rl": MedVolumePipeline.from_pretrained(Path(config.output_dir) / "ppo" / "pipeline", dtype=torch.float32),
     }
+    arms = {"real_floor": heldout, "limit": _reconstructions(pipelines["standard"], train, config)}
     with tqdm(total=len(pipelines) * len(samplers), desc="evaluate") as progress:
         for arm, pipeline in pipelines.items():
             for name, sampler in samplers.items():
@@ -52,47 +60,31 @@ def evaluate(config: StudyConfig) -> dict:
         }
         for role in extractors
     }
-    # The standard arm stands at the sampler that the label extractor chose for it; the tuned arm likewise has its choice.
-    chosen = {"real_floor": "real_floor", "limit": "limit", "standard": "standard @ best"}
-    chosen["rl"] = min((f"rl @ {name}" for name in samplers), key=lambda name: by_sampler["label"][name]["all"])
     folder = Path(config.output_dir) / "evaluate"
-    for arm, name in chosen.items():
-        arms[name].save(folder / f"{arm}.safetensors")
+    for arm in REPORTED:
+        arms[REPORTED[arm]].save(folder / f"{arm}.safetensors")
     return {
         "n": {"all": len(train), **train.class_counts()},
         "samplers": samplers,
-        "chosen": chosen,
-        "fid": {role: {arm: by_sampler[role][chosen[arm]] for arm in REPORTED} for role in extractors},
+        "fid": {role: {arm: by_sampler[role][REPORTED[arm]] for arm in REPORTED} for role in extractors},
         "fid_by_sampler": by_sampler,
         "fid_heldout": {
             role: {
-                arm: frechet_by_class(references[role]["heldout"], heldout, features[role][chosen[arm]], arms[chosen[arm]])
+                arm: frechet_by_class(references[role]["heldout"], heldout, features[role][REPORTED[arm]], arms[REPORTED[arm]])
                 for arm in REPORTED
                 if arm != "real_floor"
             }
             for role in extractors
         },
         "kid": {
-            role: {arm: kernel_distance(references[role]["train"], features[role][chosen[arm]], config.seed) for arm in REPORTED}
+            role: {arm: kernel_distance(references[role]["train"], features[role][REPORTED[arm]], config.seed) for arm in REPORTED}
             for role in extractors
         },
-        **_intervals(references, features, by_sampler, chosen, config),
-        "reward": _rewards(config, arms["standard @ rollout"], arms["rl @ rollout"]),
-        "reward_models": _validity(config, load_split(config, "heldout")),
+        **_intervals(references, features, by_sampler, config),
+        "reward": _rewards(config, rewards, arms["standard @ rollout"], arms["rl @ rollout"]),
+        "reward_models": _validity(config, pipelines["standard"], rewards, validity_subjects),
         "extractors": {role: extractor_identity(extractor) for role, extractor in extractors.items()},
     }  # fmt: skip
-
-
-def equal_sets(train: VolumeDataset, heldout: VolumeDataset) -> tuple[VolumeDataset, VolumeDataset]:
-    """As many volumes of every class from both splits: distances between sets of unequal size don't compare."""
-    rows = []
-    for dataset in (train, heldout):
-        chosen = []
-        for label in sorted(train.id2label):
-            count = min(int((split.class_labels == label).sum()) for split in (train, heldout))
-            chosen.append((dataset.class_labels == label).nonzero()[:count, 0])
-        rows.append(torch.cat(chosen))
-    return train.select(rows[0]), heldout.select(rows[1])
 
 
 def _samplers(config: StudyConfig) -> dict[str, dict]:
@@ -115,13 +107,13 @@ def _reconstructions(pipeline: MedVolumePipeline, volumes: VolumeDataset, config
     )
 
 
-def _intervals(references: dict, features: dict, by_sampler: dict, chosen: dict, config: StudyConfig) -> dict:
+def _intervals(references: dict, features: dict, by_sampler: dict, config: StudyConfig) -> dict:
     """95 % bootstrap intervals of every distance, and of the paired difference between the arms, over all classes."""
     intervals, differences = {}, {}
     for role, reference in references.items():
-        arms = {arm: features[role][chosen[arm]] for arm in REPORTED}
+        arms = {arm: features[role][REPORTED[arm]] for arm in REPORTED}
         replicates = bootstrap_frechet(reference["train"], arms, config.bootstrap_draws, config.seed)
-        values = {arm: by_sampler[role][chosen[arm]]["all"] for arm in REPORTED}
+        values = {arm: by_sampler[role][REPORTED[arm]]["all"] for arm in REPORTED}
         intervals[role] = {arm: centred_interval(values[arm], replicates[arm]) for arm in REPORTED}
         difference = values["rl"] - values["standard"]
         interval = centred_interval(difference, replicates["rl"] - replicates["standard"])
@@ -129,36 +121,34 @@ def _intervals(references: dict, features: dict, by_sampler: dict, chosen: dict,
     return {"fid_interval": intervals, "fid_rl_minus_standard": differences}
 
 
-def _rewards(config: StudyConfig, before: VolumeDataset, after: VolumeDataset) -> dict:
+def _rewards(config: StudyConfig, rewards: dict, before: VolumeDataset, after: VolumeDataset) -> dict:
     """Mean and deviation of the reward that was trained on, and of its parts, before and after, at the rollouts' sampler.
 
     Parts are in units of the reference policy's deviation; `gain` is in units of the whole reward's deviation before.
     """
-    models = load_reward_models(config)
-    weights = config.trainer_config("ppo").reward_weights or [0.5, 0.5]
+    trained = WeightedSum([rewards["volume"], rewards["slice"]], config.trainer_config("ppo").reward_weights)
     scores = {
-        name: {role: score_volumes(model, volumes.pixel_values) for role, model in models.items()}
+        name: {role: reward(volumes.pixel_values, volumes.class_labels) for role, reward in rewards.items()}
         for name, volumes in (("before", before), ("after", after))
     }
-    scales = {role: Scale.of(values) for role, values in scores["before"].items()}
+    trained.fit(scores["before"])
     result = {"parts": {}}
     for name, parts in scores.items():
-        standardised = {role: (values - scales[role].mean) / scales[role].std for role, values in parts.items()}
-        total = sum(weight * standardised[role] for weight, role in zip(weights, ("volume", "slice"), strict=True))
+        total = trained.combine(parts)
         result[name] = {"mean": total.mean().item(), "std": total.std().item()}
-        result["parts"][name] = {role: values.mean().item() for role, values in standardised.items()}
+        result["parts"][name] = {
+            role: trained.scales[role].standardise(values).mean().item() for role, values in parts.items()
+        }
     result["gain"] = (result["after"]["mean"] - result["before"]["mean"]) / result["before"]["std"]
     return result
 
 
-def _validity(config: StudyConfig, heldout: VolumeDataset) -> dict:
+def _validity(config: StudyConfig, pipeline: MedVolumePipeline, rewards: dict, subjects: VolumeDataset) -> dict:
     """How well each reward model ranks trajectory sets of held-out subjects, and tells k = 1 from synthetic ones."""
-    subjects = heldout.take_per_class(config.num_validity_subjects)
-    pipeline, scores, models = load_pipeline(config), load_scores(config), load_reward_models(config)
+    set_targets = load_scores(config)["targets"]
     specs = set_specs(config.synthetic_steps, config.reconstruction_steps)
     names = [subjects.id2label[label] for label in subjects.class_labels.tolist()]
-    rewards = {role: {} for role in models}
-    targets = {}
+    values, targets = {role: {} for role in rewards}, {}
     with tqdm(
         total=sum(spec.unet_forwards for spec in specs) * len(subjects), desc="reward check", unit="forward"
     ) as bar:
@@ -167,9 +157,9 @@ def _validity(config: StudyConfig, heldout: VolumeDataset) -> dict:
                 pipeline, subjects, spec, fold_seed(config.seed, "validity"), config.sampling_batch_size,
                 mixed_precision=config.mixed_precision, progress=bar,
             )  # fmt: skip
-            targets[spec.name] = torch.tensor([scores["targets"][spec.name][name] for name in names])
-            for role, model in models.items():
-                rewards[role][spec.name] = score_volumes(model, sampled.pixel_values)
+            targets[spec.name] = torch.tensor([set_targets[spec.name][name] for name in names])
+            for role, reward in rewards.items():
+                values[role][spec.name] = reward(sampled.pixel_values, sampled.class_labels)
     best = min((spec for spec in specs if spec.kind == "reconstruction"), key=lambda spec: spec.step).name
     synthetic = max((spec for spec in specs if spec.kind == "synthetic"), key=lambda spec: spec.step).name
     is_best = torch.cat([torch.ones(len(subjects)), torch.zeros(len(subjects))]).long()
@@ -177,8 +167,8 @@ def _validity(config: StudyConfig, heldout: VolumeDataset) -> dict:
         role: {
             "spearman": spearman_corrcoef(torch.cat(list(by_set.values())), torch.cat(list(targets.values()))).item(),
             "auc": binary_auroc(torch.cat([by_set[best], by_set[synthetic]]).sigmoid(), is_best).item(),
-            "mean_by_set": {name: values.mean().item() for name, values in by_set.items()},
+            "mean_by_set": {name: scores.mean().item() for name, scores in by_set.items()},
             "n": len(subjects),
         }
-        for role, by_set in rewards.items()
+        for role, by_set in values.items()
     }

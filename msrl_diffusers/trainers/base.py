@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import write_text
+from ..precision import resolve_precision
 from ..seeding import fold_seed
 from .base_config import TrainingConfig
 
@@ -37,7 +38,7 @@ class TrainingRun:
         self.output_dir = Path(args.output_dir)
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
+            mixed_precision=resolve_precision(args.mixed_precision, PartialState().default_device),
             gradient_accumulation_steps=gradient_accumulation_steps or args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir),

@@ -8,6 +8,7 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 
 from ..errors import InputError
+from ..precision import PRECISIONS
 
 
 @dataclass
@@ -28,7 +29,9 @@ class TrainingConfig:
     adam_beta2: float = field(default=0.999, metadata={"help": "Second moment decay of AdamW."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm is clipped to this."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "auto (bf16 where the device is fast in it), no, bf16 or fp16."}
+    )
     logging_steps: int = field(default=20, metadata={"help": "Steps between log lines."})
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 writes none."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
@@ -47,7 +50,7 @@ class TrainingConfig:
             raise InputError(f"{type(self).__name__}: save_steps must be 0 or more, got {self.save_steps}.")
         check_choice(self, "lr_scheduler_type", tuple(name.value for name in SchedulerType))
         check_choice(self, "report_to", ("none", *(tracker.value for tracker in LoggerType)))
-        check_choice(self, "mixed_precision", ("no", "bf16", "fp16"))
+        check_choice(self, "mixed_precision", PRECISIONS)
 
 
 def check_types(config) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ..data.volumes import VolumeDataset
 from ..seeding import batch_indices, generator_for
 from .augmentation import augment_volumes
-from .base import TrainingRun
+from .base import TrainingRun, channels_last
 from .feature_config import FeatureConfig
 
 
@@ -39,7 +39,7 @@ class FeatureTrainer:
     """Trains `model`, a network from volumes to features `[B, P, S, F]`, on `train_dataset`."""
 
     def __init__(self, model: nn.Module, args: FeatureConfig, train_dataset: VolumeDataset):
-        self.model, self.args, self.train_dataset = model, args, train_dataset
+        self.model, self.args, self.train_dataset = channels_last(model), args, train_dataset
         names = sorted(set(train_dataset.subject_ids))
         self.subjects = torch.tensor([names.index(subject) for subject in train_dataset.subject_ids])
         with torch.no_grad():

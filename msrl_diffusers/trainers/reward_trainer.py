@@ -14,7 +14,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from ..errors import InputError
 from ..seeding import batch_indices, generator_for
 from .augmentation import augment_volumes
-from .base import TrainingRun
+from .base import TrainingRun, channels_last
 from .reward_config import RewardConfig
 
 
@@ -47,7 +47,7 @@ class RewardTrainer:
     """Trains `model`, a network from volumes to scores `[B]`; `train()` returns its validation figures."""
 
     def __init__(self, model: nn.Module, args: RewardConfig, dataset: ScoredVolumes):
-        self.model, self.args = model, args
+        self.model, self.args = channels_last(model), args
         self.train_dataset, self.eval_dataset = dataset.split_by_subject(args.validation_fraction, args.seed)
 
     def train(self) -> dict[str, float]:
