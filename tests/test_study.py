@@ -222,7 +222,7 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
         for arm in ("real_floor", "limit", "standard"):
             assert ours["fid"][role][arm]["all"] == pytest.approx(theirs["fid"][role][arm]["all"], rel=0.05)
     assert "Not for clinical use" in (release / "README.md").read_text()
-    assert ours["pretrained"] == str(release)
+    assert ours["pretrained"] == "release"
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
@@ -264,6 +264,19 @@ def test_a_fingerprint_follows_what_a_stage_depends_on(tmp_path):
             else settings_with(tmp_path, **{field: values[field]})
         )
         assert {name for name in STAGES if fingerprint(base, name) != fingerprint(other, name)} == stages, field
+
+
+def test_a_fingerprint_follows_the_files_it_is_given(tmp_path):
+    write_phantoms(tmp_path / "data", 2, image_size=16)
+    config = settings_with(tmp_path, dataset="nifti_folder", data_dir=str(tmp_path / "data"))
+    before = fingerprint(config, "prepare")
+    shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+    moved = settings_with(tmp_path, dataset="nifti_folder", data_dir=str(tmp_path / "elsewhere"))
+    assert fingerprint(moved, "prepare") == before
+    (tmp_path / "data" / "metadata.csv").write_text(
+        (tmp_path / "data" / "metadata.csv").read_text().replace("HGG", "LGG", 1)
+    )
+    assert fingerprint(config, "prepare") != before
 
 
 def test_a_fingerprint_of_extractors_knows_their_precision(tmp_path):

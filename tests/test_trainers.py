@@ -24,7 +24,7 @@ from msrl_diffusers import (
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.seeding import batch_indices
 from msrl_diffusers.trainers.augmentation import augment_volumes
-from msrl_diffusers.trainers.base import checkpoints, read_history
+from msrl_diffusers.trainers.base import TrainingRun, checkpoints, read_history
 from msrl_diffusers.trainers.reward_trainer import score_volumes
 from msrl_diffusers.trainers.vqgan_trainer import psnr, random_slices
 
@@ -94,6 +94,26 @@ def test_resume_is_exact(name, tmp_path):
     assert without_time[0] == without_time[1]
     timeless = [{k: v for k, v in f.items() if k != "seconds"} for f in (figures, resumed_figures)]
     assert timeless[0] == timeless[1]
+
+
+def test_figures_since_the_last_log_line_survive_a_kill(tmp_path, monkeypatch):
+    build("reward-volume", tmp_path / "whole", max_steps=4, logging_steps=4)[0].train()
+    save_checkpoint = TrainingRun.save_checkpoint
+
+    def save_and_die(run):
+        save_checkpoint(run)
+        raise KeyboardInterrupt
+
+    settings = {"max_steps": 4, "logging_steps": 4, "save_steps": 3, "resume_from_checkpoint": "latest"}
+    killed, _ = build("reward-volume", tmp_path / "parts", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+    assert read_history(tmp_path / "parts") == []
+    build("reward-volume", tmp_path / "parts", **settings)[0].train()
+    (one,), (other,) = (read_history(tmp_path / folder) for folder in ("whole", "parts"))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
 def test_another_seed_gives_another_training(tmp_path):

@@ -4,7 +4,7 @@ from tiny import tiny_phantoms, tiny_pipeline
 
 from msrl_diffusers import SliceFeatureExtractor
 from msrl_diffusers.seeding import sample_generators
-from msrl_diffusers.trajectories import SetSpec, autocast, sample_set, score_set, set_specs, set_targets
+from msrl_diffusers.trajectories import SetSpec, sample_set, score_set, set_specs, set_targets
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,6 @@ def test_more_noise_leads_farther_from_the_volume(tiny, volumes):
         for step in (1, 99)
     ]
     assert errors[0] < errors[1]
-
-
-def test_autocast():
-    weight = torch.ones(2, 2)
-    with autocast(torch.device("cpu"), "bf16"):
-        assert (weight @ weight).dtype == torch.bfloat16
-    with autocast(torch.device("cpu"), "no"):
-        assert (weight @ weight).dtype == torch.float32
 
 
 def test_score_of_a_set_by_class(volumes):

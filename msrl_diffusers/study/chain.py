@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import folder_mark, write_json
 from . import stages
 from .config import TRAINER_CONFIGS, StudyConfig
 from .evaluate import evaluate
@@ -70,19 +70,24 @@ PRETRAINED_STAGES = ("extractors", "vqgan", "diffusion", "trajectories", "score"
 
 
 def fingerprint(config: StudyConfig, name: str) -> str:
-    """Hash of everything a stage's result depends on."""
-    stage, settings = STAGES[name], asdict(config)
+    """Hash of everything a stage's result depends on: settings, the files it is given, and the stages it reads."""
+    settings = asdict(config)
     for section in TRAINER_CONFIGS:  # resolved, so that a default and the same value spelled out are one
         trainer = asdict(config.trainer_config(section))
         settings[section] = {key: value for key, value in trainer.items() if key not in BOOKKEEPING}
-    inputs = {
-        "stage": name,
-        "fields": {key: settings[key] for key in stage.fields},
-        "max_steps": config.max_steps,
-        "pretrained": config.pretrained,
-        "needs": [fingerprint(config, needed) for needed in stage.needs],
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    for folder in ("data_dir", "pretrained"):
+        settings[folder] = settings[folder] and folder_mark(settings[folder])
+    marks = {}
+    for stage_name, stage in STAGES.items():  # every stage stands after those it needs
+        inputs = {
+            "stage": stage_name,
+            "fields": {key: settings[key] for key in stage.fields},
+            "max_steps": config.max_steps,
+            "pretrained": settings["pretrained"],
+            "needs": [marks[needed] for needed in stage.needs],
+        }
+        marks[stage_name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    return marks[name]
 
 
 def stages_up_to(name: str) -> list[str]:

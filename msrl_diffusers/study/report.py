@@ -38,7 +38,7 @@ def report(config: StudyConfig) -> dict:
         "ppo": records["ppo"]["result"],
         "unet_forwards": records["ppo"]["result"]["unet_forwards"],
         "seconds": {name: record["seconds"] for name, record in records.items()},
-        "pretrained": config.pretrained,
+        "pretrained": config.pretrained and Path(config.pretrained).name,
         "commit": git_commit(),
         "versions": versions(),
     }

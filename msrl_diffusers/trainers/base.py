@@ -106,6 +106,7 @@ class TrainingRun:
         self.accelerator.load_state(str(path))
         saved = json.loads((path / "trainer_state.json").read_text())
         self.step, self.state = saved["step"], saved["state"]
+        self._pending.update(saved["pending"])  # figures since the last log line
         self.history = read_history(self.output_dir, up_to=self.step)
 
     def steps(self) -> Iterator[int]:
@@ -161,7 +162,9 @@ class TrainingRun:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            (temporary / "trainer_state.json").write_text(json.dumps({"step": self.step, "state": self.state}))
+            pending = {name: [float(value) for value in values] for name, values in self._pending.items()}
+            saved = {"step": self.step, "state": self.state, "pending": pending}
+            (temporary / "trainer_state.json").write_text(json.dumps(saved))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             for old in checkpoints(self.output_dir)[: -self.args.save_total_limit]:
