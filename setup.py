@@ -20,6 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["msrl_diffusers", "msrl_diffusers.*"]),
     package_data={"msrl_diffusers": ["py.typed"]},
+    entry_points={"console_scripts": ["msrl = msrl_diffusers.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=5.0",
@@ -31,6 +32,7 @@ setup(
         "numpy>=1.26",
         "peft>=0.17",
         "safetensors>=0.5",
+        "scipy>=1.12",
         "tensorboard>=2.15",
         "torch>=2.6",
         "torchmetrics>=1.6",
@@ -39,7 +41,7 @@ setup(
         "trl>=1.0",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "scipy>=1.12"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3"],
         "dev": ["ruff>=0.12"],
     },
     classifiers=[

@@ -31,8 +31,8 @@ diffusers.MedVolumePipeline = MedVolumePipeline
 _LAZY = {
     "VolumeDataset": "data.volumes",
     "VolumeProcessor": "data.processor",
-    "load_nifti_folder": "data.nifti_folder",
     "load_phantoms": "data.phantoms",
+    "load_volumes": "data.loading",
     "make_phantom": "data.phantoms",
     "split_by_subject": "data.splits",
     "write_phantoms": "data.phantoms",

@@ -17,13 +17,13 @@ MODULES = {
     if path != PACKAGE / "__init__.py"
 }
 FLOORS = [
-    {"errors", "files", "seeding", "arguments"},
+    {"errors", "files", "seeding", "arguments", "precision"},
     {"functional"},
     {"models", "data"},
     {"pipelines", "policies", "rewards"},
     {"rollouts", "trajectories", "evaluation", "plots"},
     {"trainers"},
-    {"study"},
+    {"study", "cli"},
 ]
 SIDEWAYS = {
     ("policies", "pipelines"),

@@ -70,7 +70,7 @@ def test_an_unknown_precision_is_refused(config_class):
         (LatentDiffusionConfig, {"class_dropout": 1.0}, r"class_dropout must lie in \[0, 1\), got 1.0"),
         (LatentDiffusionConfig, {"encode_batch_size": 0}, "encode_batch_size must be positive, got 0"),
         (RewardConfig, {"validation_fraction": 0.0}, r"validation_fraction must lie in \(0, 1\), got 0.0"),
-        (StudyConfig, {"dataset": "mnist"}, r"dataset must be one of \['phantoms', 'nifti_folder'\], got 'mnist'"),
+        (StudyConfig, {"dataset": "mnist"}, r"dataset must be one of \['phantoms', 'prepared', 'brats2019', .*\], got 'mnist'"),
         (StudyConfig, {"target_map": "cubic"}, "target_map must be one of .*, got 'cubic'"),
         (StudyConfig, {"dataset": "nifti_folder"}, "nifti_folder needs data_dir"),
         (StudyConfig, {"pretrained": "/nowhere"}, "pretrained=/nowhere is no pipeline folder"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import load_folder
 
-from msrl_diffusers import VolumeProcessor, load_nifti_folder, load_phantoms, make_phantom, write_phantoms
+from msrl_diffusers import VolumeProcessor, load_phantoms, make_phantom, write_phantoms
 from msrl_diffusers.data.phantoms import FIELD_OF_VIEW
 from msrl_diffusers.errors import InputError
 
@@ -86,7 +87,7 @@ def test_written_phantoms_are_read_back(tmp_path):
     assert np.array_equal(np.unique(np.asarray(mask.dataobj)), [0, 1, 2, 4])
     np.testing.assert_allclose(mask.affine, image.affine)
 
-    loaded = load_nifti_folder(tmp_path, VolumeProcessor(32, FIELD_OF_VIEW), label_column="grade")
+    loaded = load_folder(tmp_path, VolumeProcessor(32, FIELD_OF_VIEW), label_column="grade")
     original = load_phantoms(2, image_size=32)
     assert loaded.id2label == original.id2label
     assert loaded.spacing == original.spacing

@@ -55,7 +55,7 @@ def test_too_few_subjects_raise():
 
 def test_a_leak_raises():
     with pytest.raises(InputError, match="subjects are in the training set and in the hold-out, '0-0' first"):
-        check_no_leak(dataset(), dataset())
+        check_no_leak(dataset().subject_ids, dataset().subject_ids)
 
 
 def test_save_and_load(tmp_path, phantoms):

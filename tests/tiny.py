@@ -1,11 +1,18 @@
 """Tiny real components: random weights, 16^3 volumes, 8^3 latents, seconds on one core."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 
 from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D
+from msrl_diffusers.data.cases import list_cases
 from msrl_diffusers.data.phantoms import load_phantoms
+from msrl_diffusers.data.preparation import prepare_case
 from msrl_diffusers.data.volumes import VolumeDataset
+from msrl_diffusers.errors import InputError
 
 
 def tiny_phantoms(num_per_class: int = 3) -> VolumeDataset:
@@ -102,3 +109,23 @@ def tiny_study() -> dict:
         "num_validity_subjects": 3,
         "bootstrap_draws": 4,
     }  # fmt: skip
+
+
+def load_folder(folder, processor, label_column=None, label_bins=None) -> VolumeDataset:
+    """The volumes of a nifti_folder, in memory; what is wrong with an image is raised."""
+    listing = list_cases("nifti_folder", folder, label_column=label_column, label_bins=label_bins)
+    volumes = []
+    with tempfile.TemporaryDirectory() as work:
+        for index, case in enumerate(listing.cases):
+            path = Path(work) / f"{index}.safetensors"
+            reason = prepare_case(case, processor, path)
+            if reason:
+                raise InputError(reason)
+            volumes.append(load_file(path)["volume"])
+    return VolumeDataset(
+        torch.stack(volumes),
+        torch.tensor([listing.classes.index(case.label) for case in listing.cases]),
+        [case.subject_id for case in listing.cases],
+        dict(enumerate(listing.classes)),
+        processor.spacing,
+    )

@@ -4,16 +4,39 @@ Tensors are `[C, D, H, W]` with D from inferior to superior, H from posterior to
 that `volume[:, d]` is an axial slice. NIfTI arrays are stored `[x, y, z]` in RAS+: the transpose of the above.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a prepared cube came from, so that it can be put back.
+
+    Attributes:
+        shape (`list[int]`): voxels of the source image along its own axes.
+        affine (`list[list[float]]`): the source image's affine, 4 x 4.
+        cube_affine (`list[list[float]]`): from voxels `[x, y, z]` of the cube to the same millimetres.
+        intensities (`list[list[float]]`): per channel the source values that became -1 and 1.
+    """
+
+    shape: list[int]
+    affine: list[list[float]]
+    cube_affine: list[list[float]]
+    intensities: list[list[float]]
 
 
 class VolumeProcessor:
     """Reorient to RAS, cut a cube of `field_of_view` millimetres around the foreground, resample it to `image_size`
     voxels per edge (averaging over area) and scale the percentiles to [-1, 1].
+
+    The edges of the cube are whole source voxels, so its field of view is right to half a source voxel.
 
     Args:
         image_size (`int`): voxels along each edge of the result.
@@ -32,38 +55,111 @@ class VolumeProcessor:
         """Edge lengths of a voxel of the result, in millimetres."""
         return (self.field_of_view / self.image_size,) * 3
 
-    def preprocess(self, image: nib.Nifti1Image) -> torch.Tensor:
-        """The volume `[1, D, H, W]` in [-1, 1] of a 3D image (a trailing axis of one frame is dropped).
+    def preprocess(self, images: nib.Nifti1Image | Sequence[nib.Nifti1Image]) -> torch.Tensor:
+        """The volume `[C, D, H, W]` in [-1, 1] of an image, or of several on one grid (its channels).
 
         Raises:
-            ValueError: the image is not 3D, holds NaN or infinity, or is constant.
+            InputError: not 3D, NaN or infinity, constant, or images on different grids.
         """
+        return self.preprocess_with_geometry(images)[0]
+
+    def preprocess_with_geometry(
+        self, images: nib.Nifti1Image | Sequence[nib.Nifti1Image]
+    ) -> tuple[torch.Tensor, Geometry]:
+        """As `preprocess`, and the `Geometry` with which `postprocess` puts a volume back."""
         from monai.data import MetaTensor  # here, since monai takes seconds to import and generating needs none of it
-        from monai.transforms import BorderPad, Orientation, Resize, ScaleIntensityRangePercentiles, SpatialCrop
+        from monai.transforms import Orientation
         from monai.transforms.utils import generate_spatial_bounding_box
 
-        data = np.ascontiguousarray(image.dataobj, dtype=np.float32)
-        if data.ndim == 4 and data.shape[3] == 1:
-            data = data[..., 0]
-        if data.ndim != 3:
-            raise InputError(f"a 3D image is needed, this one has shape {data.shape}; extract one frame first")
-        if not np.isfinite(data).all():
-            raise InputError("the image holds NaN or infinite values; repair or drop it")
-        if data.min() == data.max():
-            raise InputError(f"the image is constant ({data.min():g} everywhere); drop it")
+        images = [images] if isinstance(images, nib.spatialimages.SpatialImage) else list(images)
+        source = _on_one_grid(images)
         volume = Orientation("RAS", labels=None)(
-            MetaTensor(torch.from_numpy(data)[None], affine=torch.as_tensor(image.affine))
+            MetaTensor(
+                torch.from_numpy(np.stack([_array(image) for image in images])), affine=torch.as_tensor(source.affine)
+            )
         )
-        background = volume.min()
-        start, end = generate_spatial_bounding_box(volume, select_fn=lambda x: x > background)
-        voxel = torch.linalg.norm(volume.affine[:3, :3], dim=0)
-        cube = [max(1, round(self.field_of_view / float(edge))) for edge in voxel]
-        volume = BorderPad(cube, value=float(background))(volume)  # so that a cube at the border keeps its centre
-        center = [(low + high) // 2 + edge for low, high, edge in zip(start, end, cube, strict=True)]
-        volume = SpatialCrop(roi_center=center, roi_size=cube)(volume)
-        volume = Resize([self.image_size] * 3, mode="area")(volume)
-        volume = ScaleIntensityRangePercentiles(*self.percentiles, b_min=-1.0, b_max=1.0, clip=True)(volume)
-        return volume.as_tensor().permute(0, 3, 2, 1).contiguous()
+        affine, volume = volume.affine.numpy(), volume.as_tensor()
+        background = volume.flatten(1).amin(dim=1)
+        volume = volume - background[:, None, None, None]  # what is outside the image is background, in every channel
+        low, high = generate_spatial_bounding_box(volume, select_fn=lambda values: values > 0)
+        cube = [max(1, round(self.field_of_view / edge)) for edge in np.linalg.norm(affine[:3, :3], axis=0)]
+        start = [(first + last) // 2 - edge // 2 for first, last, edge in zip(low, high, cube, strict=True)]
+        volume = _crop(volume, start, cube)
+        shrinks = all(edge >= self.image_size for edge in cube)
+        size = [self.image_size] * 3
+        volume = F.interpolate(volume[None], size, **({"mode": "area"} if shrinks else {"mode": "trilinear"}))[0]
+        volume, intensities = self._scale(volume, background)
+        scale = np.array(cube) / self.image_size
+        to_source = np.diag([*scale, 1.0])  # voxel centres: (i + 1/2) * scale - 1/2
+        to_source[:3, 3] = np.array(start) + scale / 2 - 0.5
+        geometry = Geometry(
+            [int(edge) for edge in source.shape[:3]],
+            source.affine.tolist(),
+            (affine @ to_source).tolist(),
+            intensities,
+        )
+        return volume.permute(0, 3, 2, 1).contiguous(), geometry
+
+    def postprocess(self, volume: torch.Tensor, geometry: Geometry, channel: int = 0) -> nib.Nifti1Image:
+        """A volume `[C, D, H, W]` in [-1, 1] in the space of the image it came from: its grid, affine and intensities.
+
+        Outside the cube stands the background. For a generated volume the geometry of any subject serves as the target.
+        """
+        from nibabel.processing import resample_from_to
+
+        low, high = geometry.intensities[channel]
+        array = volume[channel].detach().float().cpu().numpy().transpose(2, 1, 0)
+        values = (np.clip(array, -1, 1) + 1) / 2 * (high - low) + low
+        cube = nib.Nifti1Image(values.astype(np.float32), np.array(geometry.cube_affine))
+        image = resample_from_to(cube, (geometry.shape, np.array(geometry.affine)), order=1, cval=low)
+        return _with_codes(image)
+
+    def _scale(self, volume: torch.Tensor, background: torch.Tensor) -> tuple[torch.Tensor, list[list[float]]]:
+        from monai.transforms.utils_pytorch_numpy_unification import percentile
+
+        scaled, intensities = [], []
+        for channel, offset in zip(volume, background.tolist(), strict=True):
+            low, high = (float(percentile(channel, q)) for q in self.percentiles)
+            if not high > low:
+                raise InputError("the image has no contrast inside the cube; drop it or change field_of_view")
+            scaled.append(((channel - low) / (high - low)).clamp(0, 1) * 2 - 1)
+            intensities.append([low + offset, high + offset])
+        return torch.stack(scaled), intensities
+
+
+def _array(image: nib.Nifti1Image) -> np.ndarray:
+    data = np.ascontiguousarray(image.dataobj, dtype=np.float32)
+    if data.ndim == 4 and data.shape[3] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        raise InputError(f"a 3D image is needed, this one has shape {data.shape}; extract one frame first")
+    if not np.isfinite(data).all():
+        raise InputError("the image holds NaN or infinite values; repair or drop it")
+    if data.min() == data.max():
+        raise InputError(f"the image is constant ({data.min():g} everywhere); drop it")
+    return data
+
+
+def _on_one_grid(images: Sequence[nib.Nifti1Image]) -> nib.Nifti1Image:
+    """The first of the images, if all lie on its grid."""
+    first = images[0]
+    for other in images[1:]:
+        if other.shape != first.shape:
+            raise InputError(
+                f"the modalities have unequal shapes, {first.shape} and {other.shape}; resample them to one"
+            )
+        if not np.allclose(other.affine, first.affine, atol=1e-2):
+            raise InputError("the modalities have unequal affines; resample them to one grid")
+    return first
+
+
+def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    """`volume [C, X, Y, Z]` from `start` on, zeros where that is outside; copies no more than the result."""
+    inside, padding = [], []
+    for first, edge, length in zip(start, size, volume.shape[1:], strict=True):
+        inside.append(slice(max(0, first), min(length, first + edge)))
+        padding.insert(0, (max(0, -first), max(0, first + edge - length)))
+    return F.pad(volume[(slice(None), *inside)], [amount for pair in padding for amount in pair])
 
 
 def to_nifti(
@@ -88,8 +184,12 @@ def to_nifti(
     data = np.ascontiguousarray(array[0].transpose(2, 1, 0))
     affine = np.diag([*spacing[::-1], 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(data.shape) - 1) / 2)
-    image = nib.Nifti1Image(data, affine)
+    return _with_codes(nib.Nifti1Image(data, affine))
+
+
+def _with_codes(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """The image with millimetres and both affines declared, as readers of one or the other expect."""
     image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
+    image.set_sform(image.affine, code="scanner")
+    image.set_qform(image.affine, code="scanner")
     return image

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError
+from .processor import Geometry
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class VolumeDataset:
         subject_ids (`list[str]`): whose volume it is; splits are made by these.
         id2label (`dict[int, str]`): names of the classes.
         spacing (`tuple[float, float, float]`): edge lengths of a voxel in millimetres, in the order of the axes.
+        geometries (`list[Geometry]`, *optional*): where prepared volumes came from (`VolumeProcessor.postprocess`).
     """
 
     pixel_values: torch.Tensor
@@ -31,6 +33,7 @@ class VolumeDataset:
     subject_ids: list[str]
     id2label: dict[int, str]
     spacing: tuple[float, float, float]
+    geometries: list[Geometry] | None = None
 
     def __post_init__(self):
         if not len(self.pixel_values) == len(self.class_labels) == len(self.subject_ids):
@@ -46,6 +49,11 @@ class VolumeDataset:
     def image_size(self) -> int:
         """Edge of the cubes in voxels."""
         return self.pixel_values.shape[-1]
+
+    @property
+    def num_channels(self) -> int:
+        """Modalities of a volume."""
+        return self.pixel_values.shape[1]
 
     @property
     def num_classes(self) -> int:
@@ -69,6 +77,7 @@ class VolumeDataset:
             [self.subject_ids[i] for i in indices.tolist()],
             self.id2label,
             self.spacing,
+            self.geometries and [self.geometries[i] for i in indices.tolist()],
         )
 
     def take_per_class(self, count: int | Mapping[int, int]) -> "VolumeDataset":
@@ -89,6 +98,8 @@ class VolumeDataset:
             "id2label": json.dumps(self.id2label),
             "spacing": json.dumps(self.spacing),
         }
+        if self.geometries:
+            metadata["geometries"] = json.dumps([asdict(geometry) for geometry in self.geometries])
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         tensors = {"pixel_values": self.pixel_values.contiguous(), "class_labels": self.class_labels.contiguous()}
@@ -96,21 +107,34 @@ class VolumeDataset:
         os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "VolumeDataset":
-        """Read a file written by `save`.
+    def load(cls, path: str | Path, per_class: int | None = None) -> "VolumeDataset":
+        """Read a file written by `save` (or by `msrl prepare`): all of it, or the first `per_class` volumes of each class.
 
         Raises:
             ValueError: the file is missing or is not such a file; the sentence names it.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata, labels = file.metadata(), file.get_tensor("class_labels")
+                subjects = json.loads(metadata["subject_ids"])
+                id2label = {int(label): name for label, name in json.loads(metadata["id2label"]).items()}
+                geometries = [Geometry(**fields) for fields in json.loads(metadata.get("geometries", "[]"))]
+                spacing = tuple(json.loads(metadata["spacing"]))
+                if per_class is None:
+                    return cls(
+                        file.get_tensor("pixel_values"), labels, subjects, id2label, spacing, geometries or None
+                    )
+                rows = [
+                    row for label in sorted(id2label) for row in (labels == label).nonzero()[:per_class, 0].tolist()
+                ]
+                stored = file.get_slice("pixel_values")
                 return cls(
-                    file.get_tensor("pixel_values"),
-                    file.get_tensor("class_labels"),
-                    json.loads(metadata["subject_ids"]),
-                    {int(label): name for label, name in json.loads(metadata["id2label"]).items()},
-                    tuple(json.loads(metadata["spacing"])),
+                    torch.cat([stored[row : row + 1] for row in rows]),
+                    labels[rows],
+                    [subjects[row] for row in rows],
+                    id2label,
+                    spacing,
+                    [geometries[row] for row in rows] if geometries else None,
                 )
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise InputError(

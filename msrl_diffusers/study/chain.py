@@ -33,7 +33,7 @@ STAGES: dict[str, Stage] = {
         stages.prepare,
         (),
         ("dataset", "data_dir", "image_size", "field_of_view", "num_per_class", "data_seed", "holdout_fraction",
-         "label_column", "label_bins"),
+         "modality", "label_column", "label_bins"),
     ),
     "extractors": Stage(
         stages.train_extractors, ("prepare",), ("label_extractor", "judge_extractor", "extractors", "mixed_precision", "seed")

@@ -17,6 +17,9 @@ GENERAL_FIELDS = ("output_dir", "seed", "mixed_precision")
 class DataArguments:
     """Where the volumes are."""
 
+    dataset: str | None = field(
+        default=None, metadata={"help": "Replaces the study's; prepared reads `msrl prepare`."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the study's data set."})
 
 
@@ -46,11 +49,12 @@ def parse_study(
     own = study.get(section, {})
     if not isinstance(own, dict):
         raise InputError(f"StudyConfig: {section} must be dict, got {own!r}.")
-    shared = {name: study[name] for name in (*GENERAL_FIELDS, "data_dir") if study.get(name) is not None}
+    shared = {name: study[name] for name in (*GENERAL_FIELDS, "dataset", "data_dir") if study.get(name) is not None}
     data, trainer = parse(
         [DataArguments, TRAINER_CONFIGS[section]], {**trainer_defaults(section), **shared, **own}, rest
     )
     fields = asdict(trainer)
     # a general option is the whole study's, unless the section has a value of its own
     general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}
-    return StudyConfig(**{**study, **general, "data_dir": data.data_dir, section: fields})
+    where = {name: value for name, value in asdict(data).items() if value is not None}
+    return StudyConfig(**{**study, **general, **where, section: fields})

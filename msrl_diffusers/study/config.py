@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers import DDIMScheduler
 
+from ..data.cases import LOADERS
 from ..errors import InputError
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
@@ -64,15 +65,21 @@ class StudyConfig:
         metadata={"help": "A folder written by run_study.py --release; its models are used, not trained."},
     )
 
-    dataset: str = field(default="phantoms", metadata={"help": "phantoms or nifti_folder."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the nifti_folder data set."})
+    dataset: str = field(
+        default="phantoms", metadata={"help": "phantoms, prepared (a folder of `msrl prepare`), or a loader."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set; phantoms need none."})
     image_size: int = field(default=32, metadata={"help": "Voxels along each edge of the cubes."})
-    field_of_view: float = field(default=192.0, metadata={"help": "Edge of the cubes in millimetres (nifti_folder)."})
+    field_of_view: float = field(default=192.0, metadata={"help": "Edge of the cubes in millimetres."})
     num_per_class: int = field(default=128, metadata={"help": "Phantoms per class in training and in the hold-out."})
     data_seed: int = field(default=0, metadata={"help": "Seed of the phantoms and of the split by subject."})
-    holdout_fraction: float = field(default=0.3, metadata={"help": "Share of held-out subjects (nifti_folder)."})
-    label_column: str = field(default="label", metadata={"help": "Column of metadata.csv with the classes."})
+    holdout_fraction: float = field(default=0.3, metadata={"help": "Share of held-out subjects."})
+    modality: list[str] | None = field(default=None, metadata={"help": "Images of a case: the channels of a volume."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the data set's table with the classes."}
+    )
     label_bins: dict | None = field(default=None, metadata={"help": "{class: [low, high]} for a numeric column."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that prepare images; 0 is this one."})
 
     vqvae: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of VQModel3D."})
     unet: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of UNet3DModel."})
@@ -121,14 +128,14 @@ class StudyConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_choice(self, "dataset", ("phantoms", "nifti_folder"))
+        check_choice(self, "dataset", ("phantoms", "prepared", *LOADERS))
         check_choice(self, "mixed_precision", PRECISIONS)
         check_choice(self, "select_by", ("heldout_reward", "-label_fid"))
         check_choice(self, "target_map", ("linear", "exponential", "rank"))
         for name in ("image_size", "num_per_class", "sampling_batch_size", "num_validity_subjects", "bootstrap_draws"):
             check_positive(self, name)
-        if self.dataset == "nifti_folder" and not self.data_dir:
-            raise InputError("dataset nifti_folder needs data_dir: the folder with metadata.csv and the images.")
+        if self.dataset != "phantoms" and not self.data_dir:
+            raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
             raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
         if self.max_steps is not None:

@@ -6,10 +6,11 @@ import torch
 from diffusers import DDIMScheduler
 from tqdm import tqdm
 
-from ..data.nifti_folder import load_nifti_folder
+from ..data.cases import list_cases
 from ..data.phantoms import load_phantoms
+from ..data.preparation import prepare_cases
 from ..data.processor import VolumeProcessor
-from ..data.splits import split_by_subject
+from ..data.splits import SIDES, SplitPlan
 from ..data.volumes import VolumeDataset
 from ..evaluation.features import extract_features, extractor_identity, hash_tensors
 from ..evaluation.fidelity import frechet_distance
@@ -54,24 +55,31 @@ SCHEDULER_DEFAULTS = {
 
 def prepare(config: StudyConfig) -> dict:
     """Volumes of both splits, their counts and fingerprint."""
+    folder, left_out = Path(config.output_dir) / "prepare", 0
     if config.dataset == "phantoms":
-        train, heldout = (
-            load_phantoms(config.num_per_class, config.image_size, config.data_seed, first_index=start)
-            for start in (0, config.num_per_class)
-        )
+        for number, split in enumerate(SIDES):
+            start = number * config.num_per_class
+            volumes = load_phantoms(config.num_per_class, config.image_size, config.data_seed, first_index=start)
+            volumes.save(folder / f"{split}.safetensors")
+    elif config.dataset == "prepared":
+        for split in SIDES:
+            VolumeDataset.load(Path(config.data_dir) / f"{split}.safetensors").save(folder / f"{split}.safetensors")
     else:
+        listing = list_cases(
+            config.dataset, config.data_dir,
+            modality=config.modality, label_column=config.label_column, label_bins=config.label_bins,
+        )  # fmt: skip
         processor = VolumeProcessor(config.image_size, config.field_of_view)
-        volumes = load_nifti_folder(config.data_dir, processor, config.label_column, config.label_bins)
-        train, heldout = split_by_subject(volumes, config.holdout_fraction, config.data_seed)
-    folder = Path(config.output_dir) / "prepare"
-    train.save(folder / "train.safetensors")
-    heldout.save(folder / "heldout.safetensors")
+        plan = SplitPlan(config.holdout_fraction, config.data_seed)
+        left_out = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)["rejected"]
+    train, heldout = load_split(config, "train"), load_split(config, "heldout")
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
     return {
         "train": train.class_counts(),
         "heldout": heldout.class_counts(),
         "shape": list(train.pixel_values.shape[1:]),
         "spacing": list(train.spacing),
+        "left_out": left_out,
         "fingerprint": hash_tensors({"train": train.pixel_values, "heldout": heldout.pixel_values}.items()),
     }
 
@@ -81,7 +89,7 @@ def train_extractors(config: StudyConfig) -> dict:
     train, results = load_split(config, "train"), {}
     for role, model_class in EXTRACTOR_CLASSES.items():
         torch.manual_seed(fold_seed(config.seed, "init", role))
-        model = model_class(**getattr(config, f"{role}_extractor"))
+        model = model_class(**{"in_channels": train.num_channels, **getattr(config, f"{role}_extractor")})
         args = config.trainer_config("extractors", role, seed=fold_seed(config.seed, role) % 2**31)
         figures = FeatureTrainer(model, args, train).train()
         model.half().float()  # rounded, so that a release in float16 measures the very same
@@ -94,7 +102,8 @@ def train_vqgan(config: StudyConfig) -> dict:
     """The autoencoder."""
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     torch.manual_seed(fold_seed(config.seed, "init", "vqvae"))
-    model = VQModel3D(**config.vqvae)
+    channels = {"in_channels": train.num_channels, "out_channels": train.num_channels}
+    model = VQModel3D(**{**channels, **config.vqvae})
     trainer = VQGANTrainer(model, config.trainer_config("vqgan"), train, heldout)
     figures = trainer.train()
     folder = Path(config.output_dir) / "vqgan"
@@ -208,7 +217,7 @@ def train_rewards(config: StudyConfig) -> dict:
     results = {}
     for role, model_class in REWARD_CLASSES.items():
         torch.manual_seed(fold_seed(config.seed, "init", "reward", role))
-        model = model_class(**getattr(config, f"{role}_reward"))
+        model = model_class(**{"in_channels": data.pixel_values.shape[1], **getattr(config, f"{role}_reward")})
         args = config.trainer_config("rewards", role, seed=fold_seed(config.seed, "reward", role) % 2**31)
         results[role] = RewardTrainer(model, args, data).train()
         model.save_pretrained(Path(config.output_dir) / "rewards" / role)

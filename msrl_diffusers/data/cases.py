@@ -1,0 +1,176 @@
+"""Cases: what a loader finds in a folder, before any image is opened; and the loaders by name."""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+from ..errors import InputError
+
+
+LOADERS = {
+    "brats2019": "brats2019",
+    "oasis1": "oasis1",
+    "bids": "bids",
+    "nifti_folder": "nifti_folder",
+    "datalist": "datalist",
+}
+LabelBins = Mapping[str, Sequence[float | None]] | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume to be: the images of one session of one subject.
+
+    Attributes:
+        images (`dict[str, str]`): path by modality, all on one grid; `{"image": path}` where there is one unnamed kind.
+        label (`str`): name of the class.
+        subject_id (`str`): whose it is; splits are made by it.
+        session (`str`): which of the subject's sessions; empty where there is one.
+        split (`str`, *optional*): `"train"` or `"heldout"`, where the data set says so.
+        seg (`str`, *optional*): path of a segmentation on the same grid.
+        orientation (`str`, *optional*): where the axes of the stored array run *to*, such as `"ASL"`, for headers that
+            cannot know (Analyze); it replaces the header's own.
+    """
+
+    images: dict[str, str]
+    label: str
+    subject_id: str
+    session: str = ""
+    split: str | None = None
+    seg: str | None = None
+    orientation: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from every other case."""
+        return f"{self.subject_id}_{self.session}" if self.session else self.subject_id
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A file (or folder, or table row) that is left out, and the sentence that says why."""
+
+    file: str
+    reason: str
+
+
+@dataclass
+class Listing:
+    """The cases of a data set, the names of the classes in the order of their numbers, and what was left out."""
+
+    cases: list[Case] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+    def reject(self, file: str | Path, reason: str) -> None:
+        """Leave `file` out."""
+        self.rejected.append(Rejection(str(file), reason))
+
+
+def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
+    """The cases of the data set `name` under `data_dir`; `options` are the loader's own (None: its default).
+
+    Raises:
+        InputError: unknown name, no such folder, an option the loader does not have, or nothing that can be used: no
+            case at all, or cases of fewer than two classes.
+    """
+    if name not in LOADERS:
+        raise InputError(f"Unknown data set {name!r}; there are {sorted(LOADERS)}.")
+    if not os.path.exists(data_dir):
+        raise InputError(f"{data_dir} does not exist; give the folder the data set was unpacked to.")
+    scan = import_module(f".{LOADERS[name]}", __package__).scan
+    known = list(inspect.signature(scan).parameters)[1:]
+    given = {option: value for option, value in options.items() if value is not None}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InputError(f"The data set {name!r} has no option {unknown[0]!r}; it has {known}.")
+    listing = scan(Path(data_dir), **given)
+    _reject_strays(listing)
+    found = [label for label in listing.classes if any(case.label == label for case in listing.cases)]
+    if len(found) < 2 or len(found) < len(listing.classes):
+        reasons = (
+            f" {len(listing.rejected)} were left out, the first: {listing.rejected[0].reason}"
+            if listing.rejected
+            else ""
+        )
+        raise InputError(
+            f"{data_dir} gives {len(found)} classes with volumes (of {listing.classes}) as {name!r}; at least two are "
+            f"needed.{reasons}"
+        )
+    return listing
+
+
+def _reject_strays(listing: Listing) -> None:
+    """Leave out second volumes of one subject and session, and cases of other modalities than the first's."""
+    seen, kept = {}, []
+    for case in listing.cases:
+        first = next(iter(case.images.values()))
+        if case.name in seen:
+            listing.reject(
+                first, f"{first}: subject {case.name!r} was already found at {seen[case.name]}; keep one of the two"
+            )
+        elif kept and list(case.images) != list(kept[0].images):
+            listing.reject(
+                first, f"{first}: the modalities are {list(case.images)}, not {list(kept[0].images)} as before"
+            )
+        else:
+            seen[case.name] = first
+            kept.append(case)
+    listing.cases = kept
+
+
+def class_names(values: Sequence[str | None], label_bins: LabelBins | None, column: str) -> list[str]:
+    """The classes of a column: the bins in their order, or the values that occur, sorted."""
+    if label_bins is None:
+        return sorted({value for value in values if value is not None})
+    return list(named_bins(label_bins, column))
+
+
+def named_bins(label_bins: LabelBins, column: str) -> dict[str, tuple[float | None, float | None]]:
+    """`{class: (low, high)}` of bins given so, or of edges: `[40, 60]` gives three classes.
+
+    Raises:
+        InputError: a bin without two bounds, or edges that do not rise.
+    """
+    if isinstance(label_bins, Mapping):
+        for name, bounds in label_bins.items():
+            if not isinstance(bounds, Sequence) or len(bounds) != 2:
+                raise InputError(f"label_bins: {name!r} needs two bounds [low, high], got {bounds!r}.")
+        return {name: tuple(bounds) for name, bounds in label_bins.items()}
+    edges = [float(edge) for edge in label_bins]
+    if not edges or sorted(set(edges)) != edges:
+        raise InputError(f"label_bins: edges must rise, got {label_bins!r}.")
+    return {
+        f"{column} under {edges[0]:g}": (None, edges[0]),
+        **{f"{column} {low:g} to {high:g}": (low, high) for low, high in pairwise(edges)},
+        f"{column} from {edges[-1]:g}": (edges[-1], None),
+    }
+
+
+def class_is_given(value) -> bool:
+    """Whether a cell of a table holds anything."""
+    return value is not None and str(value).strip().lower() not in ("", "n/a", "na", "nan")
+
+
+def class_of(value, label_bins: LabelBins | None, column: str) -> str | None:
+    """The class of a value of a table; None where it is empty or in no bin.
+
+    Raises:
+        InputError: a value that is no number, though there are bins.
+    """
+    if not class_is_given(value):
+        return None
+    if label_bins is None:
+        return str(value).strip()
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{value!r} is no number, but label_bins asks for one") from None
+    for name, (low, high) in named_bins(label_bins, column).items():
+        if (low is None or number >= low) and (high is None or number < high):
+            return name
+    return None

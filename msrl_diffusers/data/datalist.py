@@ -1,0 +1,135 @@
+"""datalist: a JSON list of images, as MONAI and the Medical Segmentation Decathlon write it."""
+
+import json
+import os
+from pathlib import Path
+
+from ..errors import InputError
+from .cases import Case, LabelBins, Listing, class_is_given, class_names, class_of
+from .folders import entries
+
+
+SPLITS = {"training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout"}
+IMAGE_SUFFIXES = (".nii", ".nii.gz")
+
+
+def scan(
+    data_dir: Path,
+    label_column: str = "label",
+    label_bins: LabelBins | None = None,
+    subject_column: str = "subject_id",
+) -> Listing:
+    """The entries of a data list: those of `training` in the split train, of `validation` and `test` in heldout.
+
+    `image` of an entry is a path, or a list of paths that become channels, named by `modality` of the list. Paths start
+    at the folder of the list. A `label` that is the path of an image is the segmentation (dropped where there is no such
+    file), and `label_column` must name another key then. `session` is read where it exists; without `subject_column` the
+    file's name is the subject.
+
+    Args:
+        data_dir: the JSON file, or a folder with `dataset.json` or a single JSON file.
+        label_column: key of the classes: categories, or numbers with `label_bins`.
+        label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound);
+            entries in no bin are no part of the data set.
+        subject_column: key that names the subject.
+
+    Raises:
+        InputError: no JSON file, one that can't be read, or one without lists.
+    """
+    path = _find_list(data_dir)
+    content = _read(path)
+    names = content.get("modality") if isinstance(content.get("modality"), dict) else {}
+    listing, values = Listing(), []
+    for key, split in SPLITS.items():
+        for number, entry in enumerate(content.get(key, [])):
+            place = f"{path}, {key}[{number}]"
+            try:
+                if not isinstance(entry, dict):
+                    raise InputError(f"{place} has no {label_column!r}: it is {entry!r}, not an object with keys.")
+                label = _label(entry.get(label_column), label_bins, label_column, place)
+                if label is None:
+                    continue
+                images = _images(entry.get("image"), names, path.parent, place)
+            except InputError as error:
+                listing.reject(place, str(error))
+                continue
+            values.append(label)
+            subject, session = entry.get(subject_column), entry.get("session")
+            seg = entry.get("label")
+            listing.cases.append(
+                Case(
+                    images,
+                    label,
+                    subject_id=str(subject) if class_is_given(subject) else _stem(next(iter(images.values()))),
+                    session=str(session) if class_is_given(session) else "",
+                    split=split,
+                    seg=str(path.parent / seg) if _is_image(seg) and os.path.isfile(path.parent / seg) else None,
+                )
+            )
+    listing.classes = class_names(values, label_bins, label_column)
+    return listing
+
+
+def _find_list(data_dir: Path) -> Path:
+    if os.path.isfile(data_dir):
+        return data_dir
+    lists = [file for file in entries(data_dir) if file.suffix.lower() == ".json" and os.path.isfile(file)]
+    named = [file for file in lists if file.name == "dataset.json"] or lists
+    if len(named) != 1:
+        raise InputError(
+            f"{data_dir} has {len(lists)} JSON files and no dataset.json; give the path of the data list itself."
+        )
+    return named[0]
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} can't be read as JSON: {error}.") from error
+    lists = [key for key in SPLITS if isinstance(content, dict) and key in content]
+    if not lists:
+        raise InputError(f"{path} is no data list; it needs an object with one or more of the keys {list(SPLITS)}.")
+    for key in lists:
+        if not isinstance(content[key], list):
+            raise InputError(f"{path}: {key!r} must be a list of entries.")
+    return content
+
+
+def _label(value, label_bins: LabelBins | None, label_column: str, place: str) -> str | None:
+    """The class; None for a number in no bin."""
+    if _is_image(value):
+        raise InputError(
+            f"{place}: {label_column!r} is a segmentation, {value}; name the key of classes as label_column."
+        )
+    if value is not None and not isinstance(value, str | int | float):
+        raise InputError(f"{place}: {label_column!r} must be one value, it is {value!r}.")
+    if not class_is_given(value):
+        raise InputError(f"{place} has no {label_column!r}.")
+    try:
+        return class_of(value, label_bins, label_column)
+    except InputError as error:
+        raise InputError(f"{place}: {error}.") from error
+
+
+def _images(image, names: dict, folder: Path, place: str) -> dict[str, str]:
+    paths = image if isinstance(image, list) else [image]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise InputError(f"{place}: 'image' must be a path or a list of paths, it is {image!r}.")
+    for path in paths:
+        if not os.path.isfile(folder / path):
+            raise InputError(f"{place}: {folder / path} is missing.")
+    if not isinstance(image, list):
+        return {"image": str(folder / image)}
+    keys = [str(names.get(str(channel), f"channel{channel}")) for channel in range(len(paths))]
+    if len(set(keys)) < len(keys):
+        raise InputError(f"{place}: two images have the same name in 'modality', {keys}.")
+    return {key: str(folder / path) for key, path in zip(keys, paths, strict=True)}
+
+
+def _is_image(value) -> bool:
+    return isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _stem(path: str) -> str:
+    return Path(path).name.split(".")[0]

@@ -1,0 +1,75 @@
+"""Looking through folders and tables that users hand in: no link leads in circles, nothing that is closed ends the search."""
+
+import csv
+import io
+import os
+import re
+from pathlib import Path
+
+from ..errors import InputError
+from .cases import Listing
+
+
+def folders_holding(data_dir: Path, name: re.Pattern, listing: Listing, depth: int = 3) -> dict[Path, list[Path]]:
+    """Folders at most `depth` below `data_dir` that hold folders of a name, with these; nothing below them is searched.
+
+    Raises:
+        InputError: `data_dir` can't be opened.
+    """
+    entries(data_dir)
+    found, seen, level = {}, set(), [data_dir]
+    for _ in range(depth + 1):
+        below = []
+        for folder in level:
+            real = os.path.realpath(folder)
+            if real in seen:  # a link back up, or to a sibling
+                continue
+            seen.add(real)
+            inside = subfolders(folder, listing)
+            named = [entry for entry in inside if name.fullmatch(entry.name)]
+            if named:
+                found[folder] = named
+            else:
+                below += inside
+        level = below
+    return found
+
+
+def subfolders(folder: Path, listing: Listing) -> list[Path]:
+    """The folders in a folder; links that lead nowhere, and a folder that can't be opened, are rejected."""
+    try:
+        inside = entries(folder)
+    except InputError as error:
+        listing.reject(folder, str(error))
+        return []
+    for entry in inside:
+        if os.path.islink(entry) and not os.path.exists(entry):
+            listing.reject(entry, f"{entry} is a link that leads nowhere or in a circle; copy what it stands for.")
+    return [entry for entry in inside if os.path.isdir(entry)]
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files (copies from a Mac have a `._name` for every name).
+
+    Raises:
+        InputError: it can't be opened.
+    """
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder} can't be opened: {error.strerror}; check its permissions.") from error
+
+
+def read_table(path: Path, delimiters: str = ",;\t") -> list[dict[str, str]]:
+    """The rows of a table with a header, stripped; the delimiter is the one that the header has most of.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        delimiter = max(delimiters, key=text.partition("\n")[0].count)
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, restval=""))
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path} can't be read as a table: {error}.") from error
+    return [{column.strip(): value.strip() for column, value in row.items() if column is not None} for row in rows]

@@ -1,0 +1,298 @@
+"""From a data set as it was downloaded to prepared volumes: counts, splits, left and right, the way back, bad files."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from layouts import (
+    EDGE,
+    FIELD_OF_VIEW,
+    SIZE,
+    marked_volume,
+    write_bids,
+    write_brats,
+    write_datalist,
+    write_nifti,
+    write_oasis,
+)
+
+from msrl_diffusers import VolumeDataset, VolumeProcessor, load_volumes, write_phantoms
+from msrl_diffusers.cli import prepare as prepare_verb
+from msrl_diffusers.data.cases import Case, Listing, list_cases
+from msrl_diffusers.data.preparation import prepare_cases
+from msrl_diffusers.data.reading import affine_of, read_image
+from msrl_diffusers.data.splits import SplitPlan
+from msrl_diffusers.errors import InputError
+
+
+PROCESSOR = VolumeProcessor(SIZE, FIELD_OF_VIEW)
+
+
+def write_marked_folder(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["file_name,subject_id,grade"]
+    for index, orientation in enumerate(("RAS", "LPS", "ASL", "PIR")):
+        write_nifti(folder / f"s{index}.nii.gz", marked_volume(index, index % 2), orientation)
+        rows.append(f"s{index}.nii.gz,s{index},{'ab'[index % 2]}")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return {"label_column": "grade"}
+
+
+SOURCES = {
+    "brats2019": lambda folder: write_brats(folder) and {"modality": ["t1ce", "flair"]},
+    "oasis1": lambda folder: write_oasis(folder) and {},
+    "oasis1 raw": lambda folder: write_oasis(folder) and {"kind": "raw"},
+    "oasis1 subj_111": lambda folder: write_oasis(folder) and {"kind": "subj_111"},
+    "bids": lambda folder: write_bids(folder) or {},
+    "nifti_folder": write_marked_folder,
+    "datalist": lambda folder: (write_datalist(folder) and {}) or {},
+}
+
+
+def spot(volume) -> list[int]:
+    """Centre `[x, y, z]` of the brightest voxels of `[D, H, W]`."""
+    places = np.argwhere(np.asarray(volume) >= np.asarray(volume).max() - 1e-3)
+    return np.round(places.mean(axis=0)[::-1]).astype(int).tolist()
+
+
+@pytest.mark.parametrize("source", list(SOURCES))
+def test_left_stays_left_and_every_voxel_finds_its_way_back(source, tmp_path):
+    """Through every loader: the marked spot lands at its anatomical place relative to the foreground, and the inverse
+    puts it back to the voxels it came from."""
+    options = SOURCES[source](tmp_path / "data")
+    listing = list_cases(source.split()[0], tmp_path / "data", **options)
+    assert listing.rejected == []
+    for case in listing.cases:
+        images = [read_image(path, case.orientation) for path in case.images.values()]
+        volume, geometry = PROCESSOR.preprocess_with_geometry(images)
+        assert volume.shape == (len(images), SIZE, SIZE, SIZE)
+        cube = nib.Nifti1Image(volume[0].numpy().transpose(2, 1, 0), np.array(geometry.cube_affine))
+        assert nib.aff2axcodes(cube.affine) == ("R", "A", "S")
+        source_spot = spot(np.asarray(images[0].dataobj).transpose(2, 1, 0))
+        world = images[0].affine @ [*source_spot, 1]
+        assert np.allclose(cube.affine @ [*spot(volume[0]), 1], world, atol=EDGE / 2)
+        back = PROCESSOR.postprocess(volume, geometry)
+        assert back.shape == images[0].shape
+        assert np.allclose(back.affine, images[0].affine)
+        assert np.abs(np.array(spot(back.get_fdata().transpose(2, 1, 0))) - source_spot).max() <= 0.5
+        inside = np.asarray(images[0].dataobj) > 0
+        assert np.corrcoef(back.get_fdata()[inside], np.asarray(images[0].dataobj)[inside])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "ASL"])
+def test_the_way_back_is_right_for_oblique_and_anisotropic_grids(orientation):
+    """A blob at a known place, on a tilted grid of uneven voxels: back to within half a voxel."""
+    shape = (60, 72, 40)
+    angle = 0.2
+    tilt = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = affine_of(orientation, np.array([1.5, 1.25, 3.0]), shape)
+    affine[:3, :3] = tilt @ affine[:3, :3]
+    affine[:3, 3] = (5, -11, 17)
+    grid = np.stack(np.meshgrid(*[np.arange(edge) for edge in shape], indexing="ij"), axis=-1)
+    blob = np.array([22, 40, 15])
+    data = np.where(np.abs(grid - np.array(shape) / 2).max(axis=-1) < np.array(shape).min() / 2, 100.0, 0)
+    data = data + 900 * np.exp(-(((grid - blob) * [1.5, 1.25, 3.0]) ** 2).sum(axis=-1) / (2 * 4.0**2))
+    processor = VolumeProcessor(48, 96.0, percentiles=(0, 100))
+    volume, geometry = processor.preprocess_with_geometry(nib.Nifti1Image(data.astype(np.float32), affine))
+    back = processor.postprocess(volume, geometry).get_fdata()
+    weights = np.clip(back - 300, 0, None)
+    center = (grid * weights[..., None]).sum(axis=(0, 1, 2)) / weights.sum()
+    assert np.abs(center - blob).max() < 0.5
+
+
+def test_a_prepared_cache_has_the_right_volumes(tmp_path):
+    write_brats(tmp_path / "data", per_class=4)
+    listing = list_cases("brats2019", tmp_path / "data", modality=["t1ce", "flair"])
+    summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.25), tmp_path / "out", num_workers=0)
+    assert summary["subjects"] == summary["volumes"] == 8
+    assert summary["counts"] == {"train": {"HGG": 3, "LGG": 3}, "heldout": {"HGG": 1, "LGG": 1}}
+    assert (summary["shape"], summary["channels"]) == ([2, SIZE, SIZE, SIZE], ["t1ce", "flair"])
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    train = VolumeDataset.load(tmp_path / "out" / "train.safetensors")
+    assert train.class_counts() == {"HGG": 3, "LGG": 3}
+    by_subject = {case.subject_id: case for case in listing.cases}
+    for row, subject in enumerate(train.subject_ids):
+        images = [read_image(path) for path in by_subject[subject].images.values()]
+        expected, geometry = PROCESSOR.preprocess_with_geometry(images)
+        assert torch.equal(train.pixel_values[row], expected.half())
+        assert train.geometries[row] == geometry
+        assert train.id2label[int(train.class_labels[row])] == by_subject[subject].label
+    part = VolumeDataset.load(tmp_path / "out" / "train.safetensors", per_class=1)
+    assert torch.equal(part.pixel_values, train.take_per_class(1).pixel_values)
+    assert part.geometries == train.take_per_class(1).geometries
+    part.save(tmp_path / "part.safetensors")
+    assert VolumeDataset.load(tmp_path / "part.safetensors").geometries == part.geometries
+
+
+def test_several_processes_and_a_second_run_give_the_same(tmp_path):
+    options = write_marked_folder(tmp_path / "data")
+    listing = list_cases("nifti_folder", tmp_path / "data", **options)
+    one = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "one", num_workers=0)
+    two = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "two", num_workers=2)
+    assert one == two
+    assert (tmp_path / "one/train.safetensors").read_bytes() == (tmp_path / "two/train.safetensors").read_bytes()
+    stamp = (tmp_path / "one/train.safetensors").stat().st_mtime_ns
+    assert prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "one") == one
+    assert (tmp_path / "one/train.safetensors").stat().st_mtime_ns == stamp
+    other = prepare_cases(listing, VolumeProcessor(8, FIELD_OF_VIEW), SplitPlan(0.5), tmp_path / "one")
+    assert other["shape"] == [1, 8, 8, 8]
+
+
+def test_a_killed_run_is_taken_up(tmp_path, monkeypatch):
+    options = write_marked_folder(tmp_path / "data")
+    listing = list_cases("nifti_folder", tmp_path / "data", **options)
+    whole = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "whole")
+    preprocess, calls = VolumeProcessor.preprocess_with_geometry, []
+
+    def counted(self, images):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return preprocess(self, images)
+
+    monkeypatch.setattr(VolumeProcessor, "preprocess_with_geometry", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "parts")
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    assert prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "parts") == whole
+    assert len(calls) == 3 + 2  # two were there
+
+
+class Killer:
+    """A processor that takes its process with it where the image is large, as running out of memory does."""
+
+    image_size, field_of_view = SIZE, FIELD_OF_VIEW
+    spacing = PROCESSOR.spacing
+
+    def preprocess_with_geometry(self, images):
+        if images[0].shape[0] > SIZE:
+            os._exit(9)
+        return PROCESSOR.preprocess_with_geometry(images)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_costs_one_volume(tmp_path):
+    write_marked_folder(tmp_path / "data")
+    large = nib.Nifti1Image(np.pad(marked_volume(0, 0), 4), np.diag([EDGE, EDGE, EDGE, 1]))
+    large.to_filename(tmp_path / "data" / "s1.nii.gz")
+    listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
+    for name in ("s4", "s5"):
+        listing.cases.append(Case({"image": listing.cases[0].images["image"]}, "b", name))
+    summary = prepare_cases(listing, Killer(), SplitPlan(0.5), tmp_path / "out", num_workers=2)
+    assert (summary["volumes"], summary["rejected"]) == (5, 1)
+    assert "s1.nii.gz: the process that read it died" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_bad_files_are_recorded_and_the_rest_goes_on(tmp_path):
+    folder = tmp_path / "data"
+    write_marked_folder(folder)
+    table = (folder / "metadata.csv").read_text()
+    bad = {
+        "truncated.nii.gz": (folder / "s0.nii.gz").read_bytes()[:-100],
+        "html.nii.gz": b"<html>please log in</html>",
+        "empty.nii.gz": b"",
+    }
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+        table += f"{name},{name.split('.')[0]},a\n"
+    nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.float32), np.eye(4)).to_filename(folder / "frames.nii.gz")
+    nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)).to_filename(folder / "constant.nii.gz")
+    (folder / "loop.nii.gz").symlink_to("loop.nii.gz")
+    table += "frames.nii.gz,frames,a\nconstant.nii.gz,constant,b\nloop.nii.gz,loop,b\ns0.nii.gz,s0,a\ns1.nii.gz,s9,\n"
+    (folder / "metadata.csv").write_text(table)
+    listing = list_cases("nifti_folder", folder, label_column="grade")
+    summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
+    assert (summary["volumes"], summary["rejected"]) == (4, 8)
+    with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
+        rejected = {Path(row["file"]).name: row["reason"] for row in csv.DictReader(file)}
+    for name, reason in {
+        "truncated.nii.gz": "is damaged",
+        "html.nii.gz": "not compressed by gzip",
+        "empty.nii.gz": "not compressed by gzip",
+        "frames.nii.gz": "extract one frame first",
+        "constant.nii.gz": "is constant",
+        "metadata.csv, line 11": "loop.nii.gz is missing",
+        "s0.nii.gz": "was already found at",
+        "metadata.csv, line 13": "column 'grade' is empty",
+    }.items():
+        assert reason in rejected[name], name
+    for folder in ("strict", "out"):  # one that is finished, too
+        with pytest.raises(InputError, match=r"truncated\.nii\.gz is damaged"):
+            prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / folder, strict=True)
+
+
+def test_modalities_of_unequal_shape_are_refused(tmp_path):
+    write_brats(tmp_path / "data")
+    listing = list_cases("brats2019", tmp_path / "data", modality=["t1", "t2"])
+    write_nifti(Path(listing.cases[0].images["t2"]), marked_volume(0, 0)[1:], "LPS")
+    listing.cases.append(Case(listing.cases[1].images, "HGG", "another"))
+    summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
+    assert summary["rejected"] == 1
+    assert "the modalities have unequal shapes" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_nothing_usable_is_one_sentence(tmp_path):
+    cases = [Case({"image": str(tmp_path / f"{name}.nii")}, name, name) for name in "ab"]
+    with pytest.raises(InputError, match="None of 2 volumes could be prepared"):
+        prepare_cases(Listing(cases, ["a", "b"]), PROCESSOR, SplitPlan(), tmp_path / "out")
+
+
+def test_load_volumes_gives_one_dataset_for_every_layout(tmp_path):
+    write_brats(tmp_path / "brats")
+    rows = load_volumes("brats2019", tmp_path / "brats", modality=["t1", "flair"])
+    assert rows.column_names == ["t1", "flair", "seg", "label", "subject_id", "session", "split"]
+    assert rows.features["label"].names == ["HGG", "LGG"]
+    assert rows[0]["flair"].shape == (SIZE, SIZE, SIZE)
+    write_oasis(tmp_path / "oasis")
+    rows = load_volumes("oasis1", tmp_path / "oasis")
+    assert {"image", "label", "subject_id", "session", "split", "orientation"} <= set(rows.column_names)
+    with pytest.raises(InputError, match="Unknown data set 'mnist'"):
+        load_volumes("mnist", tmp_path)
+    with pytest.raises(InputError, match="has no option 'colour'"):
+        load_volumes("bids", tmp_path, colour="red")
+    with pytest.raises(InputError, match="does not exist"):
+        load_volumes("bids", tmp_path / "nowhere")
+
+
+def test_the_verb_writes_what_it_promises(tmp_path, capsys):
+    write_phantoms(tmp_path / "data", 4, image_size=SIZE)
+    arguments = ["--dataset", "nifti_folder", "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"),
+                 "--label_column", "grade", "--image_size", "8", "--num_workers", "0", "--holdout_fraction", "0.5"]  # fmt: skip
+    prepare_verb.run(arguments)
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["counts"] == {"train": {"HGG": 2, "LGG": 2}, "heldout": {"HGG": 2, "LGG": 2}}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "heldout.safetensors", "rejected.csv", "sheet.png", "summary.json", "train.safetensors",
+    ]  # fmt: skip
+    (tmp_path / "train.txt").write_text("phantom-HGG-00000\nphantom-LGG-00001\n")
+    (tmp_path / "heldout.txt").write_text("phantom-HGG-00002\nphantom-LGG-00003\n")
+    lists = ["--train_subjects", str(tmp_path / "train.txt"), "--heldout_subjects", str(tmp_path / "heldout.txt")]
+    prepare_verb.run([*arguments, *lists])
+    assert json.loads(capsys.readouterr().out)["left_out"] == 4
+    (tmp_path / "heldout.txt").write_text("phantom-HGG-00000\nphantom-LGG-00003\n")
+    with pytest.raises(InputError, match="1 subjects are in the training set and in the hold-out"):
+        prepare_verb.run([*arguments, *lists])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_command_as_a_user_types_it(tmp_path, strict):
+    write_marked_folder(tmp_path / "data")
+    with (tmp_path / "data" / "metadata.csv").open("a") as file:
+        file.write("bad.nii.gz,bad,a\n")
+    (tmp_path / "data" / "bad.nii.gz").write_bytes(b"\x1f\x8bnothing")
+    command = [str(Path(sys.executable).parent / "msrl"), "prepare", "--dataset", "nifti_folder", "--data_dir", "data",
+               "--label_column", "grade", "--image_size", "16", "--output_dir", "out", "--holdout_fraction", "0.5"]  # fmt: skip
+    run = subprocess.run([*command, *(["--strict"] if strict else [])], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == int(strict)
+    if strict:
+        assert run.stderr.strip().splitlines()[-1].startswith("error: data/bad.nii.gz")
+    else:
+        assert json.loads(run.stdout)["rejected"] == 1
