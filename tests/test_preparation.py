@@ -107,6 +107,18 @@ def test_the_way_back_is_right_for_oblique_and_anisotropic_grids(orientation):
     assert np.abs(center - blob).max() < 0.5
 
 
+def test_voxels_below_the_background_do_not_move_it():
+    """As bias correction leaves them in some skull-stripped brains of BraTS."""
+    data = np.zeros((40, 40, 40), np.float32)
+    data[4:20, 10:30, 10:30] = 100
+    plain, geometry = PROCESSOR.preprocess_with_geometry(nib.Nifti1Image(data, np.diag([6, 6, 6, 1])))
+    data[5, 11, 11] = -50
+    volume, its_geometry = PROCESSOR.preprocess_with_geometry(nib.Nifti1Image(data, np.diag([6, 6, 6, 1])))
+    assert its_geometry == geometry
+    assert (volume == -1).float().mean() > 0.5
+    assert (volume - plain).abs().max() <= 1
+
+
 def test_a_prepared_cache_has_the_right_volumes(tmp_path):
     write_brats(tmp_path / "data", per_class=4)
     listing = list_cases("brats2019", tmp_path / "data", modality=["t1ce", "flair"])

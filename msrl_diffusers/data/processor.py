@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from ..errors import InputError
 
 
+MASKED_SHARE = 0.1  # with so many voxels of exactly one background value, the image was masked
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where a prepared cube came from, so that it can be put back.
@@ -42,7 +45,8 @@ class VolumeProcessor:
         image_size (`int`): voxels along each edge of the result.
         field_of_view (`float`): edge of the cube in millimetres; the same for every subject, so sizes of heads stay
             comparable.
-        percentiles (`tuple[float, float]`): intensities mapped to -1 and 1; values outside are clipped.
+        percentiles (`tuple[float, float]`): intensities mapped to -1 and 1; values outside are clipped, and in a masked
+            image all below the background.
     """
 
     def __init__(self, image_size: int, field_of_view: float = 192.0, percentiles: tuple[float, float] = (0.0, 99.5)):
@@ -79,9 +83,11 @@ class VolumeProcessor:
             )
         )
         affine, volume = volume.affine.numpy(), volume.as_tensor()
-        background = volume.flatten(1).amin(dim=1)
-        volume = volume - background[:, None, None, None]  # what is outside the image is background, in every channel
-        low, high = generate_spatial_bounding_box(volume, select_fn=lambda values: values > 0)
+        background = _background(volume)
+        volume = (
+            volume - background[:, None, None, None]
+        )  # 0 is background now, in every channel and outside the image
+        low, high = generate_spatial_bounding_box(volume, select_fn=lambda values: values != 0)
         cube = [max(1, round(self.field_of_view / edge)) for edge in np.linalg.norm(affine[:3, :3], axis=0)]
         start = [(first + last) // 2 - edge // 2 for first, last, edge in zip(low, high, cube, strict=True)]
         volume = _crop(volume, start, cube)
@@ -120,6 +126,10 @@ class VolumeProcessor:
         scaled, intensities = [], []
         for channel, offset in zip(volume, background.tolist(), strict=True):
             low, high = (float(percentile(channel, q)) for q in self.percentiles)
+            if (
+                channel == 0
+            ).float().mean() > MASKED_SHARE:  # a few brain voxels below it must not lift the background
+                low = max(low, 0.0)
             if not high > low:
                 raise InputError("the image has no contrast inside the cube; drop it or change field_of_view")
             scaled.append(((channel - low) / (high - low)).clamp(0, 1) * 2 - 1)
@@ -138,6 +148,13 @@ def _array(image: nib.Nifti1Image) -> np.ndarray:
     if data.min() == data.max():
         raise InputError(f"the image is constant ({data.min():g} everywhere); drop it")
     return data
+
+
+def _background(volume: torch.Tensor) -> torch.Tensor:
+    """The background's intensity in each channel of `volume [C, X, Y, Z]`: that of the corners, or the median of all
+    voxels, if that is lower. Not the minimum: bias correction leaves some skull-stripped brains voxels below it."""
+    corners = volume[:, :: volume.shape[1] - 1 or 1, :: volume.shape[2] - 1 or 1, :: volume.shape[3] - 1 or 1]
+    return torch.minimum(corners.flatten(1).median(dim=1).values, volume.flatten(1).median(dim=1).values)
 
 
 def _on_one_grid(images: Sequence[nib.Nifti1Image]) -> nib.Nifti1Image:
