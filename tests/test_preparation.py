@@ -22,6 +22,15 @@ from layouts import (
     write_nifti,
     write_oasis,
 )
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    CropForeground,
+    Orientation,
+    Resize,
+    ResizeWithPadOrCrop,
+    ScaleIntensityRangePercentiles,
+)
 
 from msrl_diffusers import VolumeDataset, VolumeProcessor, load_volumes, write_phantoms
 from msrl_diffusers.cli import prepare as prepare_verb
@@ -105,6 +114,20 @@ def test_the_way_back_is_right_for_oblique_and_anisotropic_grids(orientation):
     weights = np.clip(back - 300, 0, None)
     center = (grid * weights[..., None]).sum(axis=(0, 1, 2)) / weights.sum()
     assert np.abs(center - blob).max() < 0.5
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPI"])
+def test_it_does_what_monai_does(orientation):
+    """The same steps as a chain of MONAI's transforms, on an image whose cube lies inside."""
+    rng = np.random.default_rng(0)
+    data = np.zeros((40, 44, 48), np.float32)
+    data[8:32, 10:36, 10:38] = rng.uniform(1, 9, (24, 26, 28))
+    image = nib.Nifti1Image(data, affine_of(orientation, np.array([2.0, 2, 2]), data.shape))
+    chain = Compose([Orientation("RAS", labels=None), CropForeground(), ResizeWithPadOrCrop(32), Resize([16] * 3, mode="area"),
+                     ScaleIntensityRangePercentiles(0, 99.5, -1, 1, clip=True)])  # fmt: skip
+    expected = chain(MetaTensor(torch.from_numpy(data)[None], affine=torch.as_tensor(image.affine)))
+    volume = VolumeProcessor(16, 64.0).preprocess(image)
+    torch.testing.assert_close(volume, expected.as_tensor().permute(0, 3, 2, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_voxels_below_the_background_do_not_move_it():

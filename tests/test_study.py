@@ -5,9 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from layouts import write_brats
 from tiny import copied, differing, tiny_study
 
-from msrl_diffusers import MedVolumePipeline, StudyConfig, VolumeRewardModel, run_study, write_phantoms
+from msrl_diffusers import (
+    MedVolumePipeline,
+    StudyConfig,
+    VolumeProcessor,
+    VolumeRewardModel,
+    run_study,
+    write_phantoms,
+)
+from msrl_diffusers.data.cases import list_cases
+from msrl_diffusers.data.preparation import prepare_cases
+from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.data.volumes import VolumeDataset
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.study import STAGES
@@ -302,6 +313,22 @@ def test_prepare_from_a_folder_of_images(tmp_path):
     result = run_study(config, ["prepare"])
     assert result["train"] == result["heldout"] == {"HGG": 2, "LGG": 2}
     assert result["shape"] == [1, 16, 16, 16]
+
+
+def test_a_study_runs_from_a_prepared_cache(tmp_path):
+    """With two modalities as channels."""
+    write_brats(tmp_path / "data", per_class=4)
+    listing = list_cases("brats2019", tmp_path / "data", modality=["t1ce", "flair"])
+    prepare_cases(listing, VolumeProcessor(16), SplitPlan(0.5), tmp_path / "cache")
+    config = settings_with(tmp_path / "out", dataset="prepared", data_dir=str(tmp_path / "cache"))
+    result = run_study(config, ["prepare"])
+    assert (result["train"], result["shape"]) == ({"HGG": 2, "LGG": 2}, [2, 16, 16, 16])
+    run_study(config, stages_up_to("diffusion"))
+    pipeline = MedVolumePipeline.from_pretrained(tmp_path / "out" / "diffusion" / "pipeline")
+    assert pipeline("LGG", 2).volumes.shape == (1, 2, 16, 16, 16)
+    missing = settings_with(tmp_path / "no", dataset="prepared", data_dir=str(tmp_path / "data"))
+    with pytest.raises(InputError, match=r"train\.safetensors can't be read as prepared volumes"):
+        run_study(missing, ["prepare"])
 
 
 def test_gap_closed():

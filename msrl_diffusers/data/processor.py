@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import find_objects
 
 from ..errors import InputError
 
@@ -71,30 +72,22 @@ class VolumeProcessor:
         self, images: nib.Nifti1Image | Sequence[nib.Nifti1Image]
     ) -> tuple[torch.Tensor, Geometry]:
         """As `preprocess`, and the `Geometry` with which `postprocess` puts a volume back."""
-        from monai.data import MetaTensor  # here, since monai takes seconds to import and generating needs none of it
-        from monai.transforms import Orientation
-        from monai.transforms.utils import generate_spatial_bounding_box
-
         images = [images] if isinstance(images, nib.spatialimages.SpatialImage) else list(images)
         source = _on_one_grid(images)
-        volume = Orientation("RAS", labels=None)(
-            MetaTensor(
-                torch.from_numpy(np.stack([_array(image) for image in images])), affine=torch.as_tensor(source.affine)
-            )
-        )
-        affine, volume = volume.affine.numpy(), volume.as_tensor()
-        background = _background(volume)
-        volume = (
-            volume - background[:, None, None, None]
-        )  # 0 is background now, in every channel and outside the image
-        low, high = generate_spatial_bounding_box(volume, select_fn=lambda values: values != 0)
+        # one image after the other: the copies of all modalities at once would fill the memory
+        oriented = [nib.as_closest_canonical(image) for image in images]
+        arrays = [_array(image) for image in oriented]
+        backgrounds = [_background(array) for array in arrays]
+        box = _foreground(arrays, backgrounds)
+        affine = oriented[0].affine
         cube = [max(1, round(self.field_of_view / edge)) for edge in np.linalg.norm(affine[:3, :3], axis=0)]
-        start = [(first + last) // 2 - edge // 2 for first, last, edge in zip(low, high, cube, strict=True)]
-        volume = _crop(volume, start, cube)
-        shrinks = all(edge >= self.image_size for edge in cube)
-        size = [self.image_size] * 3
-        volume = F.interpolate(volume[None], size, **({"mode": "area"} if shrinks else {"mode": "trilinear"}))[0]
-        volume, intensities = self._scale(volume, background)
+        start = [(side.start + side.stop) // 2 - edge // 2 for side, edge in zip(box, cube, strict=True)]
+        channels, intensities = [], []
+        for array, background in zip(arrays, backgrounds, strict=True):
+            resized = self._resize(_crop(array, start, cube, background))
+            low, high = self._intensities(resized, background)
+            channels.append(((resized - low) / (high - low)).clamp(0, 1) * 2 - 1)
+            intensities.append([low, high])
         scale = np.array(cube) / self.image_size
         to_source = np.diag([*scale, 1.0])  # voxel centres: (i + 1/2) * scale - 1/2
         to_source[:3, 3] = np.array(start) + scale / 2 - 0.5
@@ -104,7 +97,7 @@ class VolumeProcessor:
             (affine @ to_source).tolist(),
             intensities,
         )
-        return volume.permute(0, 3, 2, 1).contiguous(), geometry
+        return torch.stack(channels).permute(0, 3, 2, 1).contiguous(), geometry
 
     def postprocess(self, volume: torch.Tensor, geometry: Geometry, channel: int = 0) -> nib.Nifti1Image:
         """A volume `[C, D, H, W]` in [-1, 1] in the space of the image it came from: its grid, affine and intensities.
@@ -120,25 +113,24 @@ class VolumeProcessor:
         image = resample_from_to(cube, (geometry.shape, np.array(geometry.affine)), order=1, cval=low)
         return _with_codes(image)
 
-    def _scale(self, volume: torch.Tensor, background: torch.Tensor) -> tuple[torch.Tensor, list[list[float]]]:
-        from monai.transforms.utils_pytorch_numpy_unification import percentile
+    def _resize(self, array: np.ndarray) -> torch.Tensor:
+        """The cube `[x, y, z]` at its final size: means over area, or linear interpolation where it grows."""
+        shrinks = all(edge >= self.image_size for edge in array.shape)
+        mode = {"mode": "area"} if shrinks else {"mode": "trilinear", "align_corners": False}
+        return F.interpolate(torch.from_numpy(array)[None, None], [self.image_size] * 3, **mode)[0, 0]
 
-        scaled, intensities = [], []
-        for channel, offset in zip(volume, background.tolist(), strict=True):
-            low, high = (float(percentile(channel, q)) for q in self.percentiles)
-            if (
-                channel == 0
-            ).float().mean() > MASKED_SHARE:  # a few brain voxels below it must not lift the background
-                low = max(low, 0.0)
-            if not high > low:
-                raise InputError("the image has no contrast inside the cube; drop it or change field_of_view")
-            scaled.append(((channel - low) / (high - low)).clamp(0, 1) * 2 - 1)
-            intensities.append([low + offset, high + offset])
-        return torch.stack(scaled), intensities
+    def _intensities(self, cube: torch.Tensor, background: float) -> tuple[float, float]:
+        """The intensities that become -1 and 1."""
+        low, high = (float(value) for value in np.percentile(cube.numpy(), self.percentiles))
+        if (cube == background).float().mean() > MASKED_SHARE:  # a few voxels below it must not lift the background
+            low = max(low, background)
+        if not high > low:
+            raise InputError("the image has no contrast inside the cube; drop it or change field_of_view")
+        return low, high
 
 
 def _array(image: nib.Nifti1Image) -> np.ndarray:
-    data = np.ascontiguousarray(image.dataobj, dtype=np.float32)
+    data = np.asarray(image.dataobj, dtype=np.float32)
     if data.ndim == 4 and data.shape[3] == 1:
         data = data[..., 0]
     if data.ndim != 3:
@@ -150,11 +142,19 @@ def _array(image: nib.Nifti1Image) -> np.ndarray:
     return data
 
 
-def _background(volume: torch.Tensor) -> torch.Tensor:
-    """The background's intensity in each channel of `volume [C, X, Y, Z]`: that of the corners, or the median of all
-    voxels, if that is lower. Not the minimum: bias correction leaves some skull-stripped brains voxels below it."""
-    corners = volume[:, :: volume.shape[1] - 1 or 1, :: volume.shape[2] - 1 or 1, :: volume.shape[3] - 1 or 1]
-    return torch.minimum(corners.flatten(1).median(dim=1).values, volume.flatten(1).median(dim=1).values)
+def _background(array: np.ndarray) -> float:
+    """The background's intensity: that of the corners, or the median of all voxels, if that is lower. Not the minimum:
+    bias correction leaves some skull-stripped brains voxels below it."""
+    corners = array[np.ix_(*[[0, edge - 1] for edge in array.shape])]
+    return float(min(np.median(corners), np.median(array)))
+
+
+def _foreground(arrays: Sequence[np.ndarray], backgrounds: Sequence[float]) -> tuple[slice, slice, slice]:
+    """The box of all that is not background in any of the arrays."""
+    mask = np.zeros(arrays[0].shape, dtype=np.int8)
+    for array, background in zip(arrays, backgrounds, strict=True):
+        mask |= array != background
+    return find_objects(mask)[0]
 
 
 def _on_one_grid(images: Sequence[nib.Nifti1Image]) -> nib.Nifti1Image:
@@ -170,13 +170,16 @@ def _on_one_grid(images: Sequence[nib.Nifti1Image]) -> nib.Nifti1Image:
     return first
 
 
-def _crop(volume: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-    """`volume [C, X, Y, Z]` from `start` on, zeros where that is outside; copies no more than the result."""
-    inside, padding = [], []
-    for first, edge, length in zip(start, size, volume.shape[1:], strict=True):
-        inside.append(slice(max(0, first), min(length, first + edge)))
-        padding.insert(0, (max(0, -first), max(0, first + edge - length)))
-    return F.pad(volume[(slice(None), *inside)], [amount for pair in padding for amount in pair])
+def _crop(array: np.ndarray, start: Sequence[int], size: Sequence[int], background: float) -> np.ndarray:
+    """`array` from `start` on, background where that is outside; copies no more than the result."""
+    cube = np.full(size, background, dtype=np.float32)
+    source, target = [], []
+    for first, edge, length in zip(start, size, array.shape, strict=True):
+        low, high = max(0, first), min(length, first + edge)
+        source.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+    cube[tuple(target)] = array[tuple(source)]
+    return cube
 
 
 def to_nifti(
