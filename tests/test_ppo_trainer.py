@@ -3,23 +3,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import copied, differing, tiny_pipeline
+from tiny import Brightness, copied, differing, tiny_pipeline
 
 from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer, MedVolumePipeline
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trainers.base import checkpoints, read_history
-
-
-class Brightness:
-    """The mean intensity of the sample."""
-
-    name = "brightness"
-    differentiable = True
-
-    def __call__(self, samples, conditions):
-        return samples.flatten(1).mean(dim=1)
 
 
 class Contrast:

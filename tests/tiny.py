@@ -4,8 +4,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D
 from msrl_diffusers.data.cases import list_cases
@@ -109,6 +110,46 @@ def tiny_study() -> dict:
         "num_validity_subjects": 3,
         "bootstrap_draws": 4,
     }  # fmt: skip
+
+
+def tiny_stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
+    """Stable Diffusion with all its parts: 16 x 16 images, 8 x 8 latents, prompts in small letters, a PNDM scheduler."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=12)
+    torch.manual_seed(seed)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
+    )
+    pipeline = StableDiffusionPipeline(
+        vae, CLIPTextModel(text_config), tokenizer, unet, scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class Brightness:
+    """The mean intensity of the sample."""
+
+    name = "brightness"
+    differentiable = True
+
+    def __call__(self, samples, conditions):
+        return samples.flatten(1).mean(dim=1)
 
 
 def load_folder(folder, processor, label_column=None, label_bins=None) -> VolumeDataset:

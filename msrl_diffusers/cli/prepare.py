@@ -27,6 +27,7 @@ class PrepareArguments:
         default=None, metadata={"help": "Images of a case; several become channels. The loader's default if unset."}
     )
     kind: str | None = field(default=None, metadata={"help": "oasis1: t88_masked, t88, subj_111 or raw."})
+    csv: str | None = field(default=None, metadata={"help": "oasis1: the table of ratings, if it lies elsewhere."})
     label_column: str | None = field(default=None, metadata={"help": "Column with the classes."})
     label_bins: list[float] | None = field(
         default=None, metadata={"help": "Edges for a numeric column: 40 60 gives three classes."}
@@ -67,7 +68,7 @@ def run(arguments: Sequence[str]) -> None:
     output_dir = Path(args.output_dir)
     listing = list_cases(
         args.dataset, args.data_dir,
-        modality=args.modality, kind=args.kind, label_column=args.label_column, label_bins=args.label_bins,
+        modality=args.modality, kind=args.kind, csv=args.csv, label_column=args.label_column, label_bins=args.label_bins,
     )  # fmt: skip
     if args.strict and listing.rejected:
         write_rejections(listing.rejected, output_dir / "rejected.csv")

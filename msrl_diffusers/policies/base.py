@@ -58,7 +58,10 @@ class DenoisingPolicy(Protocol):
         """Within it, `predict` is the pretrained model: adapters off under LoRA, otherwise a frozen copy."""
 
 
-POLICIES = {"MedVolumePipeline": "volume.VolumePolicy"}
+POLICIES = {
+    "MedVolumePipeline": "volume.VolumePolicy",
+    "StableDiffusionPipeline": "stable_diffusion.StableDiffusionPolicy",
+}
 
 
 def make_policy(pipeline) -> DenoisingPolicy:

@@ -65,6 +65,8 @@ class DiffusionPPOTrainer:
         else:
             rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
             self.reward = WeightedSum(rewards, args.reward_weights)
+        if train_conditions is None and not hasattr(pipeline, "id2label"):
+            raise InputError(f"{type(pipeline).__name__} has no classes; give its prompts as train_conditions.")
         self.train_conditions = list(train_conditions if train_conditions is not None else pipeline.id2label)
         self.watchdogs = dict(watchdogs or {})
         if select_by is not None and select_by.removeprefix("-") not in self.watchdogs:

@@ -1,0 +1,48 @@
+"""UNetPolicy: what policies of diffusers pipelines with a `unet` have in common: guidance and the reference."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .base import Conditioning
+
+
+class UNetPolicy:
+    """The policy of a pipeline with a `unet`; a subclass adds `latent_shape`, `encode` and `decode`.
+
+    With full fine-tuning the reference is a frozen copy of the denoiser, made here; with a LoRA adapter already injected it
+    is the denoiser with its adapter switched off.
+    """
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+        self.denoiser = pipeline.unet
+        self.scheduler = pipeline.scheduler
+        self._uses_adapter = bool(getattr(pipeline.unet, "peft_config", None))
+        self._frozen = None if self._uses_adapter else copy.deepcopy(pipeline.unet).eval().requires_grad_(False)
+
+    def predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> torch.Tensor:
+        (output,) = self.denoiser(latents, timestep, **conditioning.positive, return_dict=False)
+        if guidance_scale == 1.0:
+            return output
+        (unconditional,) = self.denoiser(latents, timestep, **conditioning.negative, return_dict=False)
+        return unconditional + guidance_scale * (output - unconditional)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self._uses_adapter:
+            self.pipeline.unet.disable_adapters()
+            try:
+                yield
+            finally:
+                self.pipeline.unet.enable_adapters()
+        else:
+            current, self.denoiser = self.denoiser, self._frozen.to(self.pipeline.unet.device)
+            try:
+                yield
+            finally:
+                self.denoiser = current
