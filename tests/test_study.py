@@ -92,8 +92,10 @@ def test_both_arms_stand_at_both_samplers(report):
     for role in ("judge", "label"):
         assert names <= set(report["fid_by_sampler"][role])
     assert report["samplers"]["rollout"] == {"num_inference_steps": 4, "eta": 1.0, "guidance_scale": 1.0}
-    for arm in ("standard", "rl"):  # reported at the standard arm's best sampler, both
-        assert report["fid"]["judge"][arm] == report["fid_by_sampler"]["judge"][f"{arm} @ best"]
+    assert report["chosen"]["standard"] == "standard @ best"
+    assert report["chosen"]["rl"] in ("rl @ best", "rl @ rollout")
+    for arm, name in report["chosen"].items():
+        assert report["fid"]["judge"][arm] == report["fid_by_sampler"]["judge"][name]
 
 
 def test_rewards_before_and_after(report):

@@ -93,7 +93,7 @@ from monai.transforms import (
 
 data_dir, cache_dir, size, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 modalities = ["t1", "t1ce", "t2", "flair"]
-cases = sorted(path for grade in ("HGG", "LGG") for path in (data_dir / grade).iterdir())
+cases = sorted(path for grade in ("HGG", "LGG") for path in (data_dir / grade).iterdir())[: int(sys.argv[5])]
 files = [{"image": [str(case / f"{case.name}_{name}.nii.gz") for name in modalities]} for case in cases]
 transform = Compose([
     LoadImaged("image"), EnsureChannelFirstd("image"), Orientationd("image", "RAS", labels=None),
@@ -111,11 +111,13 @@ for _ in DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_cases", type=int, default=335)
+    parser.add_argument("--monai_cases", type=int, help="as many of them for MONAI; all if unset")
     parser.add_argument("--num_distinct", type=int, default=4)
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/prepare-brats.json"))
     args = parser.parse_args()
+    args.monai_cases = args.monai_cases or args.num_cases
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = Path(scratch) / "MICCAI_BraTS_2019_Data_Training"
         write_cases(data_dir, args.num_cases, args.num_distinct)
@@ -126,20 +128,20 @@ def main() -> None:
         ])  # fmt: skip
         monai = watched([
             sys.executable, "-c", MONAI_SCRIPT, str(data_dir), f"{scratch}/monai", str(args.image_size),
-            str(args.num_workers),
+            str(args.num_workers), str(args.monai_cases),
         ])  # fmt: skip
         summary = json.loads((Path(scratch) / "ours" / "summary.json").read_text())
-    for figures in (ours, monai):
-        figures["volumes_per_second"] = round(args.num_cases / figures["seconds"], 3)
+    for figures, count in ((ours, args.num_cases), (monai, args.monai_cases)):
+        figures["cases"] = count
+        figures["cases_per_second"] = round(count / figures["seconds"], 3)
     content = {
         "what": "preparing BraTS-sized cases: 240 x 240 x 155, int16, four modalities",
-        "cases": args.num_cases,
         "distinct_cases": args.num_distinct,
         "image_size": args.image_size,
         "num_workers": args.num_workers,
         "msrl_prepare": ours,
         "monai_persistent_dataset": monai,
-        "speed_ratio": round(monai["seconds"] / ours["seconds"], 3),
+        "speed_ratio": round(ours["cases_per_second"] / monai["cases_per_second"], 3),
         "memory_ratio": round(ours["peak_mib"] / monai["peak_mib"], 3),
         "prepared": {"volumes": summary["volumes"], "rejected": summary["rejected"]},
         "cpu_count": os.cpu_count(),

@@ -19,14 +19,14 @@ from .config import StudyConfig
 from .stages import sample_with
 
 
-REPORTED = {"real_floor": "real_floor", "limit": "limit", "standard": "standard @ best", "rl": "rl @ best"}
+REPORTED = ("real_floor", "limit", "standard", "rl")
 
 
 def evaluate(config: StudyConfig) -> dict:
     """All figures of the report that need models or volumes. Saves the volumes of every reported arm.
 
-    Both arms stand at the sampler that the label extractor chose for the pretrained model in stage score, on other
-    samples than these; the rollouts' sampler is reported beside it.
+    Each arm stands at the sampler that the label extractor chooses for it on other samples than these: the standard arm
+    among all of the config, in stage score; the tuned one between that sampler and the rollouts'.
     """
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     validity_subjects = heldout.take_per_class(config.num_validity_subjects)
@@ -40,6 +40,8 @@ def evaluate(config: StudyConfig) -> dict:
         "standard": load_pipeline(config),
         "rl": MedVolumePipeline.from_pretrained(Path(config.output_dir) / "ppo" / "pipeline", dtype=torch.float32),
     }
+    chosen = {"real_floor": "real_floor", "limit": "limit", "standard": "standard @ best"}
+    chosen["rl"] = f"rl @ {_choose_sampler(pipelines['rl'], samplers, train, extractors['label'], config)}"
     arms = {"real_floor": heldout, "limit": _reconstructions(pipelines["standard"], train, config)}
     with tqdm(total=len(pipelines) * len(samplers), desc="evaluate") as progress:
         for arm, pipeline in pipelines.items():
@@ -62,25 +64,26 @@ def evaluate(config: StudyConfig) -> dict:
     }
     folder = Path(config.output_dir) / "evaluate"
     for arm in REPORTED:
-        arms[REPORTED[arm]].save(folder / f"{arm}.safetensors")
+        arms[chosen[arm]].save(folder / f"{arm}.safetensors")
     return {
         "n": {"all": len(train), **train.class_counts()},
         "samplers": samplers,
-        "fid": {role: {arm: by_sampler[role][REPORTED[arm]] for arm in REPORTED} for role in extractors},
+        "chosen": chosen,
+        "fid": {role: {arm: by_sampler[role][chosen[arm]] for arm in REPORTED} for role in extractors},
         "fid_by_sampler": by_sampler,
         "fid_heldout": {
             role: {
-                arm: frechet_by_class(references[role]["heldout"], heldout, features[role][REPORTED[arm]], arms[REPORTED[arm]])
+                arm: frechet_by_class(references[role]["heldout"], heldout, features[role][chosen[arm]], arms[chosen[arm]])
                 for arm in REPORTED
                 if arm != "real_floor"
             }
             for role in extractors
         },
         "kid": {
-            role: {arm: kernel_distance(references[role]["train"], features[role][REPORTED[arm]], config.seed) for arm in REPORTED}
+            role: {arm: kernel_distance(references[role]["train"], features[role][chosen[arm]], config.seed) for arm in REPORTED}
             for role in extractors
         },
-        **_intervals(references, features, by_sampler, config),
+        **_intervals(references, features, by_sampler, chosen, config),
         "reward": _rewards(config, rewards, arms["standard @ rollout"], arms["rl @ rollout"]),
         "reward_models": _validity(config, pipelines["standard"], rewards, validity_subjects),
         "extractors": {role: extractor_identity(extractor) for role, extractor in extractors.items()},
@@ -95,6 +98,18 @@ def _samplers(config: StudyConfig) -> dict[str, dict]:
     return {"best": {"guidance_scale": 1.0, **best}, "rollout": rollout}
 
 
+def _choose_sampler(
+    pipeline: MedVolumePipeline, samplers: dict, train: VolumeDataset, extractor: torch.nn.Module, config: StudyConfig
+) -> str:
+    """The sampler of the lowest label FID; on the samples' seeds of stage score, which are not those of the report."""
+    real, distances = extract_features(extractor, train.pixel_values), {}
+    for name, sampler in samplers.items():
+        sampled = sample_with(pipeline, train, sampler, config, "sampler choice")
+        features = extract_features(extractor, sampled.pixel_values)
+        distances[name] = frechet_by_class(real, train, features, sampled)["all"]
+    return min(distances, key=distances.get)
+
+
 def _reconstructions(pipeline: MedVolumePipeline, volumes: VolumeDataset, config: StudyConfig) -> VolumeDataset:
     """What the autoencoder makes of the volumes: no generator over its latents can do better."""
     return sample_set(
@@ -107,13 +122,13 @@ def _reconstructions(pipeline: MedVolumePipeline, volumes: VolumeDataset, config
     )
 
 
-def _intervals(references: dict, features: dict, by_sampler: dict, config: StudyConfig) -> dict:
+def _intervals(references: dict, features: dict, by_sampler: dict, chosen: dict, config: StudyConfig) -> dict:
     """95 % bootstrap intervals of every distance, and of the paired difference between the arms, over all classes."""
     intervals, differences = {}, {}
     for role, reference in references.items():
-        arms = {arm: features[role][REPORTED[arm]] for arm in REPORTED}
+        arms = {arm: features[role][chosen[arm]] for arm in REPORTED}
         replicates = bootstrap_frechet(reference["train"], arms, config.bootstrap_draws, config.seed)
-        values = {arm: by_sampler[role][REPORTED[arm]]["all"] for arm in REPORTED}
+        values = {arm: by_sampler[role][chosen[arm]]["all"] for arm in REPORTED}
         intervals[role] = {arm: centred_interval(values[arm], replicates[arm]) for arm in REPORTED}
         difference = values["rl"] - values["standard"]
         interval = centred_interval(difference, replicates["rl"] - replicates["standard"])
