@@ -48,7 +48,7 @@ Memorization has not been audited.
 def write_release(config: StudyConfig, path: str | Path) -> None:
     """Write the pipeline, the reward models and extractors in float16, the scores and a card to
     `path`. The stages up to `rewards` must be done."""
-    path = Path(path)
+    path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
     prepared = json.loads((Path(config.output_dir) / "prepare" / "stage.json").read_text())["result"]
     scores, id2label = load_scores(config), load_split(config, "train").id2label
     load_pipeline(config).to(dtype=torch.float16).save_pretrained(path)
@@ -73,7 +73,7 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         train=" + ".join(map(str, prepared["train"].values())),
         heldout=" + ".join(map(str, prepared["heldout"].values())),
         fingerprint=prepared["fingerprint"],
-        commit=git_commit(),
+        commit=commit,
         seed=config.seed,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
