@@ -17,7 +17,7 @@ MODULES = {
     if path != PACKAGE / "__init__.py"
 }
 FLOORS = [
-    {"errors", "files", "seeding", "arguments", "precision"},
+    {"errors", "files", "seeding", "arguments", "precision", "threads"},
     {"functional"},
     {"models", "data"},
     {"pipelines", "policies", "rewards"},

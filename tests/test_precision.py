@@ -1,7 +1,10 @@
+import os
+
 import pytest
 import torch
 
 from msrl_diffusers.precision import autocast, resolve_precision
+from msrl_diffusers.threads import use_all_cores
 
 
 @pytest.mark.parametrize(
@@ -22,3 +25,14 @@ def test_auto_is_bf16_where_the_processor_has_it(monkeypatch, instructions):
 
 def test_a_named_precision_is_kept():
     assert [resolve_precision(name, "cpu") for name in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+
+
+def test_a_process_alone_uses_all_cores():
+    """As `accelerate launch` starts it: with one thread."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        use_all_cores()
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)

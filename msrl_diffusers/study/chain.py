@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from ..errors import InputError
 from ..files import folder_mark, write_json
+from ..threads import use_all_cores
 from . import stages
 from .config import TRAINER_CONFIGS, StudyConfig
 from .evaluate import evaluate
@@ -108,6 +109,7 @@ def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
     """
     if PartialState().num_processes > 1:
         raise InputError("A study runs in one process; launch the trainers on checkpoints to use several.")
+    use_all_cores()
     names = list(only or STAGES)
     unknown = [name for name in names if name not in STAGES]
     if unknown:

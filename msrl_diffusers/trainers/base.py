@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import write_text
 from ..precision import resolve_precision
 from ..seeding import fold_seed
+from ..threads import use_all_cores
 from .base_config import TrainingConfig
 
 
@@ -36,6 +37,7 @@ class TrainingRun:
     def __init__(self, args: TrainingConfig, description: str, gradient_accumulation_steps: int | None = None):
         self.args, self.description = args, description
         self.output_dir = Path(args.output_dir)
+        use_all_cores()
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(args.mixed_precision, PartialState().default_device),
