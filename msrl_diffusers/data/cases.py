@@ -11,13 +11,11 @@ from pathlib import Path
 from ..errors import InputError
 
 
-LOADERS = {
-    "brats2019": "brats2019",
-    "oasis1": "oasis1",
-    "bids": "bids",
-    "nifti_folder": "nifti_folder",
-    "datalist": "datalist",
-}
+LOADERS = ("brats2019", "oasis1", "bids", "nifti_folder", "datalist")  # one module each, with a function `scan`
+SPLITS = {  # what tables and data lists call a split
+    "training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout", "train": "train",
+    "heldout": "heldout",
+}  # fmt: skip
 LabelBins = Mapping[str, Sequence[float | None]] | Sequence[float]
 
 
@@ -82,7 +80,7 @@ def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
         raise InputError(f"Unknown data set {name!r}; there are {sorted(LOADERS)}.")
     if not os.path.exists(data_dir):
         raise InputError(f"{data_dir} does not exist; give the folder the data set was unpacked to.")
-    scan = import_module(f".{LOADERS[name]}", __package__).scan
+    scan = import_module(f".{name}", __package__).scan
     known = list(inspect.signature(scan).parameters)[1:]
     given = {option: value for option, value in options.items() if value is not None}
     unknown = sorted(set(given) - set(known))

@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import Case, LabelBins, Listing, class_is_given, class_names, class_of
+from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of
 from .folders import entries
 
 
-SPLITS = {"training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout"}
 IMAGE_SUFFIXES = (".nii", ".nii.gz")
 
 

@@ -6,11 +6,8 @@ The table is read here and not by `datasets`, which gives up on the whole folder
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import Case, LabelBins, Listing, class_is_given, class_names, class_of
+from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of
 from .folders import read_table
-
-
-SPLIT_NAMES = {"train": "train", "test": "heldout", "heldout": "heldout", "validation": "heldout"}
 
 
 def scan(
@@ -73,7 +70,7 @@ def scan(
                 label,
                 subject_id=row.get(subject_column) or stem,
                 session=row.get("session") or (stem if row.get(subject_column) else ""),
-                split=SPLIT_NAMES.get((row.get("split") or "").lower()),
+                split=SPLITS.get((row.get("split") or "").lower()),
                 seg=str(data_dir / seg) if seg else None,
             )
         )
