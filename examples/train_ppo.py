@@ -60,8 +60,9 @@ def main() -> None:
 
 
 def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPPOConfig) -> None:
-    classes = {"reward_volume": VolumeRewardModel, "reward_slice": SliceRewardModel}
-    given = {name: getattr(script_args, name) for name in classes if getattr(script_args, name)}
+    classes = {"volume": VolumeRewardModel, "slice": SliceRewardModel}
+    paths = {name: getattr(script_args, f"reward_{name}") for name in classes}
+    given = {name: path for name, path in paths.items() if path}
     if not given:
         raise InputError("--pipeline needs a reward: give --reward_volume, --reward_slice or both.")
     pipeline = load_model(MedVolumePipeline, script_args.pipeline, dtype=torch.float32)
@@ -72,7 +73,7 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
     if not PartialState().is_main_process:
         return
     pipeline.save_pretrained(Path(ppo_args.output_dir) / "pipeline_rl")
-    plot_history(ppo_args.output_dir, ["reward", *given, "kl"])
+    plot_history(ppo_args.output_dir, ["reward/mean", *(f"reward/{name}" for name in given), "ppo/kl"])
     print(f"pipeline: {Path(ppo_args.output_dir) / 'pipeline_rl'}")
 
 

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 
@@ -44,6 +45,32 @@ def plot_volumes(rows: Mapping[str, torch.Tensor], path: str | Path, max_volumes
     _save(figure, path, facecolor="black")
 
 
+def plot_samples(samples: torch.Tensor, titles: Sequence[str], path: str | Path, max_samples: int = 8) -> np.ndarray:
+    """Samples of a rollout with a title each: images `[B, C, H, W]`, or the middle slices of volumes `[B, C, D, H, W]`.
+
+    Returns the picture `[height, width, 3]` in uint8, for trackers.
+    """
+    samples = samples[:max_samples].float().cpu()
+    rows = 3 if samples.ndim == 5 else 1
+    figure, axes = plt.subplots(rows, len(samples), figsize=(1.5 * len(samples), 1.6 * rows + 0.3), squeeze=False)
+    for column, (sample, title) in enumerate(zip(samples, titles, strict=False)):
+        pictures = orthogonal_slices(sample) if sample.ndim == 4 else [_displayed(sample)]
+        for axis, picture in zip(axes[:, column], pictures, strict=True):
+            axis.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1, origin="lower" if rows == 3 else "upper")
+            axis.axis("off")
+        axes[0, column].set_title(title, fontsize=8)
+    figure.tight_layout()
+    figure.canvas.draw()
+    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    _save(figure, path)
+    return picture
+
+
+def _displayed(image: torch.Tensor) -> torch.Tensor:
+    """`[C, H, W]` in [-1, 1] as matplotlib shows it: RGB on [0, 1], or the first channel."""
+    return (image.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) if len(image) == 3 else image[0]
+
+
 def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, xlabel: str) -> None:
     """One panel per entry `{name: (x, y)}`, sharing the horizontal axis."""
     figure, axes = plt.subplots(1, len(curves), figsize=(3.4 * len(curves), 3), squeeze=False)
@@ -57,8 +84,8 @@ def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], p
 
 
 def plot_history(output_dir: str | Path, names: Sequence[str], path: str | Path | None = None) -> None:
-    """The curves `names` of a training's `history.jsonl`, to `path` or `output_dir/curves.png`; those it lacks are left out."""
-    history = [json.loads(line) for line in (Path(output_dir) / "history.jsonl").read_text().splitlines()]
+    """The curves `names` of a training's `log.jsonl`, to `path` or `output_dir/curves.png`; those it lacks are left out."""
+    history = [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
     curves = {}
     for name in names:
         points = [(line["step"], line[name]) for line in history if name in line]

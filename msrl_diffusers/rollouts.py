@@ -3,7 +3,7 @@
 Shape letters: B batch, T denoising steps, C channels, *S spatial axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -16,7 +16,7 @@ from .policies.base import Conditioning, DenoisingPolicy
 
 @dataclass(frozen=True)
 class StepTable:
-    """The grid of a sampler: `timesteps [T]`, `alpha_prods [T]`, their successors `alpha_prods_prev [T]`, `eta`.
+    """The grid of a sampler: `timesteps [T]`, `alpha_prods [T]`, their successors `alpha_prods_prev [T]`, `etas [T]`.
 
     `stochastic` lists the steps whose standard deviation reaches `min_std`. The others are taken without noise and are
     no actions: their log-probability is infinite or so steep that it would rule the gradient (the last step of a
@@ -26,7 +26,7 @@ class StepTable:
     timesteps: torch.Tensor
     alpha_prods: torch.Tensor
     alpha_prods_prev: torch.Tensor
-    eta: float
+    etas: torch.Tensor
     stochastic: tuple[int, ...]
 
     @classmethod
@@ -53,12 +53,20 @@ class StepTable:
             timesteps.to(device),
             alpha_prods.float().to(device),
             alpha_prods_prev.float().to(device),
-            eta,
+            torch.full_like(alpha_prods, eta, dtype=torch.float32).to(device),
             tuple((stds >= min_std).nonzero()[:, 0].tolist()),
         )
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def window(self, start: int, size: int) -> "StepTable":
+        """The same grid with noise only in `size` stochastic steps, from the one at position `start` among them on; all
+        others are deterministic DDIM steps (MixGRPO, arXiv 2507.21802: most of a rollout's variance is not of use)."""
+        kept = self.stochastic[start : start + size]
+        etas = torch.zeros_like(self.etas)
+        etas[list(kept)] = self.etas[list(kept)]
+        return replace(self, etas=etas, stochastic=kept)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Rollout:
         conditioning (`Conditioning`): what the denoiser was given.
         conditions (`Tensor [B]`): number of the condition of each sample, the groups of the advantages.
         samples (`Tensor [B, C, *S']`): decoded, in [-1, 1].
+        means (`Tensor [B, T, C, *S]`, *optional*): of the steps taken, where a trust region around them is asked for.
         advantages (`Tensor [B]`, *optional*).
     """
 
@@ -80,6 +89,7 @@ class Rollout:
     conditioning: Conditioning
     conditions: torch.Tensor
     samples: torch.Tensor
+    means: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -90,18 +100,30 @@ class Rollout:
 
     def select(self, rows: slice | torch.Tensor) -> "Rollout":
         """Some of the samples."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        conditioning = values.pop("conditioning").select(rows)
-        return Rollout(conditioning=conditioning, **{k: None if v is None else v[rows] for k, v in values.items()})
+        return self._map(lambda value: value[rows], self.conditioning.select(rows))
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """All of it on `device`."""
+        return self._map(lambda value: value.to(device), self.conditioning.to(device))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor], conditioning: Conditioning) -> "Rollout":
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "conditioning"}
+        changed = {name: None if value is None else change(value) for name, value in values.items()}
+        return Rollout(conditioning=conditioning, **changed)
 
     @staticmethod
     def cat(parts: Sequence["Rollout"]) -> "Rollout":
         """One rollout of several batches."""
-        join = lambda name: torch.cat([getattr(part, name) for part in parts])  # noqa: E731
+
+        def join(name: str) -> torch.Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        names = [item.name for item in fields(Rollout) if item.name != "conditioning"]
         return Rollout(
-            join("latents"), join("log_probs"), Conditioning.cat([part.conditioning for part in parts]),
-            join("conditions"), join("samples"),
-        )  # fmt: skip
+            conditioning=Conditioning.cat([part.conditioning for part in parts]),
+            **{name: join(name) for name in names},
+        )
 
 
 def step_moments(
@@ -116,7 +138,7 @@ def step_moments(
     model_output = policy.predict(latents, table.timesteps[step], conditioning, guidance_scale)
     prediction_type = policy.scheduler.config.prediction_type
     return ddim_moments(
-        model_output, latents, table.alpha_prods[step], table.alpha_prods_prev[step], table.eta, prediction_type
+        model_output, latents, table.alpha_prods[step], table.alpha_prods_prev[step], table.etas[step], prediction_type
     )
 
 
@@ -129,31 +151,41 @@ def sample_rollout(
     guidance_scale: float = 1.0,
     log_prob_reduction: str = "mean",
     vocabulary: Sequence | None = None,
+    log_prob_guidance: float | None = None,
+    keep_means: bool = False,
 ) -> Rollout:
     """Denoise one sample per condition; sample i draws all its noise from `generators[i]`.
 
-    `vocabulary` lists all conditions there may be, so that batches of one rollout number them alike.
+    `vocabulary` lists all conditions there may be, so that batches of one rollout number them alike. With
+    `log_prob_guidance` the log-probabilities (and means) are those of the policy at that guidance scale, whatever the
+    scale that chose the actions: the policy that is trained may be the one without guidance.
     """
     conditioning = policy.encode(conditions)
     device = table.timesteps.device
     shape = (len(generators), *policy.latent_shape)
     latents = randn_tensor(shape, list(generators), device)
-    states, log_probs = [latents], []
+    states, log_probs, means = [latents], [], []
     for step in range(len(table)):
         mean, std = step_moments(policy, table, step, latents, conditioning, guidance_scale)
+        rated = mean
         if step in table.stochastic:
+            if log_prob_guidance not in (None, guidance_scale):
+                rated, _ = step_moments(policy, table, step, latents, conditioning, log_prob_guidance)
             latents = mean + std * randn_tensor(shape, list(generators), device)
-            log_probs.append(gaussian_log_prob(latents, mean, std, log_prob_reduction))
+            log_probs.append(gaussian_log_prob(latents, rated, std, log_prob_reduction))
         else:
             latents = mean
             log_probs.append(torch.zeros(len(latents), device=device))
         states.append(latents)
+        if keep_means:
+            means.append(rated)
     return Rollout(
         latents=torch.stack(states, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
         conditioning=conditioning,
         conditions=torch.as_tensor(condition_numbers(conditions, vocabulary), device=device),
         samples=policy.decode(latents),
+        means=torch.stack(means, dim=1) if keep_means else None,
     )
 
 

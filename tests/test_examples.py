@@ -13,7 +13,7 @@ import yaml
 from tiny import tiny_pipeline, tiny_study
 
 from msrl_diffusers import MedVolumePipeline, SliceRewardModel, VolumeRewardModel, VQModel3D
-from msrl_diffusers.trainers.base import read_history
+from msrl_diffusers.trainers.base import read_log
 
 
 ROOT = Path(__file__).parent.parent
@@ -69,9 +69,9 @@ def test_train_ppo_on_checkpoints(checkpoints, tmp_path):
         "--learning_rate", "1e-2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    history = read_history(tmp_path)
+    history = read_log(tmp_path)
     assert [line["step"] for line in history] == [1, 2]
-    assert {"reward", "reward_volume", "reward_slice", "kl", "ratio_mean"} <= set(history[0])
+    assert {"reward/mean", "reward/volume", "reward/slice", "ppo/kl", "ppo/ratio_first"} <= set(history[0])
     assert (tmp_path / "curves.png").is_file()
     tuned = MedVolumePipeline.from_pretrained(tmp_path / "pipeline_rl").unet.state_dict()
     before = tiny_pipeline().unet.state_dict()
@@ -93,9 +93,9 @@ def test_two_processes_train_as_one_does(extra, checkpoints, tmp_path, monkeypat
             "--num_inference_steps", "3", *extra,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    histories = [read_history(tmp_path / name) for name in "12"]
+    histories = [read_log(tmp_path / name) for name in "12"]
     for one, two in zip(*histories, strict=True):
-        for name in ("reward", "reward_std", "reward_volume", "reward_slice"):
+        for name in ("reward/mean", "reward/std", "reward/volume", "reward/slice"):
             assert two[name] == pytest.approx(one[name], rel=2e-2, abs=2e-3)
     weights = [MedVolumePipeline.from_pretrained(tmp_path / name / "pipeline_rl").unet.state_dict() for name in "12"]
     before = MedVolumePipeline.from_pretrained(checkpoints / "pipeline").unet.state_dict()

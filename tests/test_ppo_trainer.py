@@ -9,7 +9,7 @@ from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer, MedVolumePip
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
-from msrl_diffusers.trainers.base import checkpoints, read_history
+from msrl_diffusers.trainers.base import checkpoints, read_log
 
 
 class Contrast:
@@ -54,15 +54,15 @@ def test_an_analytic_reward_rises(tmp_path):
     args = config(tmp_path, max_steps=10, rollout_batch_size=32, train_batch_size=32, learning_rate=5e-3)
     trainer = DiffusionPPOTrainer(pipeline, Brightness(), args)
     figures = trainer.train()
-    history = read_history(tmp_path)
+    history = read_log(tmp_path)
     assert [line["step"] for line in history] == list(range(1, 11))
     # rewards are standardised on the first rollout: this is a rise by one standard deviation of the pretrained model
-    assert abs(history[0]["reward"]) < 1e-4
-    assert history[-1]["reward"] > 1
-    assert history[-1]["brightness"] > history[0]["brightness"]
-    assert history[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert abs(history[0]["kl"]) < 1e-6
-    assert history[-1]["kl"] > 100 * abs(history[0]["kl"])
+    assert abs(history[0]["reward/mean"]) < 1e-4
+    assert history[-1]["reward/mean"] > 1
+    assert history[-1]["reward/brightness"] > history[0]["reward/brightness"]
+    assert history[0]["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert abs(history[0]["ppo/kl"]) < 1e-6
+    assert history[-1]["ppo/kl"] > 100 * abs(history[0]["ppo/kl"])
     assert figures["rollouts"] == 10
     assert figures["stopped"] is None
     assert set(differing(before, copied(pipeline.unet))) == {name for name, _ in pipeline.unet.named_parameters()}
@@ -80,7 +80,7 @@ def test_the_leash_holds(tmp_path):
             tmp_path / name, max_steps=6, rollout_batch_size=16, train_batch_size=16, learning_rate=3e-3, **settings
         )
         DiffusionPPOTrainer(tiny_pipeline(), Brightness(), args).train()
-        kl[name] = read_history(tmp_path / name)[-1]["kl"]
+        kl[name] = read_log(tmp_path / name)[-1]["ppo/kl"]
     assert 0 < kl["held"] < 0.5 * kl["free"]
 
 
@@ -89,20 +89,21 @@ def test_the_first_ratio_is_one_and_forwards_are_counted(guidance_scale, tmp_pat
     args = config(tmp_path, max_steps=1, guidance_scale=guidance_scale, timestep_fraction=0.5)
     trainer = DiffusionPPOTrainer(tiny_pipeline(), Brightness(), args)
     trainer.train()
-    (line,) = read_history(tmp_path)
-    assert line["ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert line["ratio_deviation"] < 1e-6
-    assert (line["clip_fraction_high"], line["clip_fraction_low"]) == (0, 0)
+    (line,) = read_log(tmp_path)
+    assert line["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert line["ppo/ratio_deviation"] < 1e-6
+    assert (line["ppo/clip_fraction_high"], line["ppo/clip_fraction_low"]) == (0, 0)
     factor = 1 if guidance_scale == 1.0 else 2
-    assert trainer.unet_forwards == factor * (8 * 4 + 8 * 2 * 4)  # sampling; two trained steps of four passes
+    # sampling; two trained steps of three passes; the reference on one watched batch
+    assert trainer.unet_forwards == factor * (8 * 4 + 8 * 2 * 3 + 4 * 2)
 
 
 def test_two_updates_per_rollout_move_the_ratio(tmp_path):
     args = config(tmp_path, max_steps=1, num_updates=2, learning_rate=1e-2)
     trainer = DiffusionPPOTrainer(tiny_pipeline(), Brightness(), args)
     trainer.train()
-    (line,) = read_history(tmp_path)
-    assert line["ratio_deviation"] > 1e-6
+    (line,) = read_log(tmp_path)
+    assert line["ppo/ratio_deviation"] > 1e-6
 
 
 def test_one_update_is_the_same_with_either_reduction(tmp_path):
@@ -138,8 +139,8 @@ def test_resume_is_exact(settings, tmp_path):
     assert set(whole.reward.scales) == {"brightness", "contrast"}
     assert whole.unet_forwards == resumed.unet_forwards > 0
     assert timeless([figures]) == timeless([resumed_figures])
-    assert timeless(read_history(tmp_path / "whole")) == timeless(read_history(tmp_path / "parts"))
-    assert [line["step"] for line in read_history(tmp_path / "parts")] == [1, 2, 3, 4]
+    assert timeless(read_log(tmp_path / "whole")) == timeless(read_log(tmp_path / "parts"))
+    assert [line["step"] for line in read_log(tmp_path / "parts")] == [1, 2, 3, 4]
     states = [
         json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text()) for name in ("whole", "parts")
     ]
@@ -158,10 +159,10 @@ def test_lora_trains_the_adapter_alone_and_is_fused(tmp_path):
     assert trained
     assert all("lora" in name for name in trained)
     trainer.train()
-    history = read_history(tmp_path / "run")
-    assert history[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert abs(history[0]["kl"]) < 1e-9
-    assert history[-1]["kl"] > 1e-8
+    history = read_log(tmp_path / "run")
+    assert history[0]["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert abs(history[0]["ppo/kl"]) < 1e-9
+    assert history[-1]["ppo/kl"] > 1e-8
 
     after = copied(pipeline.unet)
     changed = differing(before, after)
@@ -189,10 +190,10 @@ def test_lora_trains_the_adapter_alone_and_is_fused(tmp_path):
 def test_the_kl_budget_stops(tmp_path):
     args = config(tmp_path, max_steps=8, kl_budget=1e-6, learning_rate=3e-3)
     figures = DiffusionPPOTrainer(tiny_pipeline(), Brightness(), args).train()
-    history = read_history(tmp_path)
+    history = read_log(tmp_path)
     assert "kl_budget=1e-06" in figures["stopped"]
     assert figures["rollouts"] == len(history) == 2
-    assert history[0]["kl"] < 1e-6 < history[1]["kl"]
+    assert history[0]["ppo/kl"] < 1e-6 < history[1]["ppo/kl"]
 
 
 def test_patience_stops_and_the_best_weights_are_kept(tmp_path):
@@ -203,7 +204,7 @@ def test_patience_stops_and_the_best_weights_are_kept(tmp_path):
         pipeline, Brightness(), args, watchdogs={"scripted": lambda rollout: next(scripted)}, select_by="scripted"
     )
     figures = trainer.train()
-    assert (figures["rollouts"], figures["step"], figures["scripted"]) == (4, 2, 3.0)
+    assert (figures["rollouts"], figures["step"], figures["watch/scripted"]) == (4, 2, 3.0)
     assert "not improved" in figures["stopped"]
     # the second rollout (figure 3.0) was sampled with the weights after one update
     states = [load_file(path / "model.safetensors") for path in checkpoints(tmp_path)]
@@ -218,7 +219,7 @@ def test_without_selection_the_last_weights_are_kept(tmp_path):
     args = config(tmp_path, max_steps=2, save_steps=1)
     DiffusionPPOTrainer(pipeline, Brightness(), args, watchdogs={"bright": bright_samples}).train()
     assert differing(copied(pipeline.unet), load_file(tmp_path / "checkpoint-2/model.safetensors")) == []
-    assert all("bright" in line for line in read_history(tmp_path))
+    assert all("watch/bright" in line for line in read_log(tmp_path))
     assert not pipeline.unet.training
 
 
@@ -265,9 +266,9 @@ def test_samples_do_not_depend_on_the_size_of_rollout_batches(tmp_path):
     for pipeline, size in zip(pipelines, (4, 8), strict=True):
         args = config(tmp_path / str(size), max_steps=1, rollout_batch_size=size, num_rollout_batches=8 // size)
         DiffusionPPOTrainer(pipeline, Brightness(), args).train()
-    histories = [read_history(tmp_path / str(size)) for size in (4, 8)]
-    assert histories[0][0]["brightness"] == pytest.approx(histories[1][0]["brightness"], abs=1e-6)
-    assert histories[0][0]["reward_std"] == pytest.approx(histories[1][0]["reward_std"], abs=1e-4)
+    histories = [read_log(tmp_path / str(size)) for size in (4, 8)]
+    assert histories[0][0]["reward/brightness"] == pytest.approx(histories[1][0]["reward/brightness"], abs=1e-6)
+    assert histories[0][0]["reward/std"] == pytest.approx(histories[1][0]["reward/std"], abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [4, 1])

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from msrl_diffusers import LearnedReward, SliceRewardModel, VolumeRewardModel, WeightedSum
-from msrl_diffusers.rewards import checked
-from msrl_diffusers.rewards.base import Scale, as_ddpo_reward
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.rewards import as_ddpo_reward, as_reward, checked
+from msrl_diffusers.rewards.base import Scale
 
 
 class Formula:
@@ -115,3 +116,45 @@ def test_learned_reward_in_micro_batches(model_class):
     leaf = volumes.clone().requires_grad_()
     LearnedReward("quality", model)(leaf, [0] * 5).sum().backward()
     assert leaf.grad.abs().sum() > 0
+
+
+def ddpo_brightness(images, prompts, metadata):
+    """As TRL's trainer took it: images in [0, 1]; integers and lists are fine as well."""
+    assert images.min() >= 0
+    assert images.max() <= 1
+    offset = [entry.get("offset", 0) for entry in metadata]
+    return [image.mean().item() + more for image, more in zip(images, offset, strict=True)], {"prompts": prompts}
+
+
+def two_arguments(samples, conditions):
+    return samples.flatten(1).mean(dim=1).tolist()
+
+
+def test_a_function_of_the_ddpo_form_is_a_reward():
+    reward, samples = as_reward(ddpo_brightness), torch.rand(2, 3, 4, 4) * 2 - 1
+    values = checked(reward, samples, ["a", "b"], [{"offset": 1}, {}])
+    expected = samples.flatten(1).mean(dim=1) / 2 + 0.5 + torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(values, expected)
+    assert reward.name == "ddpo_brightness"
+    torch.testing.assert_close(checked(reward, samples, ["a", "b"])[1], expected[1])
+    there_and_back = as_ddpo_reward(reward)(samples / 2 + 0.5, ("a", "b"), ({"offset": 1}, {}))[0]
+    torch.testing.assert_close(there_and_back, expected)
+
+
+def test_other_forms_of_a_reward():
+    samples = torch.rand(2, 1, 8, 8, 8) * 2 - 1
+    torch.testing.assert_close(checked(as_reward(two_arguments), samples, [0, 1]), samples.flatten(1).mean(dim=1))
+    torch.manual_seed(0)
+    model = VolumeRewardModel(block_out_channels=(8, 8))
+    learned = as_reward(model)
+    assert isinstance(learned, LearnedReward)
+    assert learned.name == "VolumeRewardModel"
+    assert as_reward(learned) is learned
+    for path in (f"{__name__}.ddpo_brightness", f"{__name__}:ddpo_brightness"):
+        assert as_reward(path).name == "ddpo_brightness"
+
+
+@pytest.mark.parametrize("source", ["no.such.module", "math.no_such_function", "plain", 3.0])
+def test_what_can_be_no_reward_is_refused(source):
+    with pytest.raises(InputError, match=r"can't be imported|is a function, a model or a dotted path"):
+        as_reward(source)

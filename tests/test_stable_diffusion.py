@@ -45,7 +45,7 @@ def test_the_trainer_takes_it_as_it_is(tmp_path, use_lora):
         num_inference_steps=3, guidance_scale=2.0, learning_rate=1e-3, use_lora=use_lora, report_to="none",
     )  # fmt: skip
     figures = DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=PROMPTS).train()
-    assert figures["ratio_deviation"] < 1e-3
+    assert figures["ppo/ratio_deviation"] < 1e-3
     assert differing(before, copied(pipeline.unet))
     assert differing(frozen[0], copied(pipeline.vae)) == []
     assert differing(frozen[1], copied(pipeline.text_encoder)) == []
@@ -67,4 +67,4 @@ def test_an_analytic_reward_rises(tmp_path):
         num_inference_steps=4, learning_rate=1e-2, report_to="none", clip_shift=0.5, num_updates=1, kl_coef=0.0,
     )  # fmt: skip
     trainer = DiffusionPPOTrainer(tiny_stable_diffusion(), Brightness(), args, train_conditions=PROMPTS[:2])
-    assert trainer.train()["reward"] > 1
+    assert trainer.train()["reward/mean"] > 1

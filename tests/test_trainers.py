@@ -24,7 +24,7 @@ from msrl_diffusers import (
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.seeding import batch_indices
 from msrl_diffusers.trainers.augmentation import augment_volumes
-from msrl_diffusers.trainers.base import TrainingRun, checkpoints, read_history
+from msrl_diffusers.trainers.base import TrainingRun, checkpoints, read_log
 from msrl_diffusers.trainers.reward_trainer import score_volumes
 from msrl_diffusers.trainers.vqgan_trainer import psnr, random_slices
 
@@ -87,7 +87,7 @@ def test_resume_is_exact(name, tmp_path):
     resumed_figures = second.train()
     assert differing(copied(resumed), copied(module)) == []
     assert differing(initial, copied(resumed))
-    histories = [read_history(tmp_path / folder) for folder in ("whole", "parts")]
+    histories = [read_log(tmp_path / folder) for folder in ("whole", "parts")]
     for history in histories:
         assert [line["step"] for line in history] == [1, 2, 3, 4]
     without_time = [[{k: v for k, v in line.items() if k != "seconds"} for line in h] for h in histories]
@@ -110,9 +110,9 @@ def test_figures_since_the_last_log_line_survive_a_kill(tmp_path, monkeypatch):
         patch.setattr(TrainingRun, "save_checkpoint", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             killed.train()
-    assert read_history(tmp_path / "parts") == []
+    assert read_log(tmp_path / "parts") == []
     build("reward-volume", tmp_path / "parts", **settings)[0].train()
-    (one,), (other,) = (read_history(tmp_path / folder) for folder in ("whole", "parts"))
+    (one,), (other,) = (read_log(tmp_path / folder) for folder in ("whole", "parts"))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
@@ -131,7 +131,7 @@ def test_a_named_checkpoint_is_resumed_and_later_history_dropped(tmp_path):
     )
     again.train()
     assert differing(copied(module), copied(resumed)) == []
-    assert [line["step"] for line in read_history(tmp_path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_finished_training_resumes_to_its_result(tmp_path):
@@ -140,7 +140,7 @@ def test_a_finished_training_resumes_to_its_result(tmp_path):
     again, resumed = build("reward-volume", tmp_path, max_steps=2, save_steps=2, resume_from_checkpoint="latest")
     again.train()
     assert differing(copied(module), copied(resumed)) == []
-    assert [line["step"] for line in read_history(tmp_path)] == [1, 2]
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -167,11 +167,11 @@ def test_what_a_killed_run_left_is_ignored(tmp_path):
         (folder / name).mkdir(parents=True)
         (folder / name / "trainer_state.json").write_text(json.dumps({"step": 2, "state": {}}))
     (folder / "checkpoint-7").mkdir()  # no state: not whole
-    (folder / "history.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    (folder / "log.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
     again, resumed = build("reward-volume", folder, max_steps=3, save_steps=2, resume_from_checkpoint="latest")
     again.train()
     assert differing(copied(module), copied(resumed)) == []
-    assert [line["step"] for line in read_history(folder)] == [1, 2, 3]
+    assert [line["step"] for line in read_log(folder)] == [1, 2, 3]
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
     assert not (folder / ".checkpoint-2.tmp").exists()
 
@@ -245,7 +245,7 @@ def test_vqgan_starts_its_discriminators_late(tmp_path):
     before = copied(module["discriminators"])
     trainer.train()
     assert differing(before, copied(module["discriminators"])) == []
-    assert all("discriminator_loss" not in line for line in read_history(tmp_path))
+    assert all("discriminator_loss" not in line for line in read_log(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
@@ -314,7 +314,7 @@ def test_diffusion_learns_in_every_prediction_type(prediction_type, snr_gamma, t
     )
     trainer.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     trainer.train()
-    losses = [line["loss"] for line in read_history(tmp_path)]
+    losses = [line["loss"] for line in read_log(tmp_path)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 

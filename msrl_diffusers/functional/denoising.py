@@ -34,7 +34,7 @@ def predict_clean(
     raise ValueError(f"Unknown prediction_type {prediction_type!r}; use epsilon, v_prediction or sample.")
 
 
-def ddim_std(alpha_prod: torch.Tensor, alpha_prod_prev: torch.Tensor, eta: float) -> torch.Tensor:
+def ddim_std(alpha_prod: torch.Tensor, alpha_prod_prev: torch.Tensor, eta: float | torch.Tensor) -> torch.Tensor:
     """Standard deviation of a DDIM step (arXiv 2010.02502, eq. 16), `[...]` like the inputs."""
     variance = (1 - alpha_prod_prev) / (1 - alpha_prod) * (1 - alpha_prod / alpha_prod_prev)
     return eta * variance.clamp_min(0).sqrt()
@@ -45,7 +45,7 @@ def ddim_moments(
     latents: torch.Tensor,
     alpha_prod: torch.Tensor,
     alpha_prod_prev: torch.Tensor,
-    eta: float,
+    eta: float | torch.Tensor,
     prediction_type: str,
 ) -> StepMoments:
     """Mean and standard deviation of a DDIM step (arXiv 2010.02502, eq. 12). `alpha_prod` and its predecessor are

@@ -32,10 +32,43 @@ def ppo_clip_loss(
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
     loss = -torch.minimum(unclipped, clipped).mean()
     detached = ratio.detach()
-    stats = {
-        "ratio_mean": detached.mean(),
-        "ratio_deviation": (detached - 1).square().mean().sqrt(),
-        "clip_fraction_high": ((detached > 1 + clip_range) & (advantages > 0)).float().mean(),
-        "clip_fraction_low": ((detached < 1 - clip_range) & (advantages < 0)).float().mean(),
+    high = (detached > 1 + clip_range) & (advantages > 0)
+    low = (detached < 1 - clip_range) & (advantages < 0)
+    return loss, _statistics(detached, high, low)
+
+
+def kl_mask_loss(
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    kl_to_old: torch.Tensor,
+    kl_threshold: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The surrogate without a clip; samples whose step has left the trust region and moves on outward are left out.
+
+    The trust region is the closed-form divergence `kl_to_old [B]` from the policy of the rollout, averaged over elements
+    (Flow-DPPO, arXiv 2606.11025), and means the same in any dimension, where a clipped ratio leans to one side.
+    Statistics as those of `ppo_clip_loss`.
+    """
+    ratio = torch.exp(log_prob - old_log_prob)
+    detached, outside = ratio.detach(), kl_to_old.detach() >= kl_threshold
+    high, low = outside & (detached > 1) & (advantages > 0), outside & (detached < 1) & (advantages < 0)
+    loss = -(ratio * advantages * ~(high | low)).mean()
+    return loss, _statistics(detached, high, low)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, kl_target: float, rate: float = 0.1) -> float:
+    """The weight of the divergence for the next rollout: raised where `kl` is above its target, lowered where it is below
+    (Ziegler et al., arXiv 1909.08593, section 2.2; `rate` is their K)."""
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + rate * error)
+
+
+def _statistics(ratio: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "ratio_mean": ratio.mean(),
+        "ratio_deviation": (ratio - 1).square().mean().sqrt(),
+        "clip_fraction": (high | low).float().mean(),
+        "clip_fraction_high": high.float().mean(),
+        "clip_fraction_low": low.float().mean(),
     }
-    return loss, stats

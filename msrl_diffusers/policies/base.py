@@ -25,6 +25,11 @@ class Conditioning:
         negative = self.negative and {name: value[rows] for name, value in self.negative.items()}
         return Conditioning({name: value[rows] for name, value in self.positive.items()}, negative)
 
+    def to(self, device: torch.device | str) -> "Conditioning":
+        """All of it on `device`."""
+        negative = self.negative and {name: value.to(device) for name, value in self.negative.items()}
+        return Conditioning({name: value.to(device) for name, value in self.positive.items()}, negative)
+
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """One conditioning of several batches."""

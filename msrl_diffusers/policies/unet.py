@@ -26,11 +26,14 @@ class UNetPolicy:
     def predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
-        (output,) = self.denoiser(latents, timestep, **conditioning.positive, return_dict=False)
         if guidance_scale == 1.0:
-            return output
-        (unconditional,) = self.denoiser(latents, timestep, **conditioning.negative, return_dict=False)
-        return unconditional + guidance_scale * (output - unconditional)
+            return self.denoiser(latents, timestep, **conditioning.positive, return_dict=False)[0]
+        both = {  # one call, as the pipelines do it
+            name: torch.cat([conditioning.negative[name], value]) for name, value in conditioning.positive.items()
+        }
+        output = self.denoiser(torch.cat([latents, latents]), timestep, **both, return_dict=False)[0]
+        unconditional, conditional = output.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What a reward is, how several are joined, and their form for other trainers."""
+"""What a reward is, and how several are joined."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,11 @@ import torch
 
 
 class Reward(Protocol):
-    """`(samples [B, C, *S] in [-1, 1], conditions [B]) -> [B]` float32; higher is better; finite, or it raises."""
+    """`(samples [B, C, *S] in [-1, 1], conditions [B]) -> [B]` float32; higher is better; finite, or it raises.
+
+    Conditions are what the trainer was given: class labels (an int64 tensor) or prompts (a list of strings). A reward with
+    an attribute `takes_metadata = True` is called with one entry of metadata per sample as a third argument.
+    """
 
     name: str
     differentiable: bool
@@ -17,13 +21,21 @@ class Reward(Protocol):
         """Rewards `[B]`."""
 
 
-def checked(reward: Reward, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:
+def checked(
+    reward: Reward,
+    samples: torch.Tensor,
+    conditions: Sequence | torch.Tensor,
+    metadata: Sequence[Mapping] | None = None,
+) -> torch.Tensor:
     """The rewards of `reward`, with their shape and finiteness checked.
 
     Raises:
         ValueError: wrong shape, NaN or infinity; the sentence names the reward.
     """
-    values = reward(samples, conditions)
+    if getattr(reward, "takes_metadata", False):
+        values = reward(samples, conditions, metadata or [{}] * len(samples))
+    else:
+        values = reward(samples, conditions)
     if tuple(values.shape) != (len(samples),):
         raise ValueError(f"Reward {reward.name!r} gave shape {tuple(values.shape)} for {len(samples)} samples.")
     if not torch.isfinite(values).all():
@@ -82,9 +94,14 @@ class WeightedSum:
     def differentiable(self) -> bool:
         return all(reward.differentiable for reward in self.rewards)
 
-    def parts(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> dict[str, torch.Tensor]:
+    def parts(
+        self,
+        samples: torch.Tensor,
+        conditions: Sequence | torch.Tensor,
+        metadata: Sequence[Mapping] | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Raw rewards `[B]` by name."""
-        return {reward.name: checked(reward, samples, conditions) for reward in self.rewards}
+        return {reward.name: checked(reward, samples, conditions, metadata) for reward in self.rewards}
 
     def fit(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Take the scale of every part from its values on the reference policy's samples."""
@@ -107,12 +124,3 @@ class WeightedSum:
 
     def __call__(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:
         return self.combine(self.parts(samples, conditions))
-
-
-def as_ddpo_reward(reward: Reward):
-    """`reward` as the function DDPO trainers call: `(images in [0, 1], prompts, metadata) -> (rewards, info)`."""
-
-    def reward_function(images, prompts, metadata):
-        return checked(reward, images * 2 - 1, prompts), {}
-
-    return reward_function

@@ -166,7 +166,7 @@ def _draw(config: StudyConfig, content: dict) -> None:
     titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
     rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}
     plot_volumes(rows, figures / "comparison.png")
-    plot_history(output_dir / "ppo", ["reward", "heldout_reward", "label_fid", "kl"], figures / "ppo.png")
+    plot_history(output_dir / "ppo", ["reward/mean", "watch/heldout_reward", "watch/label_fid", "ppo/kl"], figures / "ppo.png")
     fids = load_scores(config)["fid"]
     groups = {
         role: ([fids[name]["all"] for name in validity["mean_by_set"]], list(validity["mean_by_set"].values()))

@@ -1,4 +1,4 @@
-"""TrainingRun: what every trainer needs around its loop. It is called by the loop and never calls back."""
+"""TrainingRun: what every trainer needs around its loop."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from ..precision import resolve_precision
 from ..seeding import fold_seed
 from ..threads import use_all_cores
 from .base_config import TrainingConfig
+from .callbacks import Callbacks
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -29,7 +30,7 @@ CHECKPOINT_PREFIX = "checkpoint-"
 class TrainingRun:
     """Accelerator, optimizers, checkpoints, history and progress of one training.
 
-    Numbers go to `output_dir/history.jsonl` (one line per log, also the source of the curves) and to the tracker
+    Numbers go to `output_dir/log.jsonl` (one line per log, also the source of the curves) and to the tracker
     named by `report_to`. Checkpoints are written under a temporary name and renamed, so a killed run leaves only
     whole ones.
     """
@@ -53,6 +54,7 @@ class TrainingRun:
         self.state: dict = {}  # what else the loop must remember; plain JSON
         self.history: list[dict] = []
         self.stopped: str | None = None
+        self.callbacks: Callbacks | None = None
         self._pending: dict[str, list[float]] = defaultdict(list)
         self._started = time.monotonic()
 
@@ -109,7 +111,7 @@ class TrainingRun:
         saved = json.loads((path / "trainer_state.json").read_text())
         self.step, self.state = saved["step"], saved["state"]
         self._pending.update(saved["pending"])  # figures since the last log line
-        self.history = read_history(self.output_dir, up_to=self.step)
+        self.history = read_log(self.output_dir, up_to=self.step)
 
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.
@@ -117,7 +119,8 @@ class TrainingRun:
         History lines of an earlier run past this point are dropped, so the file never holds a step twice.
         """
         if self.is_main:
-            write_history(self.output_dir, self.history)
+            write_log(self.output_dir, self.history)
+        self._tell("train_begin", self.step)
         with tqdm(
             total=self.args.max_steps, initial=self.step, desc=self.description, disable=not self.is_main, leave=True
         ) as self.progress:
@@ -126,9 +129,14 @@ class TrainingRun:
                 yield self.step
                 self.step += 1
                 self.progress.update()
+                self._tell("step_end", self.step)
+                if self.callbacks and self.callbacks.wants_stop:
+                    self.stop("a callback asked for it")
                 self._flush()
-                if self.args.save_steps and self.step % self.args.save_steps == 0:
+                asked = bool(self.callbacks and self.callbacks.take_save_request())
+                if asked or (self.args.save_steps and self.step % self.args.save_steps == 0):
                     self.save_checkpoint()
+        self._tell("train_end")
 
     def stop(self, reason: str) -> None:
         """End the loop after this step."""
@@ -146,13 +154,16 @@ class TrainingRun:
             name: float(torch.as_tensor(values, dtype=torch.float64).mean()) for name, values in self._pending.items()
         }
         self._pending.clear()
-        if self.is_main and means:
-            line = {"step": self.step, "seconds": round(time.monotonic() - self._started, 2), **means}
-            self.history.append(line)
-            with (self.output_dir / "history.jsonl").open("a") as file:
+        if not means:
+            return
+        line = {"step": self.step, "seconds": round(time.monotonic() - self._started, 2), **means}
+        self.history.append(line)
+        if self.is_main:
+            with (self.output_dir / "log.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self.progress.set_postfix({name: f"{value:.4g}" for name, value in list(means.items())[:6]})
         self.accelerator.log(means, step=self.step)
+        self._tell("log", line)
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-{step}`, all processes taking part, and drop the oldest over `save_total_limit`."""
@@ -172,6 +183,11 @@ class TrainingRun:
             for old in checkpoints(self.output_dir)[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+        self._tell("save", final)
+
+    def _tell(self, event: str, *information) -> None:
+        if self.callbacks:
+            getattr(self.callbacks, event)(*information)
 
     def finish(self) -> None:
         """Close the trackers."""
@@ -186,9 +202,9 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
 
 
-def read_history(output_dir: str | Path, up_to: int | None = None) -> list[dict]:
-    """The lines of `history.jsonl`, those after step `up_to` left out; a line cut by a kill is dropped."""
-    path = Path(output_dir) / "history.jsonl"
+def read_log(output_dir: str | Path, up_to: int | None = None) -> list[dict]:
+    """The lines of `log.jsonl`, those after step `up_to` left out; a line cut by a kill is dropped."""
+    path = Path(output_dir) / "log.jsonl"
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -200,9 +216,9 @@ def read_history(output_dir: str | Path, up_to: int | None = None) -> list[dict]
     return lines
 
 
-def write_history(output_dir: str | Path, lines: list[dict]) -> None:
-    """Replace `history.jsonl`."""
-    write_text(Path(output_dir) / "history.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+def write_log(output_dir: str | Path, lines: list[dict]) -> None:
+    """Replace `log.jsonl`."""
+    write_text(Path(output_dir) / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def channels_last(module: torch.nn.Module) -> torch.nn.Module:

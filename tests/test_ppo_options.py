@@ -1,0 +1,296 @@
+"""What the PPO trainer can be asked for beside the plain run: trust regions, windows, guidance, averages, callbacks."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from test_ppo_trainer import config
+from tiny import Brightness, copied, differing, tiny_pipeline, tiny_stable_diffusion
+from transformers import TrainerCallback
+
+from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.functional.denoising import ddim_std
+from msrl_diffusers.functional.objectives import adapted_kl_coef, kl_mask_loss
+from msrl_diffusers.policies import make_policy
+from msrl_diffusers.rollouts import StepTable, sample_rollout
+from msrl_diffusers.seeding import sample_generators
+from msrl_diffusers.trainers.base import checkpoints, read_log
+from msrl_diffusers.trainers.watchdogs import (
+    high_frequency_share,
+    prediction_norm,
+    reward_disagreement,
+    sample_diversity,
+)
+
+
+def train(output_dir, pipeline=None, reward_funcs=None, **settings):
+    """A trained pipeline, the trainer and its log."""
+    pipeline = pipeline or tiny_pipeline()
+    arguments = {name: settings.pop(name) for name in ("callbacks", "watchdogs", "select_by") if name in settings}
+    trainer = DiffusionPPOTrainer(pipeline, reward_funcs or Brightness(), config(output_dir, **settings), **arguments)
+    trainer.train()
+    return pipeline, trainer, read_log(output_dir)
+
+
+def test_a_line_of_the_log(tmp_path):
+    _, _, log = train(tmp_path, num_updates=2)
+    assert [(line["epoch"], line["step"]) for line in log] == [(1, 1), (2, 2)]
+    expected = {
+        "reward/mean", "reward/std", "reward/brightness", "reward/frac_zero_std", "ppo/ratio_first", "ppo/ratio_mean",
+        "ppo/kl", "ppo/kl_coef", "ppo/clip_fraction", "ppo/grad_norm", "ppo/loss", "watch/prediction_norm",
+        "watch/diversity", "watch/high_frequency",
+    }  # fmt: skip
+    assert expected <= set(log[0])
+    assert log[0]["ppo/ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert log[1]["ppo/ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert log[0]["watch/prediction_norm"] == pytest.approx(1, abs=1e-6)
+    assert log[1]["watch/prediction_norm"] != pytest.approx(1, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- trust regions
+
+
+def test_the_kl_mask_leaves_out_what_has_left_and_moves_on():
+    log_prob = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    kl_to_old = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.5])
+    loss, stats = kl_mask_loss(log_prob, torch.zeros(5), advantages, kl_to_old, 1.0)
+    loss.backward()
+    assert (log_prob.grad == 0).tolist() == [True, False, False, True, False]
+    expected = -(math.exp(0.1) * -1 + math.exp(-0.1) + math.exp(0.1)) / 5
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert stats["clip_fraction"].item() == pytest.approx(0.4)
+    assert stats["clip_fraction_high"] == stats["clip_fraction_low"] == pytest.approx(0.2)
+
+
+def test_the_kl_mask_trains_and_at_first_as_the_clip_does(tmp_path):
+    weights = {}
+    for loss in ("clip", "kl_mask"):
+        pipeline, _, _ = train(tmp_path / loss, max_steps=1, policy_loss=loss)
+        weights[loss] = copied(pipeline.unet)
+    for name, value in weights["clip"].items():
+        torch.testing.assert_close(weights["kl_mask"][name], value, atol=1e-6, rtol=1e-5)
+    _, _, log = train(
+        tmp_path / "long", max_steps=2, num_updates=2, policy_loss="kl_mask", kl_threshold=1e-12, learning_rate=1e-2
+    )
+    assert log[0]["ppo/clip_fraction"] > 0
+
+
+def test_the_adaptive_coefficient_follows_its_target(tmp_path):
+    assert adapted_kl_coef(1.0, kl=3.0, kl_target=1.0) == pytest.approx(1.02)
+    assert adapted_kl_coef(1.0, kl=1.1, kl_target=1.0) == pytest.approx(1.01)
+    assert adapted_kl_coef(1.0, kl=0.0, kl_target=1.0, rate=1.0) == pytest.approx(0.8)
+    settings = {"kl_mode": "adaptive", "kl_coef": 1.0, "kl_rate": 1.0, "kl_target": 1e-9, "save_steps": 1}
+    _, _, log = train(tmp_path / "whole", max_steps=4, **settings)
+    assert [line["ppo/kl_coef"] for line in log] == pytest.approx([1, 0.8, 0.96, 1.152])
+    train(tmp_path / "parts", max_steps=2, **settings)
+    _, _, resumed = train(tmp_path / "parts", max_steps=4, resume_from_checkpoint="latest", **settings)
+    assert [line["ppo/kl_coef"] for line in resumed] == [line["ppo/kl_coef"] for line in log]
+
+
+def test_a_large_coefficient_holds_the_policy_at_the_reference(tmp_path):
+    moved = {}
+    for name, kl_coef in (("free", 0.0), ("held", 1e4)):
+        settings = {"max_steps": 6, "rollout_batch_size": 16, "train_batch_size": 16, "learning_rate": 3e-4}
+        _, _, log = train(tmp_path / name, kl_coef=kl_coef, **settings)
+        moved[name] = log[-1]["ppo/kl"]
+    assert 0 < moved["held"] < 0.2 * moved["free"]
+
+
+# ------------------------------------------------------------------------------------------------ windows and guidance
+
+
+def test_a_window_has_noise_in_its_steps_alone():
+    pipeline = tiny_pipeline()
+    policy, table = make_policy(pipeline), StepTable.of(pipeline.scheduler, 6, 1.0, 1e-6)
+    window = table.window(1, 2)
+    assert window.stochastic == table.stochastic[1:3]
+    stds = ddim_std(window.alpha_prods, window.alpha_prods_prev, window.etas)
+    assert (stds > 0).nonzero()[:, 0].tolist() == list(window.stochastic)
+    rollouts = [sample_rollout(policy, [0, 1], window, sample_generators(0, name, [0, 1])) for name in "ab"]
+    assert (rollouts[0].log_probs != 0).nonzero()[:, 1].unique().tolist() == list(window.stochastic)
+    start = rollouts[0].latents[:, 0]
+    torch.manual_seed(0)
+    expected = pipeline([0, 1], 6, eta=0.0, latents=start, output_type="latent").volumes
+    none = sample_rollout(policy, [0, 1], table.window(0, 0), sample_generators(0, "a", [0, 1]))
+    torch.testing.assert_close(none.latents[:, -1], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_training_in_windows(tmp_path):
+    _, trainer, log = train(
+        tmp_path, max_steps=8, sde_window=1, rollout_batch_size=32, train_batch_size=32, learning_rate=1e-2
+    )
+    assert log[-1]["reward/mean"] > 0.3
+    assert log[0]["ppo/ratio_first"] == pytest.approx(1, abs=1e-6)
+    # per rollout of 64: four forwards to sample, one step trained by three passes; one batch of 32 is watched
+    assert trainer.unet_forwards == 8 * (64 * 4 + 64 * 3 + 32)
+
+
+def test_guidance_in_the_rollout_only(tmp_path):
+    """The log-probabilities are those of the policy that is trained: the ratio is one though guidance chose the actions."""
+    _, guided, log = train(tmp_path / "without", max_steps=1, guidance_scale=3.0, train_cfg=False)
+    assert log[0]["ppo/ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert guided.unet_forwards == 8 * (4 * 2 + 4) + 8 * 4 * 3 + 4 * 4
+    _, plain, other = train(tmp_path / "with", max_steps=1, guidance_scale=3.0)
+    assert log[0]["reward/brightness"] == pytest.approx(other[0]["reward/brightness"], abs=1e-6)
+    assert plain.unet_forwards == 2 * (8 * 4 + 8 * 4 * 3 + 4 * 4)
+
+
+# --------------------------------------------------------------------------------------------------- memory, averages
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"offload_rollouts": True}, {"async_rewards": True}, {"reward_batch_size": 3}, {"gradient_checkpointing": True}],
+)
+def test_what_must_not_change_the_result(settings, tmp_path):
+    plain, _, log = train(tmp_path / "plain", kl_coef=0.1, use_lora=True)
+    other, _, other_log = train(tmp_path / "other", kl_coef=0.1, use_lora=True, **settings)
+    for (name, one), two in zip(copied(plain.unet).items(), copied(other.unet).values(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert [line["reward/mean"] for line in log] == pytest.approx(
+        [line["reward/mean"] for line in other_log], abs=1e-5
+    )
+
+
+def test_an_error_in_an_asynchronous_reward_stops_the_run(tmp_path):
+    def failing(samples, conditions):
+        raise ZeroDivisionError("reward server is gone")
+
+    with pytest.raises(ZeroDivisionError, match="reward server is gone"):
+        train(tmp_path, reward_funcs=failing, async_rewards=True)
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_average_of_the_weights_is_kept(use_lora, tmp_path):
+    settings = {"max_steps": 3, "ema_decay": 0.5, "save_steps": 1, "save_total_limit": 9, "use_lora": use_lora}
+    pipeline, _, _ = train(tmp_path / "run", **settings)
+    last = load_file(checkpoints(tmp_path / "run")[-1] / "model.safetensors")
+    if not use_lora:
+        assert differing(copied(pipeline.unet), last)
+        states = [load_file(path / "model.safetensors") for path in checkpoints(tmp_path / "run")]
+        # decays of the warm-up: 1 - (1 + step) ** -0.75, at most 0.5
+        average, start = {}, copied(tiny_pipeline().unet)
+        for name in start:
+            average[name] = start[name]
+            for step, state in enumerate(states):
+                decay = min(0.5, 1 - (1 + step) ** -0.75)
+                average[name] = decay * average[name] + (1 - decay) * state[name]
+            torch.testing.assert_close(pipeline.unet.state_dict()[name], average[name], atol=1e-6, rtol=1e-5)
+    train(tmp_path / "parts", **{**settings, "max_steps": 2})
+    resumed, _, _ = train(tmp_path / "parts", resume_from_checkpoint="latest", **settings)
+    assert differing(copied(pipeline.unet), copied(resumed.unet)) == []
+
+
+# ---------------------------------------------------------------------------------------------- watchdogs, callbacks
+
+
+def test_watchdogs_see_what_they_are_named_for(tmp_path):
+    samples = torch.randn(8, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    assert sample_diversity(samples, groups) == pytest.approx(1, abs=0.05)
+    assert sample_diversity(samples[:1].expand(8, -1, -1, -1, -1), groups) == 0
+    assert sample_diversity(samples[:2], torch.tensor([0, 1])) == 0
+    smooth = torch.nn.functional.avg_pool3d(samples, 3, stride=1, padding=1)
+    assert high_frequency_share(smooth) < 0.5 * high_frequency_share(samples)
+    line = torch.linspace(0, 1, 8)
+    assert reward_disagreement({"a": line, "b": 2 * line + 1}) == pytest.approx(0, abs=1e-6)
+    assert reward_disagreement({"a": line, "b": -line}) == pytest.approx(2)
+    assert reward_disagreement({"a": line, "b": torch.ones(8)}) == 1
+
+    pipeline = tiny_pipeline()
+    policy, table = make_policy(pipeline), StepTable.of(pipeline.scheduler, 4, 1.0, 1e-6)
+    rollout = sample_rollout(policy, [0, 1], table, sample_generators(0, "norm", [0, 1]))
+    assert prediction_norm(policy, table, rollout, 1.0) == pytest.approx(1)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(2)
+        pipeline.unet.conv_out.bias.mul_(2)
+    assert prediction_norm(policy, table, rollout, 1.0) == pytest.approx(2, rel=1e-4)
+
+
+def test_a_watchdog_s_limits_stop_the_run(tmp_path):
+    _, _, log = train(tmp_path, max_steps=5, watch_limits={"diversity": [1e6, 1e7]})
+    assert len(log) == 1
+    with pytest.raises(InputError, match="watch_limits names 'colour', which is no watchdog"):
+        train(tmp_path / "unknown", watch_limits={"colour": [0, 1]})
+    with pytest.raises(InputError, match=r"watch_limits: diversity needs \[low, high\]"):
+        config(tmp_path, watch_limits={"diversity": 3})
+
+
+class Recorder(TrainerCallback):
+    def __init__(self, stop_at=None, save_at=None):
+        self.events, self.stop_at, self.save_at = [], stop_at, save_at
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        assert kwargs["model"] is not None
+        self.events.append(("begin", state.global_step))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(("step", state.global_step))
+        control.should_training_stop = state.global_step == self.stop_at
+        control.should_save = state.global_step == self.save_at
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.events.append(("log", logs["step"]))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append(("save", state.global_step))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append(("end", len(state.log_history)))
+
+
+def test_callbacks_hear_and_decide(tmp_path):
+    recorder = Recorder(stop_at=2, save_at=1)
+    train(tmp_path, max_steps=5, callbacks=[recorder])
+    assert recorder.events == [
+        ("begin", 0), ("step", 1), ("log", 1), ("save", 1), ("step", 2), ("log", 2), ("end", 2),
+    ]  # fmt: skip
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_stable_diffusion])
+def test_pictures_of_samples(make, tmp_path):
+    pipeline = make()
+    args = config(tmp_path, max_steps=2, log_samples_steps=1, report_to="tensorboard")
+    conditions = None if make is tiny_pipeline else ["a", "b"]
+    DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=conditions).train()
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["rollout-00000.png", "rollout-00001.png"]
+    (events,) = tmp_path.glob("logs/**/events*")
+    assert b"samples" in events.read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------------- conditions
+
+
+def test_a_dataset_gives_prompts_and_metadata(tmp_path):
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.extend(zip(prompts, [entry["age"] for entry in metadata], strict=True))
+        return images.flatten(1).mean(dim=1), {}
+
+    dataset = Dataset.from_dict({"prompt": ["a b", "c", "d"], "age": [1, 2, 3]})
+    args = config(tmp_path, max_steps=2, num_rollout_batches=1)
+    DiffusionPPOTrainer(tiny_stable_diffusion(), reward, args, train_dataset=dataset).train()
+    assert len(seen) == 8
+    assert set(seen) == {("a b", 1), ("c", 2), ("d", 3)}
+    assert sorted(seen[:4]) == [("a b", 1), ("a b", 1), ("c", 2), ("d", 3)]
+    assert sorted(seen[4:]) == [("a b", 1), ("c", 2), ("c", 2), ("d", 3)]  # goes on where the first rollout ended
+
+
+def test_conditions_that_are_refused(tmp_path):
+    dataset = Dataset.from_dict({"text": ["a"]})
+    cases = [
+        ({"train_dataset": dataset}, r"columns \['text'\]; one of"),
+        ({"train_dataset": dataset, "train_conditions": ["a"]}, "not both"),
+        ({"train_conditions": []}, "no conditions"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            DiffusionPPOTrainer(tiny_stable_diffusion(), Brightness(), DiffusionPPOConfig(str(tmp_path)), **arguments)
