@@ -12,6 +12,7 @@ import sys
 
 from msrl_diffusers.arguments import parse, take_option
 from msrl_diffusers.errors import sentence_instead_of_traceback
+from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import StudyConfig, run_study
 from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.release import write_release
@@ -23,6 +24,8 @@ def main() -> None:
     release, arguments = take_option("release", arguments)
     (config,) = parse([StudyConfig], read_study(config_path) if config_path else None, arguments)
     run_study(config, stages.split(",") if stages else None)
+    if not process_state().is_main_process:
+        return
     if release:
         write_release(config, release)
     print(f"{config.output_dir}: {stages or 'report.md'} done")

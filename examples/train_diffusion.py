@@ -8,6 +8,7 @@ Every field of the trainer's config is an option and overrides the config's sect
 from pathlib import Path
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
+from msrl_diffusers.processes import process_state
 from msrl_diffusers.study.chain import run_study, stages_up_to
 from msrl_diffusers.study.command_line import parse_study
 
@@ -18,7 +19,8 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantoms" / "cpu.yaml"
 def main() -> None:
     config = parse_study("diffusion", DEFAULT_CONFIG)
     run_study(config, stages_up_to("diffusion"))
-    print(f"{Path(config.output_dir) / 'diffusion/pipeline'} written")
+    if process_state().is_main_process:
+        print(f"{Path(config.output_dir) / 'diffusion/pipeline'} written")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from msrl_diffusers import (
     DiffusionPPOConfig,
@@ -33,6 +32,7 @@ from msrl_diffusers import (
 from msrl_diffusers.arguments import parse
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.plots import plot_history
+from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import run_study
 from msrl_diffusers.study.artifacts import load_model
 from msrl_diffusers.study.command_line import parse_study
@@ -56,7 +56,8 @@ def main() -> None:
     else:
         config = parse_study("ppo", EMBEDDED)
         run_study(config)
-        print(f"report: {Path(config.output_dir) / 'report.md'}")
+        if process_state().is_main_process:
+            print(f"report: {Path(config.output_dir) / 'report.md'}")
 
 
 def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPPOConfig) -> None:
@@ -70,7 +71,7 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
         LearnedReward(name, load_model(classes[name], path, dtype=torch.float32)) for name, path in given.items()
     ]
     DiffusionPPOTrainer(pipeline, rewards, ppo_args).train()
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     pipeline.save_pretrained(Path(ppo_args.output_dir) / "pipeline_rl")
     plot_history(ppo_args.output_dir, ["reward/mean", *(f"reward/{name}" for name in given), "ppo/kl"])

@@ -12,22 +12,37 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 PLANES = ("axial", "coronal", "sagittal")
 
 
-def orthogonal_slices(volume: torch.Tensor) -> list[torch.Tensor]:
-    """The axial, coronal and sagittal slice through the middle of `volume [C, D, H, W]` (its first channel)."""
+def orthogonal_slices(volume: torch.Tensor, point: tuple[int, int, int] | None = None) -> list[torch.Tensor]:
+    """The axial, coronal and sagittal slice of `volume [C, D, H, W]` (its first channel) through a voxel, near the middle if
+    none is given."""
     data = volume[0].float()
     D, H, W = data.shape
-    return [data[D * 9 // 16], data[:, H // 2], data[:, :, W * 3 // 8]]
+    z, y, x = point or (D * 9 // 16, H // 2, W * 3 // 8)
+    return [data[z], data[:, y], data[:, :, x]]
 
 
-def plot_volumes(rows: Mapping[str, torch.Tensor], path: str | Path, max_volumes: int = 8) -> None:
+def most_asymmetric_point(volume: torch.Tensor) -> tuple[int, int, int]:
+    """The voxel of `volume [C, D, H, W]` around which left and right differ most: a tumour's place, where there is one."""
+    difference = (volume[:1].float() - volume[:1].float().flip(-1)).abs()
+    smooth = F.avg_pool3d(difference[None], 5, stride=1, padding=2)[0, 0]
+    lightened = F.avg_pool3d(volume[:1].float()[None], 3, stride=1, padding=1)[0, 0] > -0.9  # within the head
+    flat = (smooth * lightened).argmax().item()
+    return tuple(int(index) for index in np.unravel_index(flat, smooth.shape))
+
+
+def plot_volumes(
+    rows: Mapping[str, torch.Tensor], path: str | Path, max_volumes: int = 8, at_asymmetry: bool = False
+) -> None:
     """Three orthogonal slices of each volume; one band of rows per entry `{name: [N, C, D, H, W] in [-1, 1]}`.
 
-    Volumes at the same position of all entries stand under one another.
+    Volumes at the same position of all entries stand under one another. With `at_asymmetry` the slices of each volume meet
+    in its `most_asymmetric_point`, which shows lesions; else all show the same place.
     """
     columns = min(max_volumes, min(len(volumes) for volumes in rows.values()))
     figure, axes = plt.subplots(
@@ -35,7 +50,8 @@ def plot_volumes(rows: Mapping[str, torch.Tensor], path: str | Path, max_volumes
     )
     for band, (name, volumes) in enumerate(rows.items()):
         for column in range(columns):
-            for plane, image in enumerate(orthogonal_slices(volumes[column])):
+            point = most_asymmetric_point(volumes[column]) if at_asymmetry else None
+            for plane, image in enumerate(orthogonal_slices(volumes[column], point)):
                 axis = axes[3 * band + plane, column]
                 axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1, origin="lower", interpolation="nearest")
                 axis.set_xticks([])

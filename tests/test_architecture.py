@@ -17,7 +17,7 @@ MODULES = {
     if path != PACKAGE / "__init__.py"
 }
 FLOORS = [
-    {"errors", "files", "seeding", "arguments", "precision", "threads"},
+    {"errors", "files", "seeding", "arguments", "precision", "processes"},
     {"functional"},
     {"models", "data"},
     {"pipelines", "policies", "rewards"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msrl_diffusers.precision import autocast, resolve_precision
-from msrl_diffusers.threads import use_all_cores
+from msrl_diffusers.processes import use_all_cores
 
 
 @pytest.mark.parametrize(

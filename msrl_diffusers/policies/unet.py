@@ -35,6 +35,10 @@ class UNetPolicy:
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
+    def frozen_copy(self) -> torch.nn.Module:
+        """A copy of the reference, in one piece."""
+        return copy.deepcopy(self._frozen)
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         if self._uses_adapter:

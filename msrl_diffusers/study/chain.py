@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..errors import InputError
 from ..files import folder_mark, write_json
-from ..threads import use_all_cores
+from ..processes import process_state, use_all_cores
 from . import stages
 from .config import TRAINER_CONFIGS, StudyConfig
 from .evaluate import evaluate
@@ -21,11 +19,13 @@ from .report import report
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its function, the stages it reads, and the fields of the config that change its result."""
+    """A stage: its function, the stages it reads, the fields of the config that change its result, and whether all
+    processes take part (its trainer splits the work) or the others wait for the first one."""
 
     run: Callable[[StudyConfig], dict]
     needs: tuple[str, ...]
     fields: tuple[str, ...]
+    split: bool = False
 
 
 _SAMPLING = ("sampling_batch_size", "mixed_precision", "seed")
@@ -37,11 +37,17 @@ STAGES: dict[str, Stage] = {
          "modality", "label_column", "label_bins"),
     ),
     "extractors": Stage(
-        stages.train_extractors, ("prepare",), ("label_extractor", "judge_extractor", "extractors", "mixed_precision", "seed")
+        stages.train_extractors,
+        ("prepare",),
+        ("label_extractor", "judge_extractor", "extractors", "mixed_precision", "seed"),
+        split=True,
     ),
-    "vqgan": Stage(stages.train_vqgan, ("prepare",), ("vqvae", "vqgan", "mixed_precision", "seed")),
+    "vqgan": Stage(stages.train_vqgan, ("prepare",), ("vqvae", "vqgan", "mixed_precision", "seed"), split=True),
     "diffusion": Stage(
-        stages.train_diffusion, ("prepare", "vqgan"), ("unet", "scheduler", "diffusion", "mixed_precision", "seed")
+        stages.train_diffusion,
+        ("prepare", "vqgan"),
+        ("unet", "scheduler", "diffusion", "mixed_precision", "seed"),
+        split=True,
     ),
     "trajectories": Stage(
         stages.sample_trajectories, ("prepare", "diffusion"), ("synthetic_steps", "reconstruction_steps", *_SAMPLING)
@@ -55,8 +61,14 @@ STAGES: dict[str, Stage] = {
         stages.train_rewards,
         ("trajectories", "score"),
         ("volume_reward", "slice_reward", "heldout_reward", "rewards", "mixed_precision", "seed"),
+        split=True,
     ),
-    "ppo": Stage(stages.train_ppo, ("prepare", "extractors", "diffusion", "rewards"), ("ppo", "select_by", "mixed_precision", "seed")),
+    "ppo": Stage(
+        stages.train_ppo,
+        ("prepare", "extractors", "diffusion", "rewards"),
+        ("ppo", "select_by", "mixed_precision", "seed"),
+        split=True,
+    ),
     "evaluate": Stage(
         evaluate,
         ("prepare", "extractors", "diffusion", "score", "rewards", "ppo"),
@@ -107,8 +119,6 @@ def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
     Raises:
         InputError: an unknown stage, or one whose inputs are not there (when run alone).
     """
-    if PartialState().num_processes > 1:
-        raise InputError("A study runs in one process; launch the trainers on checkpoints to use several.")
     use_all_cores()
     names = list(only or STAGES)
     unknown = [name for name in names if name not in STAGES]
@@ -123,12 +133,31 @@ def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
 
 
 def _run_stage(config: StudyConfig, name: str) -> dict:
+    stage, processes = STAGES[name], process_state()
     folder = Path(config.output_dir) / name
     record, mark = folder / "stage.json", fingerprint(config, name)
     if record.is_file():
         saved = json.loads(record.read_text())
         if saved["fingerprint"] == mark:
             return saved["result"]
+    _check_inputs(config, name)
+    processes.wait_for_everyone()  # all have looked at what is there
+    if processes.is_main_process:
+        _open_folder(folder, mark)
+    processes.wait_for_everyone()
+    started, result = time.monotonic(), None
+    if stage.split or processes.is_main_process:
+        result = stage.run(config)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
+        write_json(record, saved)
+    processes.wait_for_everyone()
+    return json.loads(record.read_text())["result"]
+
+
+def _check_inputs(config: StudyConfig, name: str) -> None:
+    """Raise InputError unless every stage that `name` reads is done, with these settings."""
     for needed in STAGES[name].needs:
         if config.pretrained and needed in PRETRAINED_STAGES:
             continue
@@ -139,12 +168,6 @@ def _run_stage(config: StudyConfig, name: str) -> dict:
             raise InputError(
                 f"Stage {name!r} needs {needed!r}, which was run with other settings; run it again first."
             )
-    _open_folder(folder, mark)
-    started = time.monotonic()
-    result = STAGES[name].run(config)
-    saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
-    write_json(record, saved)
-    return result
 
 
 def _open_folder(folder: Path, mark: str) -> None:

@@ -151,6 +151,8 @@ def markdown(content: dict) -> str:
         "",
         *(f"![{name}](figures/{name}.png)" for name in ("comparison", "ppo", "reward_vs_fid")),
         "",
+        "Slices meet where left and right of a volume differ most, which is where a lesion shows.",
+        "",
         "Not measured here: anatomical correctness by a reader, memorization of training volumes, downstream use.",
         "",
     ]
@@ -165,8 +167,10 @@ def _draw(config: StudyConfig, content: dict) -> None:
     shown = {"real": load_split(config, "train"), **arms}
     titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
     rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}
-    plot_volumes(rows, figures / "comparison.png")
-    plot_history(output_dir / "ppo", ["reward/mean", "watch/heldout_reward", "watch/label_fid", "ppo/kl"], figures / "ppo.png")
+    plot_volumes(rows, figures / "comparison.png", at_asymmetry=True)
+    plot_history(
+        output_dir / "ppo", ["reward/mean", "watch/heldout_reward", "watch/label_fid", "ppo/kl"], figures / "ppo.png"
+    )
     fids = load_scores(config)["fid"]
     groups = {
         role: ([fids[name]["all"] for name in validity["mean_by_set"]], list(validity["mean_by_set"].values()))

@@ -19,6 +19,7 @@ from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
 from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_volumes
+from ..processes import process_state
 from ..rewards import LearnedReward
 from ..rollouts import Rollout
 from ..seeding import fold_seed
@@ -93,7 +94,8 @@ def train_extractors(config: StudyConfig) -> dict:
         args = config.trainer_config("extractors", role, seed=fold_seed(config.seed, role) % 2**31)
         figures = FeatureTrainer(model, args, train).train()
         model.half().float()  # rounded, so that a release in float16 measures the very same
-        model.save_pretrained(Path(config.output_dir) / "extractors" / role)
+        if process_state().is_main_process:
+            model.save_pretrained(Path(config.output_dir) / "extractors" / role)
         results[role] = {**extractor_identity(model), **figures}
     return results
 
@@ -106,6 +108,8 @@ def train_vqgan(config: StudyConfig) -> dict:
     model = VQModel3D(**{**channels, **config.vqvae})
     trainer = VQGANTrainer(model, config.trainer_config("vqgan"), train, heldout)
     figures = trainer.train()
+    if not process_state().is_main_process:
+        return figures
     folder = Path(config.output_dir) / "vqgan"
     model.save_pretrained(folder / "vqvae")
     shown = heldout.take_per_class(4)
@@ -130,11 +134,15 @@ def train_diffusion(config: StudyConfig) -> dict:
     scheduler = DDIMScheduler(**{**SCHEDULER_DEFAULTS, **config.scheduler})
     pipeline = MedVolumePipeline(vqvae, unet, scheduler, spacing=train.spacing, id2label=train.id2label)
     figures = LatentDiffusionTrainer(pipeline, config.trainer_config("diffusion"), train).train()
+    if not process_state().is_main_process:
+        return figures
     folder = Path(config.output_dir) / "diffusion"
     pipeline.save_pretrained(folder / "pipeline")
     shown = train.take_per_class(4)
     samples = sample_set(pipeline, shown, SetSpec("synthetic", 50), config.seed)
-    plot_volumes({"real": shown.pixel_values, "generated": samples.pixel_values}, folder / "samples.png")
+    plot_volumes(
+        {"real": shown.pixel_values, "generated": samples.pixel_values}, folder / "samples.png", at_asymmetry=True
+    )
     return figures
 
 
@@ -220,7 +228,8 @@ def train_rewards(config: StudyConfig) -> dict:
         model = model_class(**{"in_channels": data.pixel_values.shape[1], **getattr(config, f"{role}_reward")})
         args = config.trainer_config("rewards", role, seed=fold_seed(config.seed, "reward", role) % 2**31)
         results[role] = RewardTrainer(model, args, data).train()
-        model.save_pretrained(Path(config.output_dir) / "rewards" / role)
+        if process_state().is_main_process:
+            model.save_pretrained(Path(config.output_dir) / "rewards" / role)
     return results
 
 
@@ -255,6 +264,7 @@ def train_ppo(config: StudyConfig) -> dict:
         select_by=config.select_by,
     )
     figures = trainer.train()
-    pipeline.save_pretrained(Path(config.output_dir) / "ppo" / "pipeline")
+    if process_state().is_main_process:
+        pipeline.save_pretrained(Path(config.output_dir) / "ppo" / "pipeline")
     scales = {name: vars(scale) for name, scale in trainer.reward.scales.items()}
     return {**figures, "unet_forwards": trainer.unet_forwards, "scales": scales}

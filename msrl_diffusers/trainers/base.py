@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import write_text
 from ..precision import resolve_precision
+from ..processes import process_state, use_all_cores
 from ..seeding import fold_seed
-from ..threads import use_all_cores
 from .base_config import TrainingConfig
 from .callbacks import Callbacks
 
@@ -41,7 +41,7 @@ class TrainingRun:
         use_all_cores()
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
-            mixed_precision=resolve_precision(args.mixed_precision, PartialState().default_device),
+            mixed_precision=resolve_precision(args.mixed_precision, process_state().default_device),
             gradient_accumulation_steps=gradient_accumulation_steps or args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir),
@@ -145,7 +145,10 @@ class TrainingRun:
     def record(self, **metrics: float | torch.Tensor) -> None:
         """Collect figures of this step; their means are logged every `logging_steps`."""
         for name, value in metrics.items():
-            self._pending[name].append(value.detach() if isinstance(value, torch.Tensor) else value)
+            if isinstance(value, torch.Tensor):
+                value = value.detach()
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value  # a norm of sharded gradients
+            self._pending[name].append(value)
 
     def _flush(self) -> None:
         if self.step % self.args.logging_steps and self.step < self.args.max_steps and not self.stopped:

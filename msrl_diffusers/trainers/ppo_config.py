@@ -86,6 +86,9 @@ class DiffusionPPOConfig(TrainingConfig):
     # what is trained
     use_lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get an adapter; attention and residual convolutions if unset."}
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Keep an exponential average of the weights, and end with it."}
     )

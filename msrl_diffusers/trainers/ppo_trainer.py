@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from accelerate import DistributedType
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -93,9 +94,9 @@ class DiffusionPPOTrainer:
         self.unet_forwards = 0
         if self.args.use_lora:
             pipeline.unet.requires_grad_(False)
-            pipeline.unet.add_adapter(
-                LoraConfig(r=self.args.lora_rank, lora_alpha=self.args.lora_rank, target_modules=LORA_TARGETS)
-            )
+            targets = self.args.lora_target_modules or LORA_TARGETS
+            rank = self.args.lora_rank
+            pipeline.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
         if self.args.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         self.policy = make_policy(pipeline)
@@ -140,14 +141,18 @@ class DiffusionPPOTrainer:
     def _prepare(self, run: TrainingRun) -> None:
         """Optimizer, learning rate, averaged weights; the policy gets the denoiser that accelerate wrapped."""
         args = self.args
-        denoiser = channels_last(self.pipeline.unet)
-        self._trainable = {name: value for name, value in denoiser.named_parameters() if value.requires_grad}
-        optimizer = run.optimizer(self._trainable.values())
+        sharded = run.accelerator.distributed_type == DistributedType.FSDP
+        if sharded and (args.use_lora or args.ema_decay is not None):
+            raise InputError("With FSDP all weights are trained, without averages: unset use_lora and ema_decay.")
+        denoiser = self.pipeline.unet if sharded else channels_last(self.pipeline.unet)  # FSDP wants them contiguous
+        optimizer = run.optimizer([value for value in denoiser.parameters() if value.requires_grad])
         scheduler = run.lr_scheduler(optimizer, args.max_steps * args.num_updates)
         run.callbacks = Callbacks(self.callbacks, args, denoiser, run.is_main) if self.callbacks else None
         self.policy.denoiser, self._optimizer, self._scheduler = run.accelerator.prepare(
             denoiser, optimizer, scheduler
         )
+        inner = run.accelerator.unwrap_model(self.policy.denoiser)  # sharding has put other parameters into it
+        self._trainable = {name: value for name, value in inner.named_parameters() if value.requires_grad}
         self._ema = None
         if args.ema_decay is not None:
             self._ema = EMAModel(list(self._trainable.values()), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
@@ -385,12 +390,22 @@ class DiffusionPPOTrainer:
     # ------------------------------------------------------------------------------------------------------- weights
 
     def _save_best(self, run: TrainingRun) -> None:
+        with self._averaged():
+            weights = self._whole_weights()
         if run.is_main:
             path = run.output_dir / "best.safetensors"
-            with self._averaged():
-                save_file({name: value.contiguous() for name, value in self._trainable.items()}, f"{path}.tmp")
+            save_file(weights, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         run.accelerator.wait_for_everyone()
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        """What is trained, put together from all processes where it is sharded (FSDP); a copy, on the CPU."""
+        whole = {}
+        for name, value in self._trainable.items():
+            value = value.detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            whole[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+        return whole
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -407,20 +422,23 @@ class DiffusionPPOTrainer:
             self._ema.restore(parameters)
 
     def _finish(self, run: TrainingRun) -> dict[str, float]:
-        self.pipeline.unet = run.accelerator.unwrap_model(self.policy.denoiser, keep_fp32_wrapper=False)
-        self.policy.denoiser = self.pipeline.unet
         best_step = run.state.get("best_step")
         if best_step is not None:
-            best = load_file(run.output_dir / "best.safetensors")
-            with torch.no_grad():
-                for name, parameter in self._trainable.items():
-                    parameter.copy_(best[name])
-        elif self._ema is not None:
-            self._ema.copy_to(self._trainable.values())
+            weights = load_file(run.output_dir / "best.safetensors")
+        else:
+            with self._averaged():
+                weights = self._whole_weights()
+        unet = run.accelerator.unwrap_model(self.policy.denoiser, keep_fp32_wrapper=False)
+        if run.accelerator.distributed_type == DistributedType.FSDP:
+            unet = self.policy.frozen_copy()  # the same network in one piece
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                if name in weights:
+                    parameter.copy_(weights[name])
         if self.args.use_lora:
-            self.pipeline.unet.fuse_lora()
-            self.pipeline.unet.unload_lora()
-        self.pipeline.unet.eval()
+            unet.fuse_lora()
+            unet.unload_lora()
+        self.pipeline.unet = self.policy.denoiser = unet.requires_grad_(True).eval()
         run.finish()
         chosen = [line for line in run.history if best_step is None or line["step"] <= best_step + 1]
         return {**(chosen or [{}])[-1], "stopped": run.stopped, "rollouts": run.step}

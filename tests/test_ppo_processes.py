@@ -1,0 +1,102 @@
+"""A PPO run that is killed, and one that is split over processes, end where an undisturbed one does.
+
+Killed: bit for bit. Split: gradients to 1e-3 of their largest element, for sums over samples come in another order.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import differing
+
+from msrl_diffusers.trainers.base import checkpoints, read_log
+
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parent / "ppo_run.py"
+KILLS = 10
+FORWARDS_PER_STEP = (
+    3 * 2 + 2 * 2 * 2 + 2
+)  # sampling; two steps trained in two batches with the reference; the watchdog
+
+
+def launch(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
+    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(distributed if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
+    if processes > 1:
+        command += ["--processes", str(processes)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
+def test_a_run_killed_ten_times_ends_with_the_same_weights(lora, tmp_path):
+    whole = launch(tmp_path / "whole", *lora)
+    assert whole.returncode == 0, whole.stderr
+    moments, draw = set(), random.Random(0)
+    for number in range(KILLS):
+        moment = ("forward", "forward", "saving", "saved")[number % 4]
+        count = draw.randint(1, 2 * FORWARDS_PER_STEP) if moment == "forward" else 1
+        killed = launch(tmp_path / "killed", *lora, "--kill_at", moment, count)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        moments.add(moment)
+    assert moments == {"forward", "saving", "saved"}
+    assert checkpoints(tmp_path / "killed")
+    last = launch(tmp_path / "killed", *lora)
+    assert last.returncode == 0, last.stderr
+    weights = [load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed")]
+    assert differing(*weights) == []
+    logs = [
+        [{name: value for name, value in line.items() if name != "seconds"} for line in read_log(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1]
+    assert [line["epoch"] for line in logs[1]] == list(range(1, 13))
+
+
+@pytest.fixture(scope="module", params=[[], ["--lora"]], ids=["full", "lora"])
+def runs(request, tmp_path_factory):
+    """Folders of the same run by one process, by two, by two whose gradients are not reduced, and by two that share the
+    weights (FSDP)."""
+    folder = tmp_path_factory.mktemp("runs")
+    variants = {"one": (1, []), "two": (2, []), "unreduced": (2, ["--without_reduction"])}
+    if not request.param:  # LoRA is not sharded
+        variants["sharded"] = (2, ["--fsdp"])
+    for name, (processes, extra) in variants.items():
+        done = launch(folder / name, "--steps", 3, *request.param, *extra, processes=processes)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_give_the_rewards_and_gradients_of_one(runs, name):
+    if not (runs / name).exists():
+        pytest.skip("LoRA is not sharded")
+    one, two = (read_log(runs / folder) for folder in ("one", name))
+    for figure in ("reward/mean", "reward/std", "reward/brightness", "ppo/kl", "ppo/kl_coef", "watch/bright"):
+        expected = pytest.approx([line[figure] for line in one], rel=1e-3, abs=1e-5)
+        assert [line[figure] for line in two] == expected, figure
+    single = load_file(runs / "one/gradients-0.safetensors")
+    ranks = [load_file(runs / f"{name}/gradients-{rank}.safetensors") for rank in (0, 1)]
+    assert differing(*ranks) == []
+    for parameter, gradient in single.items():
+        atol = 1e-6 + 1e-3 * gradient.abs().max().item()
+        torch.testing.assert_close(ranks[0][parameter], gradient, rtol=1e-3, atol=atol, msg=parameter)
+
+
+def test_without_reduction_the_processes_part(runs):
+    """What this guards against: a trainer that calls the denoiser itself, not the module accelerate prepared."""
+    ranks = [load_file(runs / f"unreduced/gradients-{rank}.safetensors") for rank in (0, 1)]
+    assert differing(*ranks)
+    single, half = load_file(runs / "one/gradients-0.safetensors"), ranks[0]
+    apart = sum((half[name] - value).abs().sum().item() for name, value in single.items())
+    assert apart > 0.1 * sum(value.abs().sum().item() for value in single.values())
