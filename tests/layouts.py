@@ -21,6 +21,7 @@ SPOT_CENTER = (11, 10, 9)  # voxel [x, y, z] of a RAS array; mirrored it would b
 SPOT = tuple(slice(center - 1, center + 2) for center in SPOT_CENTER)
 GRADES = ("HGG", "LGG")
 BRATS_MODALITIES = ("t1", "t1ce", "t2", "flair")
+BRATS2023_MODALITIES = ("t1n", "t1c", "t2w", "t2f")  # the same four
 OASIS_RATINGS = {"OAS1_0001_MR1": "", "OAS1_0002_MR1": "0", "OAS1_0003_MR1": "0.5", "OAS1_0004_MR1": "1"}
 
 
@@ -106,6 +107,30 @@ def write_brats(
     return root
 
 
+def write_brats2023(folder: Path, per_class: int = 2, sessions: Sequence[str] = ("000", "001")) -> Path:
+    """BraTS 2023, stored as it is, running to LPS, with the table of grades that it lacks; the folder of the cases.
+
+    Args:
+        folder: gets `ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData`.
+        per_class: subjects of each grade, HGG and LGG in turn.
+        sessions: time points of every subject.
+    """
+    root = folder / "ASNR-MICCAI-BraTS2023-GLI-Challenge-TrainingData"
+    rows = [["Grade", "BraTS2023"]]
+    for index in range(per_class):
+        for label, grade in enumerate(GRADES):
+            for session in sessions:
+                name = f"BraTS-GLI-{index * 2 + label:05d}-{session}"
+                rows.append([grade, name])
+                for channel, modality in enumerate(BRATS2023_MODALITIES):
+                    write_nifti(
+                        root / name / f"{name}-{modality}.nii.gz", marked_volume(index, label) + channel, "LPS"
+                    )
+                write_nifti(root / name / f"{name}-seg.nii.gz", tumor_mask(index, label), "LPS")
+    write_csv(root / "name_mapping.csv", rows)
+    return root
+
+
 def write_oasis(
     folder: Path,
     ratings: Mapping[str, str | None] = OASIS_RATINGS,
@@ -164,6 +189,15 @@ def write_bids(
     write_csv(folder / "participants.tsv", rows, "\t")
 
 
+def write_nifti_folder(folder: Path) -> Path:
+    """A folder of images stored in odd orientations, with their classes in `metadata.csv`; the table's path."""
+    rows = [["file_name", "subject_id", "label"]]
+    for index, orientation in enumerate(("RAS", "LPS", "ASL", "PIR")):
+        write_nifti(folder / f"s{index}.nii.gz", marked_volume(index, index % 2), orientation)
+        rows.append([f"s{index}.nii.gz", f"s{index}", "ab"[index % 2]])
+    return write_csv(folder / "metadata.csv", rows)
+
+
 def write_datalist(
     folder: Path,
     per_class: int = 2,
@@ -200,6 +234,18 @@ def write_csv(path: Path, rows: Sequence[Sequence[str]], delimiter: str = ",") -
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(rows)
     return path
+
+
+def lock(folder: Path, monkeypatch) -> None:
+    """Make a folder one that can't be opened; permissions don't do for root."""
+    iterdir = Path.iterdir
+
+    def refuse(self):
+        if self == folder:
+            raise PermissionError(13, "Permission denied")
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
 
 
 def _reoriented(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:

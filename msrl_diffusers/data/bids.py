@@ -55,7 +55,9 @@ def scan(
                 value = sessions.get(part.name, {}).get(label_column)
                 if not class_is_given(value):
                     value = participants[folder.name].get(label_column)
-                label = _label(value, label_bins, label_column, part)
+                if not class_is_given(value):
+                    raise InputError(f"{part}: column {label_column!r} is empty for it.")
+                label = class_of(value, label_bins, label_column, part)
                 if label is None:
                     continue
                 images = {name: _image(part, folder.name, name) for name in modalities}
@@ -91,16 +93,6 @@ def _session_folders(folder: Path, listing: Listing) -> list[Path]:
     """The folders of sessions; the subject's own where it has images itself, or no sessions."""
     sessions = [part for part in subfolders(folder, listing) if part.name.startswith("ses-")]
     return sessions if sessions and not os.path.isdir(folder / "anat") else [folder, *sessions]
-
-
-def _label(value: str | None, label_bins: LabelBins | None, label_column: str, part: Path) -> str | None:
-    """The class; None for a number in no bin."""
-    if not class_is_given(value):
-        raise InputError(f"{part}: column {label_column!r} is empty for it.")
-    try:
-        return class_of(value, label_bins, label_column)
-    except InputError as error:
-        raise InputError(f"{part}: {error}.") from error
 
 
 def _image(part: Path, subject: str, modality: str) -> str:

@@ -1,4 +1,4 @@
-"""brats2019: BraTS 2019 as it is downloaded, copies of it on Kaggle, and earlier or later releases that give grades."""
+"""brats2019: BraTS 2019 as it is downloaded, copies of it on Kaggle, and earlier or later releases with grades."""
 
 import os
 import re
@@ -10,26 +10,28 @@ from .cases import Case, Listing
 from .folders import entries, folders_holding, read_table, subfolders
 
 
-MODALITIES = ("t1", "t1ce", "t2", "flair")
+MODALITIES = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}  # up to 2021, and from 2023 on
 GRADES = ("HGG", "LGG")
 LAYOUT = (
-    "MICCAI_BraTS_2019_Data_Training/{HGG,LGG}/BraTS19_x/BraTS19_x_{t1,t1ce,t2,flair,seg}.nii.gz, or BraTS20_x folders "
-    "with name_mapping.csv beside them"
+    "MICCAI_BraTS_2019_Data_Training/{HGG,LGG}/BraTS19_x/BraTS19_x_{t1,t1ce,t2,flair,seg}.nii.gz, or folders BraTS20_x "
+    "or BraTS-GLI-x-y with name_mapping.csv beside them"
 )
-RELEASE_ENTRY = re.compile(r"HGG|LGG|BraTS(\d\d_.+|\d{4}_\d+)", re.IGNORECASE)
-NAME_WITH_SESSION = re.compile(r"(BraTS1[789]_.+)_(\d+)", re.IGNORECASE)
+RELEASE_ENTRY = re.compile(r"HGG|LGG|BraTS(\d\d_.+|\d{4}_\d+|-[A-Z]+-\d+-\d+)", re.IGNORECASE)
+NAME_WITH_SESSION = re.compile(r"(BraTS1[789]_.+|BraTS-[A-Z]+-\d+)[_-](\d+)", re.IGNORECASE)
 
 
 def scan(data_dir: Path, modality: str | Sequence[str] = "t1ce") -> Listing:
     """The cases of a BraTS release, with classes HGG and LGG.
 
-    Grades are the names of folders, or the column `Grade` of `name_mapping.csv` where cases lie in one folder (2020).
-    The last number of a name up to 2019 is the session. Segmentations are kept where they exist. Folders of cases
-    without grades, such as the validation set, are left out.
+    Grades are the names of folders, or the column `Grade` of `name_mapping.csv` where cases lie in one folder (2020;
+    for 2023 such a table has to be made). The last number of a name is the session up to 2019 and from 2023 on, not in
+    between. Segmentations are kept where they exist. Folders of cases without grades, such as the validation set, are
+    left out.
 
     Args:
         data_dir: the folder that holds `HGG` and `LGG` (or the cases), or up to three folders above it.
-        modality: one of t1, t1ce, t2 and flair, or several, which become channels in this order.
+        modality: one of t1, t1ce, t2 and flair (t1n, t1c, t2w and t2f are taken for the same), or several, which become
+            channels in this order.
 
     Raises:
         InputError: unknown modality, nothing that looks like BraTS, no grades, or more than one release.
@@ -45,10 +47,13 @@ def scan(data_dir: Path, modality: str | Sequence[str] = "t1ce") -> Listing:
 
 
 def _known_modalities(modality: str | Sequence[str]) -> list[str]:
-    modalities = [str(name).lower() for name in ([modality] if isinstance(modality, str) else modality)]
-    if not modalities or not set(modalities) <= set(MODALITIES):
-        raise InputError(f"Unknown modality {modality!r} for BraTS; there are {list(MODALITIES)}.")
-    return modalities
+    known = {name: earlier for earlier, later in MODALITIES.items() for name in (earlier, later)}
+    names = [str(name).lower() for name in ([modality] if isinstance(modality, str) else modality)]
+    if not names or not set(names) <= set(known):
+        raise InputError(
+            f"Unknown modality {modality!r} for BraTS; there are {list(MODALITIES)}, or {list(MODALITIES.values())}."
+        )
+    return [known[name] for name in names]
 
 
 def _graded_folders(data_dir: Path, listing: Listing) -> list[tuple[Path, str | None]]:
@@ -99,23 +104,25 @@ def _read_grades(folders: Sequence[Path]) -> dict[str, str]:
 def _case(folder: Path, grade: str | None, modalities: Sequence[str]) -> Case:
     if grade is None:
         raise InputError(f"{folder}: name_mapping.csv gives no grade (HGG or LGG) for it; add it or drop the folder.")
+    from_2023_on = folder.name.lower().startswith("brats-")
     files = entries(folder)
     images = {}
     for modality in modalities:
-        images[modality] = _image(files, modality)
+        ending = f"-{MODALITIES[modality]}" if from_2023_on else f"_{modality}"
+        images[modality] = _image(files, ending)
         if images[modality] is None:
             raise InputError(
-                f"{folder} has no {modality} image, {folder.name}_{modality}.nii.gz; download it again or drop the folder."
+                f"{folder} has no {modality} image, {folder.name}{ending}.nii.gz; download it again or drop the folder."
             )
     named = NAME_WITH_SESSION.fullmatch(folder.name)
     subject, session = named.groups() if named else (folder.name, "")
-    return Case(images, grade, subject, session, seg=_image(files, "seg"))
+    return Case(images, grade, subject, session, seg=_image(files, "-seg" if from_2023_on else "_seg"))
 
 
-def _image(files: Sequence[Path], kind: str) -> str | None:
-    """The image of a kind; on Kaggle some are folders named `.nii` that hold the file."""
+def _image(files: Sequence[Path], ending: str) -> str | None:
+    """The image with this ending of its name; on Kaggle some are folders named `.nii` that hold the file."""
     for file in files:
-        if not re.search(rf"_{kind}\.nii(\.gz)?$", file.name, re.IGNORECASE):
+        if not re.search(rf"{ending}\.nii(\.gz)?$", file.name, re.IGNORECASE):
             continue
         inside = entries(file) if os.path.isdir(file) else [file]
         for image in inside:

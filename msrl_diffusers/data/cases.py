@@ -154,8 +154,8 @@ def class_is_given(value) -> bool:
     return value is not None and str(value).strip().lower() not in ("", "n/a", "na", "nan")
 
 
-def class_of(value, label_bins: LabelBins | None, column: str) -> str | None:
-    """The class of a value of a table; None where it is empty or in no bin.
+def class_of(value, label_bins: LabelBins | None, column: str, place: str | Path) -> str | None:
+    """The class of a value that stands at `place`; None where it is empty or in no bin.
 
     Raises:
         InputError: a value that is no number, though there are bins.
@@ -167,7 +167,7 @@ def class_of(value, label_bins: LabelBins | None, column: str) -> str | None:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{value!r} is no number, but label_bins asks for one") from None
+        raise InputError(f"{place}: {value!r} is no number, but label_bins asks for one.") from None
     for name, (low, high) in named_bins(label_bins, column).items():
         if (low is None or number >= low) and (high is None or number < high):
             return name

@@ -105,10 +105,7 @@ def _label(value, label_bins: LabelBins | None, label_column: str, place: str) -
         raise InputError(f"{place}: {label_column!r} must be one value, it is {value!r}.")
     if not class_is_given(value):
         raise InputError(f"{place} has no {label_column!r}.")
-    try:
-        return class_of(value, label_bins, label_column)
-    except InputError as error:
-        raise InputError(f"{place}: {error}.") from error
+    return class_of(value, label_bins, label_column, place)
 
 
 def _images(image, names: dict, folder: Path, place: str) -> dict[str, str]:

@@ -47,9 +47,9 @@ def scan(
     for number, row in enumerate(rows, start=2):
         place = f"{table_path}, line {number}"
         try:
-            label = class_of(row[label_column], label_bins, label_column)
+            label = class_of(row[label_column], label_bins, label_column, place)
         except InputError as error:
-            listing.reject(place, f"{place}: {error}.")
+            listing.reject(place, str(error))
             continue
         if label is None:
             if not class_is_given(row[label_column]):

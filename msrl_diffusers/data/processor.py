@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy.ndimage import find_objects
 
 from ..errors import InputError
+from .reading import check_values
 
 
 MASKED_SHARE = 0.1  # with so many voxels of exactly one background value, the image was masked
@@ -135,10 +136,7 @@ def _array(image: nib.Nifti1Image) -> np.ndarray:
         data = data[..., 0]
     if data.ndim != 3:
         raise InputError(f"a 3D image is needed, this one has shape {data.shape}; extract one frame first")
-    if not np.isfinite(data).all():
-        raise InputError("the image holds NaN or infinite values; repair or drop it")
-    if data.min() == data.max():
-        raise InputError(f"the image is constant ({data.min():g} everywhere); drop it")
+    check_values(data, "the image")  # again for what `read_image` gave: others hand in images of their own
     return data
 
 

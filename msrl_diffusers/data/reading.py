@@ -47,11 +47,17 @@ def read_image(path: str | Path, orientation: str | None = None) -> nib.Nifti1Im
         data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
     except Exception as error:
         raise InputError(f"{path} is damaged, its voxels can't be read: {_one_line(error)}; copy it again") from error
-    if not np.isfinite(data).all():
-        raise InputError(f"{path} holds NaN or infinite values; repair or drop it")
-    if data.min() == data.max():
-        raise InputError(f"{path} is constant ({data.min():g} everywhere); drop it")
+    check_values(data, path)
     return nib.Nifti1Image(data, _checked_affine(path, image, orientation, shape))
+
+
+def check_values(data: np.ndarray, name: str | Path) -> None:
+    """Raise InputError where voxels are not finite or all equal; `name` begins the sentence."""
+    low, high = data.min(), data.max()  # NaN where any voxel is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"{name} holds NaN or infinite values; repair or drop it")
+    if low == high:
+        raise InputError(f"{name} is constant ({low:g} everywhere); drop it")
 
 
 def _check_file(path: Path) -> None:
