@@ -8,9 +8,9 @@ from accelerate.utils import parse_flag_from_env
 
 
 def process_state() -> PartialState:
-    """This process among those that `accelerate launch` started.
+    """This process among those that `accelerate launch` or `torchrun` started.
 
-    `PartialState()` alone does not heed `accelerate launch --cpu`: every process would take itself for the only one.
+    `PartialState()` alone does not heed `ACCELERATE_USE_CPU`: every process would take itself for the only one.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 

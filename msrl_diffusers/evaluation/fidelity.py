@@ -25,14 +25,16 @@ class _Identity(torch.nn.Module):
 
 
 def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """FID (arXiv 1706.08500, eq. 6) of features `[N, P, S, F]`, by torchmetrics, averaged over planes.
+    """FID (arXiv 1706.08500, eq. 6) of features `[N, P, S, F]`, by torchmetrics, averaged over planes; of this
+    process' features alone.
 
     Raises:
         ValueError: sets of different size.
     """
     if len(real) != len(fake):
         raise ValueError(f"A Frechet distance compares sets of equal size, got {len(real)} and {len(fake)} volumes.")
-    metric = FrechetInceptionDistance(feature=_Identity(real.shape[-1])).set_dtype(torch.float64)
+    network = _Identity(real.shape[-1])
+    metric = FrechetInceptionDistance(feature=network, sync_on_compute=False).set_dtype(torch.float64)
     distances = []
     for plane in range(real.shape[1]):
         metric.reset()
@@ -51,7 +53,10 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, seed: int = 0, subse
                 "ignore", "Metric `Kernel Inception Distance` will save all"
             )  # few, small features
             metric = KernelInceptionDistance(
-                feature=_Identity(real.shape[-1]), subsets=subsets, subset_size=max(2, min(len(real), len(fake)) // 2)
+                feature=_Identity(real.shape[-1]),
+                subsets=subsets,
+                subset_size=max(2, min(len(real), len(fake)) // 2),
+                sync_on_compute=False,
             ).set_dtype(torch.float64)
         metric.update(real[:, plane].mean(dim=1), real=True)
         metric.update(fake[:, plane].mean(dim=1), real=False)

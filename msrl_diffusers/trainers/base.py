@@ -193,8 +193,10 @@ class TrainingRun:
             getattr(self.callbacks, event)(*information)
 
     def finish(self) -> None:
-        """Close the trackers."""
-        self.accelerator.end_training()
+        """Close the trackers. `Accelerator.end_training` would end the process group too, which the next training needs."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
