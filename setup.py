@@ -31,6 +31,7 @@ setup(
         "nibabel>=5.2",
         "numpy>=1.26",
         "peft>=0.17",
+        "psutil>=5.9",
         "safetensors>=0.5",
         "scipy>=1.12",
         "tensorboard>=2.15",

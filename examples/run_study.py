@@ -12,7 +12,7 @@ import sys
 
 from msrl_diffusers.arguments import parse, take_option
 from msrl_diffusers.errors import sentence_instead_of_traceback
-from msrl_diffusers.processes import process_state
+from msrl_diffusers.processes import process_state, start_missing_processes
 from msrl_diffusers.study import StudyConfig, run_study
 from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.release import write_release
@@ -33,4 +33,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     with sentence_instead_of_traceback():
+        start_missing_processes()
         main()

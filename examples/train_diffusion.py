@@ -8,7 +8,7 @@ Every field of the trainer's config is an option and overrides the config's sect
 from pathlib import Path
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
-from msrl_diffusers.processes import process_state
+from msrl_diffusers.processes import process_state, start_missing_processes
 from msrl_diffusers.study.chain import run_study, stages_up_to
 from msrl_diffusers.study.command_line import parse_study
 
@@ -25,4 +25,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     with sentence_instead_of_traceback():
+        start_missing_processes()
         main()

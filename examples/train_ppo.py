@@ -32,7 +32,7 @@ from msrl_diffusers import (
 from msrl_diffusers.arguments import parse
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.plots import plot_history
-from msrl_diffusers.processes import process_state
+from msrl_diffusers.processes import process_state, start_missing_processes
 from msrl_diffusers.study import run_study
 from msrl_diffusers.study.artifacts import load_model
 from msrl_diffusers.study.command_line import parse_study
@@ -80,4 +80,5 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
 
 if __name__ == "__main__":
     with sentence_instead_of_traceback():
+        start_missing_processes()
         main()

@@ -1,10 +1,17 @@
 """Processes and threads, as `accelerate launch` set them up."""
 
 import os
+import sys
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+from .errors import InputError
+
+
+LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch")
 
 
 def process_state() -> PartialState:
@@ -22,3 +29,40 @@ def use_all_cores() -> None:
     if state.num_processes == 1 and state.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)
+
+
+def start_missing_processes() -> None:
+    """Make `accelerate launch --cpu --num_processes N` mean what it says: without MPI it starts one process, whatever N is.
+    That process becomes `torchrun`, which starts N of the same script. Does nothing anywhere else.
+
+    Raises:
+        InputError: several machines, which only `torchrun` itself can start on CPUs.
+    """
+    alone = not any(
+        name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    )
+    if not (alone and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ):
+        return  # accelerate sets that address where it was asked for more than one
+    num_processes, num_machines = _asked_of_accelerate(psutil.Process().parent().cmdline())
+    if num_machines > 1:
+        raise InputError(
+            "accelerate launch starts no CPU processes on several machines; use ACCELERATE_USE_CPU=true torchrun --nnodes "
+            f"{num_machines} --nproc_per_node {num_processes // num_machines} --rdzv_endpoint ADDRESS:PORT SCRIPT."
+        )
+    if num_processes > 1:
+        sys.stdout.flush()
+        distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        os.execv(sys.executable, [sys.executable, *distributed, *sys.argv])
+
+
+def _asked_of_accelerate(command: list[str]) -> tuple[int, int]:
+    """Processes and machines that a command line of `accelerate launch`, or its config file, asks for; 1 and 1 of any other."""
+    from accelerate.commands.config import load_config_from_file  # seldom needed, and slow to import
+    from accelerate.commands.launch import launch_command_parser
+
+    places = [place for place, word in enumerate(command) if os.path.basename(word) in LAUNCHERS]
+    if not places:
+        return 1, 1
+    asked = launch_command_parser().parse_args(command[places[0] + 1 :])
+    saved = load_config_from_file(asked.config_file) if asked.config_file else None
+    return tuple(getattr(asked, name) or getattr(saved, name, None) or 1 for name in ("num_processes", "num_machines"))

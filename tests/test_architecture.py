@@ -29,6 +29,7 @@ SIDEWAYS = {
     ("policies", "pipelines"),
     ("trajectories", "evaluation"),
     ("arguments", "errors"),
+    ("processes", "errors"),
 }  # on one floor, in this direction only
 FORBIDDEN = [r"torch\.load\(", r"\bpickle\b", r"allow_pickle", r"^\s*print\("]
 

@@ -80,12 +80,11 @@ def test_train_ppo_on_checkpoints(checkpoints, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_in_two_processes(tmp_path, monkeypatch):
+def test_a_study_in_two_processes(tmp_path):
     """All processes train, the first one does the rest; every stage leaves what it leaves in one process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     config = write_config(tmp_path / "tiny.yaml", max_steps=1)
     done = run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
         "examples/train_ppo.py", "--config", config, "--output_dir", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

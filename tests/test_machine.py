@@ -1,0 +1,79 @@
+"""Precision, threads and processes, as the machine and the launcher give them."""
+
+import os
+
+import pytest
+import torch
+
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.precision import autocast, resolve_precision
+from msrl_diffusers.processes import _asked_of_accelerate, start_missing_processes, use_all_cores
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", torch.float32)]
+)
+def test_autocast(precision, expected):
+    weight = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), precision):
+        assert (weight @ weight).dtype == expected
+
+
+@pytest.mark.parametrize("instructions", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
+def test_auto_is_bf16_where_the_processor_has_it(monkeypatch, instructions):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions)
+    assert resolve_precision("auto", "cpu") == ("bf16" if instructions else "no")
+
+
+def test_a_named_precision_is_kept():
+    assert [resolve_precision(name, "cpu") for name in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+
+
+def test_a_process_alone_uses_all_cores():
+    """As `accelerate launch` starts it: with one thread."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        use_all_cores()
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_ordinary_process_starts_no_others(monkeypatch):
+    for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    start_missing_processes()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # somebody's own; the parent is no launcher
+    start_missing_processes()
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (["/usr/bin/python", "/usr/bin/accelerate", "launch", "--cpu", "--num_processes", "3", "a.py", "--seed", "1"], (3, 1)),
+        (["python", "-m", "accelerate.commands.launch", "--num_processes=4", "--num_machines=2", "a.py"], (4, 2)),
+        (["accelerate-launch", "--cpu", "a.py"], (1, 1)),
+        (["bash", "-c", "python a.py"], (1, 1)),
+    ],
+)  # fmt: skip
+def test_what_accelerate_was_asked_for(command, asked):
+    assert _asked_of_accelerate(command) == asked
+
+
+def test_the_number_of_processes_in_a_config_file(tmp_path):
+    file = tmp_path / "cpu.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
+    )
+    assert _asked_of_accelerate(["accelerate", "launch", "--config_file", str(file), "a.py"]) == (2, 1)
+
+
+def test_several_machines_on_cpus_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr("msrl_diffusers.processes._asked_of_accelerate", lambda command: (4, 2))
+    with pytest.raises(InputError, match="--nnodes 2 --nproc_per_node 2"):
+        start_missing_processes()
