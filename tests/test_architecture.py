@@ -30,6 +30,7 @@ SIDEWAYS = {
     ("trajectories", "evaluation"),
     ("arguments", "errors"),
     ("processes", "errors"),
+    ("cli", "study"),
 }  # on one floor, in this direction only
 FORBIDDEN = [r"torch\.load\(", r"\bpickle\b", r"allow_pickle", r"^\s*print\("]
 

@@ -6,7 +6,10 @@ from importlib import import_module
 from ..errors import InputError, sentence_instead_of_traceback
 
 
-VERBS = {"prepare": "a data set as it was downloaded into a cache that every study runs from"}
+VERBS = {
+    "prepare": "a data set as it was downloaded into a cache that every study runs from",
+    "study": "the whole method on a data set, to a report, or to tables over seeds and ablations",
+}
 
 
 def main() -> None:

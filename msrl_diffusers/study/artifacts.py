@@ -17,6 +17,17 @@ REWARD_CLASSES = {"volume": VolumeRewardModel, "slice": SliceRewardModel, "heldo
 EXTRACTOR_CLASSES = {"label": SliceFeatureExtractor, "judge": VolumeFeatureExtractor}
 
 
+PRIOR_STAGES = ("extractors", "vqgan", "diffusion")
+REWARD_STAGES = ("trajectories", "score", "rewards")
+
+
+def pretrained_stages(config: StudyConfig) -> tuple[str, ...]:
+    """The stages whose results are taken from `config.pretrained`."""
+    if not config.pretrained:
+        return ()
+    return PRIOR_STAGES + REWARD_STAGES if config.pretrained_rewards else PRIOR_STAGES
+
+
 def load_split(config: StudyConfig, split: str) -> VolumeDataset:
     """The `"train"` or `"heldout"` volumes."""
     return VolumeDataset.load(Path(config.output_dir) / "prepare" / f"{split}.safetensors")
@@ -40,14 +51,15 @@ def load_extractors(config: StudyConfig) -> dict[str, torch.nn.Module]:
 
 def load_scores(config: StudyConfig) -> dict:
     """FIDs and targets of the trajectory sets, and the chosen sampler."""
-    path = Path(config.pretrained or Path(config.output_dir) / "score") / "scores.json"
-    return json.loads(path.read_text())
+    own = Path(config.output_dir) / "score"
+    folder = Path(config.pretrained) if "score" in pretrained_stages(config) else own
+    return json.loads((folder / "scores.json").read_text())
 
 
 def _load(config: StudyConfig, classes: dict, stage: str, prefix: str) -> dict[str, torch.nn.Module]:
     folders = {
         role: Path(config.pretrained) / f"{prefix}_{role}"
-        if config.pretrained
+        if stage in pretrained_stages(config)
         else Path(config.output_dir) / stage / role
         for role in classes
     }

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..files import folder_mark, write_json
 from ..processes import process_state, use_all_cores
 from . import stages
+from .artifacts import pretrained_stages
 from .config import TRAINER_CONFIGS, StudyConfig
 from .evaluate import evaluate
 from .report import report
@@ -60,26 +61,25 @@ STAGES: dict[str, Stage] = {
     "rewards": Stage(
         stages.train_rewards,
         ("trajectories", "score"),
-        ("volume_reward", "slice_reward", "heldout_reward", "rewards", "mixed_precision", "seed"),
+        ("volume_reward", "slice_reward", "heldout_reward", "rewards", "mixed_precision", "rl_seed"),
         split=True,
     ),
     "ppo": Stage(
         stages.train_ppo,
         ("prepare", "extractors", "diffusion", "rewards"),
-        ("ppo", "select_by", "mixed_precision", "seed"),
+        ("ppo", "select_by", "mixed_precision", "rl_seed"),
         split=True,
     ),
     "evaluate": Stage(
         evaluate,
         ("prepare", "extractors", "diffusion", "score", "rewards", "ppo"),
-        ("num_validity_subjects", "bootstrap_draws", *_SAMPLING),
+        ("num_validity_subjects", "bootstrap_draws", "rl_seed", *_SAMPLING),
     ),
     "report": Stage(report, ("evaluate",), ()),
 }  # fmt: skip
 BOOKKEEPING = (
     "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
 )  # fmt: skip
-PRETRAINED_STAGES = ("extractors", "vqgan", "diffusion", "trajectories", "score", "rewards")
 
 
 def fingerprint(config: StudyConfig, name: str) -> str:
@@ -88,6 +88,7 @@ def fingerprint(config: StudyConfig, name: str) -> str:
     for section in TRAINER_CONFIGS:  # resolved, so that a default and the same value spelled out are one
         trainer = asdict(config.trainer_config(section))
         settings[section] = {key: value for key, value in trainer.items() if key not in BOOKKEEPING}
+    settings["rl_seed"] = config.seed if config.rl_seed is None else config.rl_seed
     for folder in ("data_dir", "pretrained"):
         settings[folder] = settings[folder] and folder_mark(settings[folder])
     marks = {}
@@ -97,10 +98,22 @@ def fingerprint(config: StudyConfig, name: str) -> str:
             "fields": {key: settings[key] for key in stage.fields},
             "max_steps": config.max_steps,
             "pretrained": settings["pretrained"],
+            "pretrained_rewards": config.pretrained_rewards or not config.pretrained,
             "needs": [marks[needed] for needed in stage.needs],
         }
         marks[stage_name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     return marks[name]
+
+
+def enabled_stages(config: StudyConfig) -> list[str]:
+    """The stages that a study with this config runs, in order."""
+    return [name for name in STAGES if name not in pretrained_stages(config)]
+
+
+def finished_fingerprint(config: StudyConfig, name: str) -> str | None:
+    """The fingerprint of what lies in the stage's folder; None if it is not there or not whole."""
+    record = Path(config.output_dir) / name / "stage.json"
+    return json.loads(record.read_text())["fingerprint"] if record.is_file() else None
 
 
 def stages_up_to(name: str) -> list[str]:
@@ -125,9 +138,7 @@ def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
     if unknown:
         raise InputError(f"Unknown stage {unknown[0]!r}; the stages are {list(STAGES)}.")
     result = {}
-    for name in (name for name in STAGES if name in names):
-        if config.pretrained and name in PRETRAINED_STAGES:
-            continue
+    for name in (name for name in enabled_stages(config) if name in names):
         result = _run_stage(config, name)
     return result
 
@@ -136,10 +147,8 @@ def _run_stage(config: StudyConfig, name: str) -> dict:
     stage, processes = STAGES[name], process_state()
     folder = Path(config.output_dir) / name
     record, mark = folder / "stage.json", fingerprint(config, name)
-    if record.is_file():
-        saved = json.loads(record.read_text())
-        if saved["fingerprint"] == mark:
-            return saved["result"]
+    if finished_fingerprint(config, name) == mark:
+        return json.loads(record.read_text())["result"]
     _check_inputs(config, name)
     processes.wait_for_everyone()  # all have looked at what is there
     if processes.is_main_process:
@@ -159,12 +168,12 @@ def _run_stage(config: StudyConfig, name: str) -> dict:
 def _check_inputs(config: StudyConfig, name: str) -> None:
     """Raise InputError unless every stage that `name` reads is done, with these settings."""
     for needed in STAGES[name].needs:
-        if config.pretrained and needed in PRETRAINED_STAGES:
+        if needed not in enabled_stages(config):
             continue
-        done = Path(config.output_dir) / needed / "stage.json"
-        if not done.is_file():
+        found = finished_fingerprint(config, needed)
+        if found is None:
             raise InputError(f"Stage {name!r} needs the result of {needed!r}; run that stage first.")
-        if json.loads(done.read_text())["fingerprint"] != fingerprint(config, needed):
+        if found != fingerprint(config, needed):
             raise InputError(
                 f"Stage {name!r} needs {needed!r}, which was run with other settings; run it again first."
             )

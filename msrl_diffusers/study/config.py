@@ -28,6 +28,7 @@ TRAINER_CONFIGS = {
     "rewards": RewardConfig,
     "ppo": DiffusionPPOConfig,
 }
+RL_STAGES = ("rewards", "ppo", "evaluate", "downstream", "report")  # the seed of these is `rl_seed`
 
 
 NETWORKS = {
@@ -54,6 +55,12 @@ class StudyConfig:
 
     output_dir: str = field(default="outputs/study", metadata={"help": "Every stage writes its folder in here."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random but the data's split."})
+    rl_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of reward models, PPO and what follows, where several share one prior; seed if unset."
+        },
+    )
     mixed_precision: str = field(
         default="no", metadata={"help": "auto (bf16 where the device is fast in it), no, bf16 or fp16."}
     )
@@ -63,6 +70,11 @@ class StudyConfig:
     pretrained: str | None = field(
         default=None,
         metadata={"help": "A folder written by run_study.py --release; its models are used, not trained."},
+    )
+
+    pretrained_rewards: bool = field(
+        default=True,
+        metadata={"help": "Take the reward models of `pretrained` too; false trains new ones on its pipeline."},
     )
 
     dataset: str = field(
@@ -153,6 +165,10 @@ class StudyConfig:
         for stage in TRAINER_CONFIGS:
             self.trainer_config(stage)
 
+    def seed_of(self, stage: str) -> int:
+        """The seed of a stage."""
+        return self.rl_seed if stage in RL_STAGES and self.rl_seed is not None else self.seed
+
     def trainer_config(self, stage: str, name: str | None = None, **overrides) -> TrainingConfig:
         """The config of a stage's trainer, writing to the stage's folder (or `name` within it).
 
@@ -160,7 +176,7 @@ class StudyConfig:
             ValueError, TypeError: a field the trainer does not have, or a bad value; the sentence names the section.
         """
         settings = {
-            "seed": self.seed,
+            "seed": self.seed_of(stage),
             "mixed_precision": self.mixed_precision,
             **trainer_defaults(stage),
             **getattr(self, stage),

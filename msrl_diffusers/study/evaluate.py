@@ -28,6 +28,7 @@ def evaluate(config: StudyConfig) -> dict:
     Each arm stands at the sampler that the label extractor chooses for it on other samples than these: the standard arm
     among all of the config, in stage score; the tuned one between that sampler and the rollouts'.
     """
+    seed = config.seed_of("evaluate")
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     validity_subjects = heldout.take_per_class(config.num_validity_subjects)
     counts = {
@@ -46,7 +47,7 @@ def evaluate(config: StudyConfig) -> dict:
     with tqdm(total=len(pipelines) * len(samplers), desc="evaluate") as progress:
         for arm, pipeline in pipelines.items():
             for name, sampler in samplers.items():
-                arms[f"{arm} @ {name}"] = sample_with(pipeline, train, sampler, config, "evaluate")
+                arms[f"{arm} @ {name}"] = sample_with(pipeline, train, sampler, config, fold_seed(seed, "evaluate"))
                 progress.update()
     features = {
         role: {name: extract_features(extractor, volumes.pixel_values) for name, volumes in arms.items()}
@@ -80,7 +81,7 @@ def evaluate(config: StudyConfig) -> dict:
             for role in extractors
         },
         "kid": {
-            role: {arm: kernel_distance(references[role]["train"], features[role][chosen[arm]], config.seed) for arm in REPORTED}
+            role: {arm: kernel_distance(references[role]["train"], features[role][chosen[arm]], seed) for arm in REPORTED}
             for role in extractors
         },
         **_intervals(references, features, by_sampler, chosen, config),
@@ -104,7 +105,7 @@ def _choose_sampler(
     """The sampler of the lowest label FID; on the samples' seeds of stage score, which are not those of the report."""
     real, distances = extract_features(extractor, train.pixel_values), {}
     for name, sampler in samplers.items():
-        sampled = sample_with(pipeline, train, sampler, config, "sampler choice")
+        sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
         features = extract_features(extractor, sampled.pixel_values)
         distances[name] = frechet_by_class(real, train, features, sampled)["all"]
     return min(distances, key=distances.get)
@@ -127,7 +128,7 @@ def _intervals(references: dict, features: dict, by_sampler: dict, chosen: dict,
     intervals, differences = {}, {}
     for role, reference in references.items():
         arms = {arm: features[role][chosen[arm]] for arm in REPORTED}
-        replicates = bootstrap_frechet(reference["train"], arms, config.bootstrap_draws, config.seed)
+        replicates = bootstrap_frechet(reference["train"], arms, config.bootstrap_draws, config.seed_of("evaluate"))
         values = {arm: by_sampler[role][chosen[arm]]["all"] for arm in REPORTED}
         intervals[role] = {arm: centred_interval(values[arm], replicates[arm]) for arm in REPORTED}
         difference = values["rl"] - values["standard"]
@@ -169,7 +170,7 @@ def _validity(config: StudyConfig, pipeline: MedVolumePipeline, rewards: dict, s
     ) as bar:
         for spec in specs:
             sampled = sample_set(
-                pipeline, subjects, spec, fold_seed(config.seed, "validity"), config.sampling_batch_size,
+                pipeline, subjects, spec, fold_seed(config.seed_of("evaluate"), "validity"), config.sampling_batch_size,
                 mixed_precision=config.mixed_precision, progress=bar,
             )  # fmt: skip
             targets[spec.name] = torch.tensor([set_targets[spec.name][name] for name in names])

@@ -31,7 +31,7 @@ def report(config: StudyConfig) -> dict:
     content = {
         **figures,
         "gap_closed": {role: gap_closed(fids) for role, fids in figures["fid"].items()},
-        "seed": config.seed,
+        "seed": config.seed_of("report"),
         "dataset": config.dataset,
         "data_fingerprint": records["prepare"]["result"]["fingerprint"],
         "data": records["prepare"]["result"],

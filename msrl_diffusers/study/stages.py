@@ -178,7 +178,7 @@ def score_trajectories(config: StudyConfig) -> dict:
         fids[spec.name] = frechet_by_class(real, train, extract_features(extractor, volumes.pixel_values), volumes)
     pipeline, samplers = load_pipeline(config), []
     for sampler in tqdm(config.samplers, desc="samplers"):
-        sampled = sample_with(pipeline, train, sampler, config, "sampler choice")
+        sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
         features = extract_features(extractor, sampled.pixel_values)
         samplers.append({**sampler, "fid": frechet_by_class(real, train, features, sampled)})
     scores = {
@@ -194,14 +194,14 @@ def score_trajectories(config: StudyConfig) -> dict:
 
 
 def sample_with(
-    pipeline: MedVolumePipeline, volumes: VolumeDataset, sampler: dict, config: StudyConfig, name: str
+    pipeline: MedVolumePipeline, volumes: VolumeDataset, sampler: dict, config: StudyConfig, seed: int
 ) -> VolumeDataset:
     """One sample per volume of `volumes`, of its class, by `{"num_inference_steps", "eta", "guidance_scale"}`."""
     return sample_set(
         pipeline,
         volumes,
         SetSpec("synthetic", sampler["num_inference_steps"]),
-        fold_seed(config.seed, name),
+        seed,
         config.sampling_batch_size,
         guidance_scale=sampler.get("guidance_scale", 1.0),
         eta=sampler["eta"],
@@ -224,9 +224,11 @@ def train_rewards(config: StudyConfig) -> dict:
     )
     results = {}
     for role, model_class in REWARD_CLASSES.items():
-        torch.manual_seed(fold_seed(config.seed, "init", "reward", role))
+        torch.manual_seed(fold_seed(config.seed_of("rewards"), "init", "reward", role))
         model = model_class(**{"in_channels": data.pixel_values.shape[1], **getattr(config, f"{role}_reward")})
-        args = config.trainer_config("rewards", role, seed=fold_seed(config.seed, "reward", role) % 2**31)
+        args = config.trainer_config(
+            "rewards", role, seed=fold_seed(config.seed_of("rewards"), "reward", role) % 2**31
+        )
         results[role] = RewardTrainer(model, args, data).train()
         if process_state().is_main_process:
             model.save_pretrained(Path(config.output_dir) / "rewards" / role)

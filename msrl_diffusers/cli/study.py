@@ -1,0 +1,55 @@
+"""msrl study: the published method as a chain of stages, from volumes to a report, or to tables over seeds and ablations."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..arguments import parse, take_option
+from ..errors import InputError
+from ..processes import process_state
+from ..study import StudyConfig, run_study
+from ..study.command_line import read_study
+from ..study.release import write_release
+from ..study.tables import write_tables
+from ..study.variants import ABLATIONS, run_variants
+
+
+@dataclass
+class StudyArguments:
+    """What of the study is run. `--config FILE` names its YAML file; every field of StudyConfig is an option too."""
+
+    stages: str | None = field(default=None, metadata={"help": "Stages separated by commas; all of them if unset."})
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Seeds of reward models, PPO and evaluation; writes tables.md over them."}
+    )
+    ablations: list[str] | None = field(
+        default=None, metadata={"help": f"Also without something, for the tables: {', '.join(ABLATIONS)}."}
+    )
+    release: str | None = field(
+        default=None, metadata={"help": "Folder for the pretrained models, ready for the Hub."}
+    )
+
+    def __post_init__(self):
+        if self.seeds and (self.stages or self.release):
+            raise InputError("--seeds runs whole studies; give --stages and --release without it.")
+        if self.ablations and not self.seeds:
+            raise InputError("--ablations needs --seeds: an ablation is compared over seeds.")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run what the command line says."""
+    config_path, rest = take_option("config", arguments)
+    args, config = parse([StudyArguments, StudyConfig], read_study(config_path) if config_path else None, rest)
+    if args.seeds:
+        runs = run_variants(config, args.seeds, args.ablations or ())
+        if process_state().is_main_process:
+            write_tables(config, runs)
+            sys.stdout.write(f"tables: {Path(config.output_dir) / 'tables.md'}\n")
+        return
+    run_study(config, args.stages.split(",") if args.stages else None)
+    if not process_state().is_main_process:
+        return
+    if args.release:
+        write_release(config, args.release)
+    sys.stdout.write(f"{config.output_dir}: {args.stages or 'report.md'} done\n")

@@ -1,0 +1,266 @@
+"""tables.json and tables.md: a study over several seeds in the shape of the tables of arXiv 2603.06173, from its reports."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.stats import t as student_t
+
+from ..files import write_json, write_text
+from . import published
+from .config import StudyConfig
+from .report import git_commit, versions
+from .variants import FULL
+
+
+ROLES = ("judge", "label")
+ARMS = {"limit": "autoencoder (limit)", "standard": "standard diffusion", "rl": "RL-tuned"}
+METRICS = ("accuracy", "f1", "auc")
+REAL, STANDARD, TUNED = "real only", "+ standard synthetic", "+ RL synthetic"
+OWN_ARMS = (REAL, STANDARD, TUNED)
+
+
+def write_tables(config: StudyConfig, runs: Mapping[str, Mapping[int, StudyConfig]]) -> dict:
+    """Write `tables.json` and `tables.md` into the study's folder; `runs` are those of `variants.run_variants`."""
+    reports = {
+        variant: {
+            seed: json.loads((Path(run.output_dir) / "report.json").read_text()) for seed, run in by_seed.items()
+        }
+        for variant, by_seed in runs.items()
+    }
+    full = reports[FULL]
+    content = {
+        "dataset": config.dataset,
+        "data_fingerprint": next(iter(full.values()))["data_fingerprint"],
+        "n": next(iter(full.values()))["n"],
+        "seeds": list(full),
+        "extractors": next(iter(full.values()))["extractors"],
+        "fid": {role: fid_table(full.values(), role) for role in ROLES},
+        "gap_closed": {role: summary([report["gap_closed"][role] for report in full.values()]) for role in ROLES},
+        "downstream": downstream_table(full.values()),
+        "ablations": {variant: ablation_row(by_seed.values()) for variant, by_seed in reports.items()},
+        "findings": findings(reports),
+        "published": {
+            "source": published.SOURCE,
+            "fid": published.FID,
+            "downstream": published.DOWNSTREAM,
+            "comparators": published.COMPARATORS,
+            "ablations": published.ABLATIONS,
+        },
+        "runs": {
+            variant: {str(seed): {"folder": Path(run.output_dir).name, "commit": reports[variant][seed]["commit"]} for seed, run in by_seed.items()}
+            for variant, by_seed in runs.items()
+        },
+        "commit": git_commit(),
+        "versions": versions(),
+    }  # fmt: skip
+    write_text(Path(config.output_dir) / "tables.md", markdown(content))
+    write_json(Path(config.output_dir) / "tables.json", content)
+    return content
+
+
+def summary(values: Sequence[float | None]) -> dict | None:
+    """`{"mean", "sd", "values"}` over seeds (`sd` is None for one); None where a value is missing."""
+    values = list(values)
+    if not values or any(value is None for value in values):
+        return None
+    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "values": values}
+
+
+def fid_table(reports: Sequence[dict], role: str) -> dict:
+    """Frechet distances by arm and class, over seeds."""
+    reports = list(reports)
+    return {
+        arm: {
+            name: summary([report["fid"][role][arm][name] for report in reports])
+            for name in reports[0]["fid"][role][arm]
+        }
+        for arm in ("real_floor", *ARMS)
+    }
+
+
+def downstream_table(reports: Sequence[dict]) -> dict | None:
+    """Classification of held-out real volumes by arm, over seeds; None where the study had no such stage."""
+    reports = list(reports)
+    if any(report.get("downstream") is None for report in reports):
+        return None
+    return {
+        arm: {metric: summary([report["downstream"][arm][metric] for report in reports]) for metric in METRICS}
+        for arm in reports[0]["downstream"]
+    }
+
+
+def ablation_row(reports: Sequence[dict]) -> dict:
+    """The tuned arm of one variant: its distances, the gap it closes, and the accuracy its volumes lead to."""
+    reports = list(reports)
+    downstream = downstream_table(reports)
+    return {
+        **{f"fid_{role}": summary([report["fid"][role]["rl"]["all"] for report in reports]) for role in ROLES},
+        **{f"gap_closed_{role}": summary([report["gap_closed"][role] for report in reports]) for role in ROLES},
+        "accuracy": downstream and downstream[TUNED]["accuracy"],
+    }
+
+
+def findings(reports: Mapping[str, Mapping[int, dict]]) -> list[dict]:
+    """What the paper found, and whether it holds here: the mean of paired differences over seeds with its 95 % t interval.
+
+    `holds` is true (false) where the interval lies on the claimed (other) side of zero, None where it contains it, or where
+    there is one seed alone. A difference is positive where the claim is right.
+    """
+    full = reports[FULL]
+
+    def tuned_fid(report: dict) -> float:
+        return report["fid"]["judge"]["rl"]["all"]
+
+    def accuracy(arm: str, report: dict) -> float:
+        return report["downstream"][arm]["accuracy"]
+
+    claims = [
+        ("RL-tuned volumes have a lower Frechet distance (judge) than standard ones",
+         [report["fid"]["judge"]["standard"]["all"] - tuned_fid(report) for report in full.values()]),
+    ]  # fmt: skip
+    for variant, claim in (
+        ("reward_3d_only", "2D and 3D rewards together give a lower distance (judge) than the 3D reward alone"),
+        ("sparse_steps", "reward data of many noise steps give a lower distance (judge) than of three"),
+    ):
+        pairs = [(reports[variant][seed], full[seed]) for seed in full] if variant in reports else []
+        claims.append((claim, [tuned_fid(other) - tuned_fid(own) for other, own in pairs]))
+    if all(report.get("downstream") for report in full.values()):
+        claims += [
+            ("pretraining on standard synthetic volumes raises the accuracy of a classifier",
+             [accuracy(STANDARD, report) - accuracy(REAL, report) for report in full.values()]),
+            ("pretraining on RL-tuned volumes raises it more than on standard ones",
+             [accuracy(TUNED, report) - accuracy(STANDARD, report) for report in full.values()]),
+        ]  # fmt: skip
+    return [{"claim": claim, **verdict(differences)} for claim, differences in claims]
+
+
+def verdict(differences: Sequence[float]) -> dict:
+    """`{"holds", "mean", "interval", "values"}` of paired differences, one per seed."""
+    if len(differences) < 2:
+        return {"holds": None, "mean": mean(differences) if differences else None, "interval": None, "values": list(differences)}  # fmt: skip
+    half = student_t.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+    low, high = mean(differences) - half, mean(differences) + half
+    return {
+        "holds": True if low > 0 else False if high < 0 else None,
+        "mean": mean(differences),
+        "interval": [float(low), float(high)],
+        "values": list(differences),
+    }
+
+
+def markdown(content: dict) -> str:
+    """The tables as a page."""
+    seeds = len(content["seeds"])
+    lines = [
+        "# Tables",
+        "",
+        f"Data: {content['dataset']} `{content['data_fingerprint']}`; {content['n']['all']} volumes on each side of a distance; mean and "
+        f"deviation over {seeds} seed{'s' * (seeds > 1)} of the reward models, PPO and the evaluation. The published columns "
+        f"({published.SOURCE}) are of other data and another extractor: compare shares of the gap, not distances. Not for clinical use.",
+        "",
+    ]  # fmt: skip
+    for role in ROLES:
+        lines += _fid_lines(content, role)
+    lines += _downstream_lines(content)
+    lines += _ablation_lines(content)
+    lines += [
+        "## Which findings hold here",
+        "",
+        "| claim | difference (positive: as claimed) | holds |",
+        "|---|---|---|",
+    ]
+    for finding in content["findings"]:
+        interval = finding["interval"]
+        shown = (
+            f"{finding['mean']:+.4f} ({interval[0]:+.4f} .. {interval[1]:+.4f})"
+            if interval
+            else "one seed"
+            if finding["values"]
+            else "not measured"
+        )
+        lines.append(f"| {finding['claim']} | {shown} | {_holds(finding)} |")
+    return "\n".join([*lines, ""])
+
+
+def _fid_lines(content: dict, role: str) -> list[str]:
+    table, identity = content["fid"][role], content["extractors"][role]
+    classes = list(table["standard"])
+    columns = [f"{data}, all" for data in published.FID]
+    lines = [
+        f"## Frechet distance to the training volumes, {role} extractor (Table 2)",
+        "",
+        f"`{identity['name']}` `{identity['sha256']}`, lower is better.",
+        "",
+        "| | " + " | ".join([*classes, *(f"published: {column}" for column in columns)]) + " |",
+        "|---" * (1 + len(classes) + len(columns)) + "|",
+    ]
+    for arm, title in ARMS.items():
+        values = [_shown(table[arm][name], 4) for name in classes]
+        theirs = [f"{published.FID[data][arm]['all']:.2f}" for data in published.FID]
+        lines.append(f"| {title} | " + " | ".join([*values, *theirs]) + " |")
+    closed = content["gap_closed"][role]
+    theirs = [_published_gap(data) for data in published.FID]
+    own = "no gap" if closed is None else _shown(closed, 2)
+    lines.append(
+        f"| gap closed | {own} |" + " |" * (len(classes) - 1) + " " + " | ".join(f"{value:.2f}" for value in theirs) + " |"
+    )  # fmt: skip
+    return [*lines, ""]
+
+
+def _published_gap(data: str) -> float:
+    fids = {arm: values["all"] for arm, values in published.FID[data].items()}
+    return (fids["standard"] - fids["rl"]) / (fids["standard"] - fids["limit"])
+
+
+def _downstream_lines(content: dict) -> list[str]:
+    table = content["downstream"]
+    lines = ["## A classifier pretrained on synthetic volumes (Tables 3 and 4)", ""]
+    if table is None:
+        return [*lines, "Not measured: the config has no section `classifier`.", ""]
+    data = list(published.DOWNSTREAM)
+    header = [*METRICS, *(f"published: {name}" for name in data)]
+    lines += ["| | " + " | ".join(header) + " |", "|---" * (1 + len(header)) + "|"]
+    for arm, row in table.items():
+        theirs = [
+            " / ".join(
+                f"{value:.2f}+-{deviation:.2f}" for value, deviation in published.DOWNSTREAM[name][arm].values()
+            )
+            if arm in published.DOWNSTREAM[name]
+            else ""
+            for name in data
+        ]
+        lines.append(f"| {arm} | " + " | ".join([*(_shown(row[metric], 2) for metric in METRICS), *theirs]) + " |")
+    for name, row in published.COMPARATORS.items():
+        if name not in table:
+            lines.append(
+                f"| {name} (published only) | | | | {' / '.join(f'{value:.2f}' for value in row.values())} | |"
+            )
+    return [*lines, "", "Published: accuracy / F1 / AUC.", ""]
+
+
+def _ablation_lines(content: dict) -> list[str]:
+    lines = [
+        "## What is lost without (Table 5)",
+        "",
+        "| | judge | label | gap closed, judge | accuracy | published: distance | published: accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant, row in content["ablations"].items():
+        theirs = published.ABLATIONS[variant]
+        cells = [_shown(row["fid_judge"], 4), _shown(row["fid_label"], 4), _shown(row["gap_closed_judge"], 2)]
+        cells += [_shown(row["accuracy"], 2), f"{theirs['fid']:.2f}", f"{theirs['accuracy']:.2f}"]
+        lines.append(f"| {variant.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _shown(figure: dict | None, digits: int) -> str:
+    if figure is None:
+        return ""
+    deviation = "" if figure["sd"] is None else f" +- {figure['sd']:.{digits}f}"
+    return f"{figure['mean']:.{digits}f}{deviation}"
+
+
+def _holds(finding: dict) -> str:
+    return {True: "yes", False: "no, the opposite", None: "not shown"}[finding["holds"]]

@@ -1,0 +1,89 @@
+"""A study over several seeds and with ablations: which runs it has, and what they share.
+
+Every run is a study of its own in `OUTPUT_DIR/<variant>-seed<N>`. The prior (all that does not depend on `rl_seed`) is made
+once, in OUTPUT_DIR itself. A stage that another run has made with the same settings is linked, not made again.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import InputError
+from ..processes import process_state
+from .chain import enabled_stages, fingerprint, finished_fingerprint, run_study
+from .config import StudyConfig
+
+
+FULL = "full"
+# Tables 4 and 5 of arXiv 2603.06173: what is left out, as changes of the config.
+ABLATIONS: dict[str, dict] = {
+    "sparse_steps": {"synthetic_steps": [1, 50, 99], "reconstruction_steps": [1, 50, 99]},
+    "reward_3d_only": {"ppo": {"reward_weights": [1.0, 0.0]}},
+}
+
+
+def variant_config(config: StudyConfig, variant: str, seed: int) -> StudyConfig:
+    """The config of one run.
+
+    Raises:
+        InputError: an unknown ablation.
+    """
+    if variant != FULL and variant not in ABLATIONS:
+        raise InputError(f"Unknown ablation {variant!r}; there are {sorted(ABLATIONS)}.")
+    if config.pretrained and config.pretrained_rewards and any(
+        field in ABLATIONS.get(variant, {}) for field in ("synthetic_steps", "reconstruction_steps")
+    ):  # fmt: skip
+        raise InputError(f"{variant} trains reward models of its own; set pretrained_rewards: false.")
+    changes = {
+        name: {**getattr(config, name), **value} if isinstance(value, Mapping) else value
+        for name, value in ABLATIONS.get(variant, {}).items()
+    }
+    folder = Path(config.output_dir) / f"{variant}-seed{seed}"
+    return replace(config, output_dir=str(folder), rl_seed=seed, **changes)
+
+
+def run_variants(
+    config: StudyConfig, seeds: Sequence[int], ablations: Sequence[str] = ()
+) -> dict[str, dict[int, StudyConfig]]:
+    """Run the full method and its ablations with every seed; the configs by variant and seed. A killed run goes on when
+    this is called again.
+
+    Raises:
+        InputError: an unknown ablation, or the same seed twice.
+    """
+    if len(set(seeds)) != len(seeds):
+        raise InputError(f"Every seed may be given once, got {list(seeds)}.")
+    configs = {
+        variant: {seed: variant_config(config, variant, seed) for seed in seeds} for variant in (FULL, *ablations)
+    }
+    shared = [
+        stage
+        for stage in enabled_stages(config)
+        if len({fingerprint(replace(config, rl_seed=seed), stage) for seed in (0, 1)}) == 1
+    ]
+    run_study(config, shared)
+    made = [config]
+    for by_seed in configs.values():
+        for variant in by_seed.values():
+            for stage in enabled_stages(variant):
+                if process_state().is_main_process:
+                    link_finished(stage, variant, made)
+                process_state().wait_for_everyone()
+                run_study(variant, [stage])
+            made.append(variant)
+    return configs
+
+
+def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]) -> None:
+    """Let the folder of `stage` in this run be a link to that of another run which made it with the same settings."""
+    wanted, folder = fingerprint(config, stage), Path(config.output_dir) / stage
+    if folder.exists():
+        return
+    for other in others:
+        source = Path(other.output_dir) / stage
+        if not source.is_symlink() and finished_fingerprint(other, stage) == wanted:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.unlink(missing_ok=True)  # a link whose target is gone
+            folder.symlink_to(os.path.relpath(source, folder.parent), target_is_directory=True)
+            return

@@ -1,0 +1,175 @@
+"""Studies over seeds and with ablations: what is shared, what differs, and the tables made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_study
+
+from msrl_diffusers import StudyConfig
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.study import published
+from msrl_diffusers.study.chain import enabled_stages, fingerprint
+from msrl_diffusers.study.tables import findings, markdown, summary, verdict, write_tables
+from msrl_diffusers.study.variants import FULL, run_variants, variant_config
+
+
+QUICK = ["reward_3d_only"]
+PRIOR = ("prepare", "extractors", "vqgan", "diffusion", "trajectories", "score")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Config and runs of a study of two seeds with the ablation that is quick; not to be written to."""
+    config = StudyConfig(output_dir=str(tmp_path_factory.mktemp("study")), **tiny_study())
+    return config, run_variants(config, [0, 1], QUICK)
+
+
+@pytest.fixture(scope="module")
+def tables(finished):
+    return write_tables(*finished)
+
+
+def stage_folder(config: StudyConfig, stage: str) -> Path:
+    return (Path(config.output_dir) / stage).resolve()
+
+
+def test_a_prior_is_made_once(finished):
+    config, runs = finished
+    home = Path(config.output_dir).resolve()
+    for stage in PRIOR:
+        assert stage_folder(runs[FULL][0], stage) == stage_folder(runs[FULL][1], stage) == home / stage
+    for stage in ("rewards", "ppo", "evaluate", "report"):
+        assert stage_folder(runs[FULL][0], stage).parent == home / "full-seed0"
+        assert stage_folder(runs[FULL][1], stage).parent == home / "full-seed1"
+
+
+def test_an_ablation_shares_what_it_does_not_change(finished):
+    _, runs = finished
+    for seed in (0, 1):
+        assert stage_folder(runs["reward_3d_only"][seed], "rewards") == stage_folder(runs[FULL][seed], "rewards")
+        assert stage_folder(runs["reward_3d_only"][seed], "ppo") != stage_folder(runs[FULL][seed], "ppo")
+
+
+@pytest.mark.slow
+def test_sparse_steps_are_sampled_once_for_all_seeds(tmp_path):
+    config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
+    runs = run_variants(config, [0, 1], ["sparse_steps"])
+    sparse, full = runs["sparse_steps"], runs[FULL]
+    assert stage_folder(sparse[0], "rewards") != stage_folder(full[0], "rewards")
+    assert stage_folder(sparse[1], "trajectories") == stage_folder(sparse[0], "trajectories")
+    sets = {path.stem for path in stage_folder(sparse[0], "trajectories").glob("*.safetensors")}
+    assert sets == {f"{kind}-{step:03d}" for kind in ("synthetic", "reconstruction") for step in (1, 50, 99)}
+    for stage in PRIOR[:4]:
+        assert stage_folder(sparse[0], stage) == stage_folder(full[0], stage)
+    assert write_tables(config, runs)["ablations"]["sparse_steps"]["fid_judge"]["values"]
+
+
+def test_seeds_differ_and_a_finished_study_is_not_run_again(finished):
+    config, runs = finished
+    reports = [json.loads((Path(runs[FULL][seed].output_dir) / "report.json").read_text()) for seed in (0, 1)]
+    assert [report["seed"] for report in reports] == [0, 1]
+    assert reports[0]["fid"]["judge"]["rl"] != reports[1]["fid"]["judge"]["rl"]
+    records = {path: path.stat().st_mtime_ns for path in Path(config.output_dir).glob("*/*/stage.json")}
+    assert len(records) == 4 * len(enabled_stages(config))  # links are followed
+    run_variants(config, [0, 1], QUICK)
+    assert {path: path.stat().st_mtime_ns for path in records} == records
+
+
+def test_tables_gather_the_reports(finished, tables):
+    _, runs = finished
+    reports = [json.loads((Path(run.output_dir) / "report.json").read_text()) for run in runs[FULL].values()]
+    assert tables["seeds"] == [0, 1]
+    cell = tables["fid"]["judge"]["rl"]["HGG"]
+    assert cell["values"] == [report["fid"]["judge"]["rl"]["HGG"] for report in reports]
+    assert cell["mean"] == pytest.approx(sum(cell["values"]) / 2)
+    assert set(tables["ablations"]) == {FULL, *QUICK}
+    assert tables["ablations"][FULL]["fid_label"]["values"] == [
+        report["fid"]["label"]["rl"]["all"] for report in reports
+    ]
+    assert json.loads((Path(finished[0].output_dir) / "tables.json").read_text()) == tables
+    page = (Path(finished[0].output_dir) / "tables.md").read_text()
+    for text in ("38.05", "reward 3d only", "Table 5", "mean and deviation over 2 seeds", "Not for clinical use"):
+        assert text in page
+
+
+def test_every_finding_has_its_differences(tables):
+    first, *others = tables["findings"]
+    fids = tables["fid"]["judge"]
+    pairs = zip(fids["standard"]["all"]["values"], fids["rl"]["all"]["values"], strict=True)
+    assert first["values"] == pytest.approx([standard - tuned for standard, tuned in pairs])
+    assert [len(finding["values"]) for finding in others] == [2, 0]  # nothing was run with sparse steps
+
+
+@pytest.mark.parametrize(
+    ("differences", "holds"), [([1.0, 1.1, 0.9], True), ([-1.0, -1.1, -0.9], False), ([1.0, -1.0, 0.5], None), ([2.0], None)]
+)  # fmt: skip
+def test_a_finding_holds_where_its_interval_excludes_zero(differences, holds):
+    found = verdict(differences)
+    assert found["holds"] is holds
+    assert found["mean"] == pytest.approx(sum(differences) / len(differences))
+
+
+def test_the_interval_is_student_s():
+    low, high = verdict([1.0, 2.0, 3.0])["interval"]
+    assert (high - low) / 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+
+
+def test_a_summary_of_missing_figures_is_none():
+    assert summary([1.0, None]) is None
+    assert summary([1.5]) == {"mean": 1.5, "sd": None, "values": [1.5]}
+    assert summary([1.0, 3.0])["sd"] == pytest.approx(2**0.5)
+
+
+def test_findings_of_a_downstream_study(finished):
+    """Accuracies made up, so that one claim holds and one is contradicted."""
+    _, runs = finished
+    reports = {}
+    for variant, by_seed in runs.items():
+        reports[variant] = {}
+        for seed, run in by_seed.items():
+            report = json.loads((Path(run.output_dir) / "report.json").read_text())
+            accuracies = {"real only": 0.5, "+ standard synthetic": 0.7, "+ RL synthetic": 0.6}
+            report["downstream"] = {
+                arm: {"accuracy": value + 0.01 * seed * (arm != "real only"), "f1": value, "auc": value}
+                for arm, value in accuracies.items()
+            }
+            reports[variant][seed] = report
+    by_claim = {finding["claim"]: finding["holds"] for finding in findings(reports)}
+    assert [holds for claim, holds in by_claim.items() if "classifier" in claim] == [True]
+    assert by_claim["pretraining on RL-tuned volumes raises it more than on standard ones"] is False
+
+
+def test_a_page_without_ablations_or_classifier(finished, tables):
+    alone = {**tables, "ablations": {FULL: tables["ablations"][FULL]}, "downstream": None}
+    assert "Not measured: the config has no section `classifier`." in markdown(alone)
+
+
+def test_published_gaps_are_those_of_the_paper():
+    closed = {}
+    for data, arms in published.FID.items():
+        fids = {arm: values["all"] for arm, values in arms.items()}
+        closed[data] = (fids["standard"] - fids["rl"]) / (fids["standard"] - fids["limit"])
+    assert closed == {"BraTS 2019": pytest.approx(0.479, abs=1e-3), "OASIS-1": pytest.approx(0.162, abs=1e-3)}
+
+
+def test_unusable_variants_are_refused(tmp_path):
+    config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
+    with pytest.raises(InputError, match="Unknown ablation 'teapot'"):
+        variant_config(config, "teapot", 0)
+    with pytest.raises(InputError, match="Every seed may be given once"):
+        run_variants(config, [1, 1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_prior_alone_can_be_taken_from_a_release(tmp_path):
+    """Then reward models are trained, and with them the ablation of their data is possible."""
+    (tmp_path / "model_index.json").write_text("{}")
+    whole = StudyConfig(output_dir="out", pretrained=str(tmp_path), **tiny_study())
+    prior = StudyConfig(output_dir="out", pretrained=str(tmp_path), pretrained_rewards=False, **tiny_study())
+    assert set(enabled_stages(prior)) - set(enabled_stages(whole)) == {"trajectories", "score", "rewards"}
+    assert not {"vqgan", "diffusion", "extractors"} & set(enabled_stages(prior))
+    assert fingerprint(whole, "ppo") != fingerprint(prior, "ppo")
+    assert variant_config(prior, "sparse_steps", 0).synthetic_steps == [1, 50, 99]
+    with pytest.raises(InputError, match="set pretrained_rewards: false"):
+        variant_config(whole, "sparse_steps", 0)
