@@ -20,6 +20,7 @@ from ..functional.quantization import (
     straight_through,
 )
 from .layers import (
+    Conv3d,
     Downsample3D,
     ResnetBlock,
     SpatialAttention3D,
@@ -146,7 +147,7 @@ class Encoder3D(nn.Module):
 
     def __init__(self, in_channels, latent_channels, block_out_channels, layers_per_block, norm_num_groups, attention):
         super().__init__()
-        self.conv_in = nn.Conv3d(in_channels, block_out_channels[0], 3, padding=1)
+        self.conv_in = Conv3d(in_channels, block_out_channels[0], 3, padding=1)
         layers = []
         for level, channels in enumerate(block_out_channels):
             if level:
@@ -156,7 +157,7 @@ class Encoder3D(nn.Module):
             layers.append(SpatialAttention3D(channels, channels, norm_num_groups))
         self.layers = nn.Sequential(*layers)
         self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        self.conv_out = nn.Conv3d(channels, latent_channels, 1)
+        self.conv_out = Conv3d(channels, latent_channels, 1)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         return self.conv_out(F.silu(self.norm_out(self.layers(self.conv_in(sample)))))
@@ -170,7 +171,7 @@ class Decoder3D(nn.Module):
     ):
         super().__init__()
         channels = block_out_channels[-1]
-        self.conv_in = nn.Conv3d(latent_channels, channels, 3, padding=1)
+        self.conv_in = Conv3d(latent_channels, channels, 3, padding=1)
         layers = [SpatialAttention3D(channels, channels, norm_num_groups)] if attention else []
         for level in reversed(range(len(block_out_channels))):
             channels = block_out_channels[level]
@@ -179,7 +180,7 @@ class Decoder3D(nn.Module):
                 layers.append(Upsample3D(channels, block_out_channels[level - 1]))
         self.layers = nn.Sequential(*layers)
         self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        self.conv_out = nn.Conv3d(channels, out_channels, 3, padding=1)
+        self.conv_out = Conv3d(channels, out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         return self.conv_out(F.silu(self.norm_out(self.layers(self.conv_in(latents)))))

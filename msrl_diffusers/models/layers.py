@@ -6,9 +6,25 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d` that leaves bfloat16 where it goes wrong: on CPUs with bf16 instructions the gradient of a kernel is garbage,
+    up to NaN, for many inputs and outputs of two voxels an edge or fewer (torch 2.13, oneDNN); those are in float32."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or self._smallest_edge(hidden) > 2:
+            return super().forward(hidden)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(hidden.float())
+
+    def _smallest_edge(self, hidden: torch.Tensor) -> int:
+        """Of input and output."""
+        sizes = zip(hidden.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
+        return min(min(edge, (edge + 2 * pad - kernel) // stride + 1) for edge, kernel, stride, pad in sizes)
+
+
 def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
-    """`nn.Conv2d` or `nn.Conv3d`."""
-    return {2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims](*args, **kwargs)
+    """`nn.Conv2d` or `Conv3d`."""
+    return {2: nn.Conv2d, 3: Conv3d}[spatial_dims](*args, **kwargs)
 
 
 class ResnetBlock(nn.Module):
@@ -53,7 +69,7 @@ class Downsample3D(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 4, stride=2, padding=1)
+        self.conv = Conv3d(in_channels, out_channels, 4, stride=2, padding=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.conv(hidden)
@@ -64,7 +80,7 @@ class Upsample3D(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.conv = Conv3d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .layers import Downsample3D, ResnetBlock, SpatialAttention3D, Upsample3D
+from .layers import Conv3d, Downsample3D, ResnetBlock, SpatialAttention3D, Upsample3D
 
 
 @dataclass
@@ -91,7 +91,7 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         self.class_embedding = (
             nn.Embedding(num_class_embeds + 1, temb_channels) if num_class_embeds is not None else None
         )
-        self.conv_in = nn.Conv3d(in_channels, first, 3, padding=1)
+        self.conv_in = Conv3d(in_channels, first, 3, padding=1)
 
         def stage(inputs: int, outputs: int, attention: bool) -> UNetStage3D:
             head_dim = attention_head_dim if attention else None
@@ -127,7 +127,7 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
                 self.upsamplers.append(Upsample3D(channels, channels))
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
-        self.conv_out = nn.Conv3d(channels, out_channels, 3, padding=1)
+        self.conv_out = Conv3d(channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
