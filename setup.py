@@ -26,6 +26,7 @@ setup(
         "datasets>=5.0",
         "diffusers>=0.41",
         "huggingface_hub>=1.0",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "monai>=1.5",
         "nibabel>=5.2",
@@ -42,6 +43,7 @@ setup(
         "trl>=1.0",
     ],
     extras_require={
+        "evaluation": ["torch-fidelity>=0.3"],  # Inception-v3 as FID knows it
         "test": ["pytest>=8", "pytest-timeout>=2.3"],
         "dev": ["ruff>=0.12"],
     },

@@ -30,9 +30,13 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def parse(
-    config_classes: Sequence[type], defaults: dict | None = None, arguments: Sequence[str] | None = None
+    config_classes: Sequence[type],
+    defaults: dict | None = None,
+    arguments: Sequence[str] | None = None,
+    positionals: Sequence[str] = (),
 ) -> tuple:
-    """Instances of `config_classes` from the command line. `defaults` (from a YAML file) stand behind it.
+    """Instances of `config_classes` from the command line. `defaults` (from a YAML file) stand behind it. The fields
+    `positionals` are given in that order, without a name.
 
     Raises:
         InputError: a default that no class has a field for, or a value a class refuses.
@@ -46,6 +50,12 @@ def parse(
     for action in parser._actions:  # a field with a value from the file is not required any more
         if action.dest in (defaults or {}):
             action.required = False
+    for name in positionals:  # TRL's parser makes options only
+        action = parser._option_string_actions[f"--{name}"]
+        for flag in action.option_strings:
+            del parser._option_string_actions[flag]
+        action.container._remove_action(action)
+        parser.add_argument(name, metavar=name.upper(), type=action.type, help=action.help)
     return tuple(parser.parse_args_into_dataclasses(args=list(sys.argv[1:] if arguments is None else arguments)))
 
 

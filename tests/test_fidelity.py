@@ -4,11 +4,14 @@ from monai.metrics.fid import get_fid_score
 from scipy.linalg import sqrtm
 
 from msrl_diffusers import SliceFeatureExtractor, VolumeFeatureExtractor
+from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features, extractor_identity, hash_tensors
 from msrl_diffusers.evaluation.fidelity import (
     bootstrap_frechet,
+    bootstrap_kernel,
     centred_interval,
     frechet_distance,
+    frechet_infinity,
     kernel_distance,
 )
 
@@ -49,6 +52,62 @@ def test_frechet_distance_of_equal_sets_is_zero():
     assert frechet_distance(real, real.flip(0)) == pytest.approx(0, abs=1e-8)
 
 
+def with_moments(mean, covariance, count=50, seed=0):
+    """A set whose mean and covariance are exactly these."""
+    draws = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draws = draws - draws.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(draws.T.cov()), draws.T, upper=False).T
+    return (white @ torch.linalg.cholesky(covariance).T + mean)[:, None, None]
+
+
+def test_frechet_distance_of_two_known_gaussians():
+    zero, mean = torch.zeros(2, dtype=torch.float64), torch.tensor([3.0, -4.0], dtype=torch.float64)
+    wide, round_ = torch.diag(torch.tensor([9.0, 1.0], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
+    # one root of the product of diagonal covariances per axis: 25 + (3 - 1)^2 + (1 - 1)^2
+    assert frechet_distance(with_moments(zero, wide), with_moments(mean, round_, seed=1)) == pytest.approx(29)
+    # turned by a quarter they share no order of axes: tr = 20, and the root of diag(9, 1) diag(1, 9) has trace 6
+    assert frechet_distance(with_moments(zero, wide), with_moments(zero, wide.flip(0, 1))) == pytest.approx(8)
+    # turned by an eighth they do not commute: tr sqrt of a 2 x 2 product is sqrt(tr + 2 sqrt(det)) = sqrt(50 + 18)
+    turned = torch.tensor([[5.0, 4.0], [4.0, 5.0]], dtype=torch.float64)
+    assert frechet_distance(with_moments(zero, wide), with_moments(zero, turned)) == pytest.approx(20 - 2 * 68**0.5)
+
+
+def test_the_bias_of_small_sets_is_extrapolated_away():
+    num_features, shift, count = 12, 0.2, 120
+    true = num_features * shift**2  # equal covariances
+    plain, extrapolated, errors = [], [], []
+    for seed in range(4):
+        sets = [torch.Generator().manual_seed(2 * seed + side) for side in range(2)]
+        real, fake = (
+            torch.randn(count, 1, 1, num_features, generator=generator, dtype=torch.float64) for generator in sets
+        )
+        found = frechet_infinity(real, fake + shift, seed=seed)
+        plain.append(frechet_distance(real, fake + shift))
+        extrapolated.append(found["value"])
+        errors.append(found["standard_error"])
+        assert found["sizes"][0] == 30
+        assert found["sizes"][-1] == 120
+        assert found["distances"][-1] == pytest.approx(plain[-1])  # all of it
+        assert found["distances"][0] > 1.5 * found["distances"][-1]
+    bias = sum(plain) / 4 - true
+    assert bias > 0.3  # nearly as large as what is measured
+    assert abs(sum(extrapolated) / 4 - true) < bias / 3
+    assert max(errors) < bias
+    assert frechet_infinity(real, fake + shift, seed=3) == found
+    assert frechet_infinity(real, fake + shift, seed=4)["value"] != found["value"]
+
+
+def test_sets_too_small_to_extrapolate_are_refused():
+    with pytest.raises(ValueError, match="equal size, got 20 and 19 volumes"):
+        frechet_infinity(gaussian(20, 0), gaussian(19, 1))
+    with pytest.raises(InputError, match=r"19 volumes are too few .* 9 features, 1 slices each; give 20 or more"):
+        frechet_infinity(gaussian(19, 0, features=9), gaussian(19, 1, features=9))
+    assert frechet_infinity(gaussian(20, 0, features=9), gaussian(20, 1, features=9))["sizes"][0] == 10
+    assert (
+        frechet_infinity(gaussian(19, 0, features=9, slices=3), gaussian(19, 1, features=9, slices=3))["sizes"][0] == 5
+    )
+
+
 def test_sets_of_unequal_size_are_refused():
     with pytest.raises(ValueError, match="equal size, got 10 and 9 volumes"):
         frechet_distance(gaussian(10, 0), gaussian(9, 0))
@@ -62,6 +121,56 @@ def test_kernel_distance():
     state = torch.random.get_rng_state()
     kernel_distance(real, shifted)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_kernel_distance_has_no_bias_where_the_frechet_distance_has():
+    kernel, frechet = [], []
+    for seed in range(0, 200, 2):
+        sets = gaussian(8, seed), gaussian(8, seed + 1)
+        kernel.append(kernel_distance(*sets, subsets=4))
+        frechet.append(frechet_distance(*sets))
+    for values, biased in ((torch.tensor(kernel), False), (torch.tensor(frechet), True)):
+        assert (values.mean().abs() > 3 * values.std() / len(values) ** 0.5) == biased
+
+
+def test_bootstrap_of_the_kernel_distance():
+    real, same, shifted = gaussian(60, 0, planes=2), gaussian(60, 1, planes=2), gaussian(60, 1, planes=2, shift=2.0)
+    replicates = bootstrap_kernel(real, {"same": same, "twin": same.clone(), "shifted": shifted})
+    assert replicates["same"].shape == (200,)
+    assert torch.equal(replicates["same"], replicates["twin"])
+    assert torch.equal(bootstrap_kernel(real, {"same": same})["same"], replicates["same"])
+    low, high = centred_interval(kernel_distance(real, same), replicates["same"])
+    assert low < 0 < high  # the floor between sets of one distribution
+    low, high = centred_interval(kernel_distance(real, shifted), replicates["shifted"])
+    assert 0 < low < high
+    with pytest.raises(ValueError, match="equal size, got 60 and 59 volumes"):
+        bootstrap_kernel(real, {"same": same[:59]})
+
+
+def test_resampled_doubles_do_not_raise_the_kernel_distance():
+    """Against the distances, pair by pair, of one draw with its doubles left out."""
+    real, fake = gaussian(12, 0), gaussian(12, 1, shift=0.3)
+    (found,) = bootstrap_kernel(real, {"fake": fake}, draws=1, seed=5)["fake"]
+    generator = torch.Generator().manual_seed(5)
+    rows, other_rows = (torch.randint(12, (12,), generator=generator).tolist() for _ in range(2))
+
+    def mean_kernel(one, ones, other, others, same):
+        values = [(one[i, 0, 0] @ other[j, 0, 0] / 4 + 1) ** 3 for i in ones for j in others if not (same and i == j)]
+        return torch.stack(values).mean()
+
+    expected = mean_kernel(real, rows, real, rows, True) + mean_kernel(fake, other_rows, fake, other_rows, True)
+    expected = expected - 2 * mean_kernel(real, rows, fake, other_rows, False)
+    assert found.item() == pytest.approx(expected.item())
+
+
+def test_interval_of_two_halves_holds_the_floor_of_two_others():
+    held = []
+    for seed in range(0, 32, 4):
+        one, other, third, fourth = (gaussian(40, seed + part) for part in range(4))
+        replicates = bootstrap_frechet(one, {"half": other}, draws=30)["half"]
+        low, high = centred_interval(frechet_distance(one, other), replicates)
+        held.append(low < frechet_distance(third, fourth) < high)
+    assert sum(held) >= 6  # of 8; two random distances, so less than 95 %
 
 
 def test_bootstrap_compares_arms_as_pairs():

@@ -28,6 +28,7 @@ from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.config import TRAINER_CONFIGS
 from msrl_diffusers.study.release import write_release
 from msrl_diffusers.study.report import gap_closed, markdown
+from msrl_diffusers.study.stages import load_arm
 
 
 CPU_CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "phantoms" / "cpu.yaml"
@@ -96,6 +97,31 @@ def test_both_arms_stand_at_both_samplers(report):
     assert report["chosen"]["rl"] in ("rl @ best", "rl @ rollout")
     for arm, name in report["chosen"].items():
         assert report["fid"]["judge"][arm] == report["fid_by_sampler"]["judge"][name]
+
+
+def test_classifiers_of_every_arm(report, finished):
+    assert set(report["downstream"]) == {"real only", "+ standard synthetic", "+ RL synthetic"}
+    found = json.loads((finished / "downstream" / "downstream.json").read_text())
+    for arm, metrics in report["downstream"].items():
+        assert set(metrics) == {"accuracy", "f1", "auc"}
+        assert metrics["auc"] == found["arms"][arm]["auc"]["mean"]
+    assert found["n"]["synthetic"]["+ RL synthetic"] == {"HGG": 4, "LGG": 4}
+    assert "| + RL synthetic |" in (finished / "report.md").read_text()
+
+
+def test_volumes_of_another_generator_are_an_arm(study, tmp_path):
+    write_phantoms(tmp_path / "other", 2, image_size=16, seed=7)
+    rows = (tmp_path / "other" / "metadata.csv").read_text().replace(",grade,", ",label,")
+    (tmp_path / "other" / "metadata.csv").write_text(rows)
+    config = settings_with(study, synthetic_arms={"phantoms": str(tmp_path / "other")})
+    run_study(config)
+    report = json.loads((study / "report.json").read_text())
+    assert list(report["downstream"])[-1] == "phantoms"
+    found = json.loads((study / "downstream" / "downstream.json").read_text())
+    assert found["n"]["synthetic"]["phantoms"] == {"HGG": 2, "LGG": 2}
+    (tmp_path / "other" / "metadata.csv").write_text(rows.replace(",LGG,", ",healthy,"))
+    with pytest.raises(InputError, match="class 'healthy'; the study's classes are"):
+        load_arm("phantoms", tmp_path / "other", load_split(config, "train"), config)
 
 
 def test_rewards_before_and_after(report):
@@ -195,7 +221,7 @@ def test_other_ppo_settings_run_ppo_and_what_follows_again(study):
     before = marks(study)
     run_study(settings_with(study, ppo={"learning_rate": 3e-3}))
     after = marks(study)
-    assert [name for name in STAGES if before[name] != after[name]] == ["ppo", "evaluate", "report"]
+    assert [name for name in STAGES if before[name] != after[name]] == ["ppo", "evaluate", "downstream", "report"]
 
 
 def test_an_interrupted_stage_is_taken_up(study):
@@ -228,7 +254,7 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
     config = settings_with(tmp_path / "out", pretrained=str(release))
     run_study(config)
     done = {path.parent.name for path in (tmp_path / "out").glob("*/stage.json")}
-    assert done == {"prepare", "ppo", "evaluate", "report"}
+    assert done == {"prepare", "ppo", "evaluate", "downstream", "report"}
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", finished))
     assert ours["extractors"] == theirs["extractors"]
     for role in ("label", "judge"):  # the same seeds, and weights rounded to half precision
@@ -264,12 +290,19 @@ def test_a_fingerprint_follows_what_a_stage_depends_on(tmp_path):
     base = settings_with(tmp_path)
     changed = {
         "num_per_class": set(STAGES),
-        "unet": {"diffusion", "trajectories", "score", "rewards", "ppo", "evaluate", "report"},
-        "target_map": {"score", "rewards", "ppo", "evaluate", "report"},
-        "bootstrap_draws": {"evaluate", "report"},
+        "unet": {"diffusion", "trajectories", "score", "rewards", "ppo", "evaluate", "downstream", "report"},
+        "target_map": {"score", "rewards", "ppo", "evaluate", "downstream", "report"},
+        "bootstrap_draws": {"evaluate", "downstream", "report"},
+        "downstream": {"downstream", "report"},
         "output_dir": set(),
     }
-    values = {"num_per_class": 5, "unet": {"dropout": 0.1}, "target_map": "rank", "bootstrap_draws": 3}
+    values = {
+        "num_per_class": 5,
+        "unet": {"dropout": 0.1},
+        "target_map": "rank",
+        "bootstrap_draws": 3,
+        "downstream": {"widen_factor": 0.125},
+    }
     for field, stages in changed.items():
         other = (
             settings_with(tmp_path / "b")

@@ -98,7 +98,7 @@ def test_every_finding_has_its_differences(tables):
     fids = tables["fid"]["judge"]
     pairs = zip(fids["standard"]["all"]["values"], fids["rl"]["all"]["values"], strict=True)
     assert first["values"] == pytest.approx([standard - tuned for standard, tuned in pairs])
-    assert [len(finding["values"]) for finding in others] == [2, 0]  # nothing was run with sparse steps
+    assert [len(finding["values"]) for finding in others] == [2, 0, 2, 2]  # nothing was run with sparse steps
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_findings_of_a_downstream_study(finished):
 
 def test_a_page_without_ablations_or_classifier(finished, tables):
     alone = {**tables, "ablations": {FULL: tables["ablations"][FULL]}, "downstream": None}
-    assert "Not measured: the config has no section `classifier`." in markdown(alone)
+    assert "Not measured: the config has no section `downstream`." in markdown(alone)
 
 
 def test_published_gaps_are_those_of_the_paper():

@@ -104,6 +104,8 @@ def tiny_study() -> dict:
             "rollout_batch_size": 4, "num_rollout_batches": 2, "train_batch_size": 4, "num_inference_steps": 4,
             "timestep_fraction": 0.5, **quiet,
         },
+        "downstream": {"network": "resnet10", "widen_factor": 0.0625, "train_batch_size": 4, **quiet},
+        "downstream_seeds": [0],
         "synthetic_steps": [2, 4],
         "reconstruction_steps": [1, 5],
         "samplers": [{"num_inference_steps": 2, "eta": 0.0}, {"num_inference_steps": 4, "eta": 1.0}],

@@ -8,6 +8,8 @@ from ..errors import InputError, sentence_instead_of_traceback
 
 VERBS = {
     "prepare": "a data set as it was downloaded into a cache that every study runs from",
+    "evaluate": "how far generated volumes are from real ones: FID, KID, floors, diversity",
+    "audit": "whether generated volumes copy training volumes",
     "study": "the whole method on a data set, to a report, or to tables over seeds and ablations",
 }
 

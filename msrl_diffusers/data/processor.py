@@ -17,6 +17,7 @@ from ..errors import InputError
 from .reading import check_values
 
 
+PERCENTILES = (0.0, 99.5)  # intensities that become -1 and 1
 MASKED_SHARE = 0.1  # with so many voxels of exactly one background value, the image was masked
 
 
@@ -51,7 +52,7 @@ class VolumeProcessor:
             image all below the background.
     """
 
-    def __init__(self, image_size: int, field_of_view: float = 192.0, percentiles: tuple[float, float] = (0.0, 99.5)):
+    def __init__(self, image_size: int, field_of_view: float = 192.0, percentiles: tuple[float, float] = PERCENTILES):
         if image_size < 1 or field_of_view <= 0:
             raise InputError(f"image_size={image_size} and field_of_view={field_of_view} must be positive.")
         self.image_size, self.field_of_view, self.percentiles = image_size, field_of_view, percentiles
@@ -85,10 +86,9 @@ class VolumeProcessor:
         start = [(side.start + side.stop) // 2 - edge // 2 for side, edge in zip(box, cube, strict=True)]
         channels, intensities = [], []
         for array, background in zip(arrays, backgrounds, strict=True):
-            resized = self._resize(_crop(array, start, cube, background))
-            low, high = self._intensities(resized, background)
-            channels.append(((resized - low) / (high - low)).clamp(0, 1) * 2 - 1)
-            intensities.append([low, high])
+            scaled, limits = _scale(self._resize(_crop(array, start, cube, background)), background, self.percentiles)
+            channels.append(scaled)
+            intensities.append(limits)
         scale = np.array(cube) / self.image_size
         to_source = np.diag([*scale, 1.0])  # voxel centres: (i + 1/2) * scale - 1/2
         to_source[:3, 3] = np.array(start) + scale / 2 - 0.5
@@ -120,14 +120,29 @@ class VolumeProcessor:
         mode = {"mode": "area"} if shrinks else {"mode": "trilinear", "align_corners": False}
         return F.interpolate(torch.from_numpy(array)[None, None], [self.image_size] * 3, **mode)[0, 0]
 
-    def _intensities(self, cube: torch.Tensor, background: float) -> tuple[float, float]:
-        """The intensities that become -1 and 1."""
-        low, high = (float(value) for value in np.percentile(cube.numpy(), self.percentiles))
-        if (cube == background).float().mean() > MASKED_SHARE:  # a few voxels below it must not lift the background
-            low = max(low, background)
-        if not high > low:
-            raise InputError("the image has no contrast inside the cube; drop it or change field_of_view")
-        return low, high
+
+def scale_on_own_grid(image: nib.Nifti1Image, percentiles: tuple[float, float] = PERCENTILES) -> torch.Tensor:
+    """The volume `[1, D, H, W]` in [-1, 1] of an image as it lies: its axes reordered and its intensities scaled as
+    `VolumeProcessor` does, but neither cut nor resampled.
+
+    Raises:
+        InputError: not 3D, NaN or infinity, or constant.
+    """
+    array = _array(nib.as_closest_canonical(image))
+    volume = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 1, 0)))
+    return _scale(volume, _background(array), percentiles)[0][None]
+
+
+def _scale(
+    volume: torch.Tensor, background: float, percentiles: tuple[float, float]
+) -> tuple[torch.Tensor, list[float]]:
+    """The volume scaled to [-1, 1], and the intensities that became -1 and 1."""
+    low, high = (float(value) for value in np.percentile(volume.numpy(), percentiles))
+    if (volume == background).float().mean() > MASKED_SHARE:  # a few voxels below it must not lift the background
+        low = max(low, background)
+    if not high > low:
+        raise InputError("the image has no contrast in the part that is taken; drop it or change field_of_view")
+    return ((volume - low) / (high - low)).clamp(0, 1) * 2 - 1, [low, high]
 
 
 def _array(image: nib.Nifti1Image) -> np.ndarray:

@@ -5,6 +5,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from tqdm import tqdm
+
+from ..errors import InputError
+from .sources import VolumeSource
 
 
 @torch.no_grad()
@@ -17,6 +21,26 @@ def extract_features(extractor: nn.Module, volumes: torch.Tensor, batch_size: in
     parameter = next(extractor.parameters())
     batches = (batch.to(parameter.device, parameter.dtype) for batch in volumes.split(batch_size))
     return torch.cat([extractor(batch).double().cpu() for batch in batches])
+
+
+@torch.no_grad()
+def source_features(
+    extractor: nn.Module, source: VolumeSource, batch_size: int = 16, progress: bool = True
+) -> torch.Tensor:
+    """Features `[N, P, S, F]`, float32 on the CPU, of all volumes of a set, of which one batch at a time is in memory.
+
+    Raises:
+        InputError: an empty set, a volume that can't be read, or one that the extractor does not take.
+    """
+    if not len(source):
+        raise InputError(f"{source.place} holds no volumes.")
+    extractor.eval()
+    parameter, features = next(extractor.parameters()), []
+    with tqdm(total=len(source), desc="features", unit="volume", disable=not progress) as bar:
+        for batch in source.batches(batch_size):
+            features.append(extractor(batch.to(parameter.device, parameter.dtype)).float().cpu())
+            bar.update(len(batch))
+    return torch.cat(features)
 
 
 def extractor_identity(extractor: nn.Module) -> dict[str, str]:

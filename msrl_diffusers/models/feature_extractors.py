@@ -9,6 +9,19 @@ from torch import nn
 from .layers import ResnetBlock, conv
 
 
+def plane_slices(volumes: torch.Tensor, num_slices: int) -> list[torch.Tensor]:
+    """Slices of the three planes of `volumes [B, C, D, H, W]`, evenly spaced over the middle 60 % of each axis.
+
+    Axial `[B, num_slices, C, H, W]`, coronal `[B, num_slices, C, D, W]`, sagittal `[B, num_slices, C, D, H]`.
+    """
+    planes = []
+    for axis in (2, 3, 4):
+        size = volumes.shape[axis]
+        positions = torch.linspace(0.2 * size, 0.8 * size - 1, num_slices).round().long()
+        planes.append(volumes.index_select(axis, positions.to(volumes.device)).movedim(axis, 1))
+    return planes
+
+
 class SliceFeatureExtractor(ModelMixin, ConfigMixin):
     """A plain (VGG-like) 2D network on slices of the three planes: the *label* extractor.
 
@@ -39,15 +52,13 @@ class SliceFeatureExtractor(ModelMixin, ConfigMixin):
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         """Features `[B, 3, num_slices, num_features]`, float32, of `volumes [B, C, D, H, W]` in [-1, 1]."""
-        planes = []
-        for axis in (2, 3, 4):
-            size = volumes.shape[axis]
-            positions = torch.linspace(0.2 * size, 0.8 * size - 1, self.config.num_slices).round().long()
-            planes.append(volumes.index_select(axis, positions.to(volumes.device)).movedim(axis, 1))
-        slices = torch.stack(planes, dim=1)
-        hidden = self.layers(slices.flatten(0, 2)).float().flatten(2)
-        pooled = torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1)
-        return self.project(pooled).unflatten(0, slices.shape[:3])
+        slices = torch.stack(plane_slices(volumes, self.config.num_slices), dim=1)
+        return self.embed(slices.flatten(0, 2)).unflatten(0, slices.shape[:3])
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Features `[M, num_features]`, float32, of `images [M, C, height, width]` in [-1, 1]."""
+        hidden = self.layers(images).float().flatten(2)
+        return self.project(torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
 
 
 class VolumeFeatureExtractor(ModelMixin, ConfigMixin):

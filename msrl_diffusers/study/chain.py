@@ -75,7 +75,13 @@ STAGES: dict[str, Stage] = {
         ("prepare", "extractors", "diffusion", "score", "rewards", "ppo"),
         ("num_validity_subjects", "bootstrap_draws", "rl_seed", *_SAMPLING),
     ),
-    "report": Stage(report, ("evaluate",), ()),
+    "downstream": Stage(
+        stages.train_classifiers,
+        ("prepare", "evaluate"),
+        ("downstream", "downstream_seeds", "synthetic_arms", "bootstrap_draws", "mixed_precision", "rl_seed"),
+        split=True,
+    ),
+    "report": Stage(report, ("evaluate", "downstream"), ()),
 }  # fmt: skip
 BOOKKEEPING = (
     "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
@@ -91,6 +97,7 @@ def fingerprint(config: StudyConfig, name: str) -> str:
     settings["rl_seed"] = config.seed if config.rl_seed is None else config.rl_seed
     for folder in ("data_dir", "pretrained"):
         settings[folder] = settings[folder] and folder_mark(settings[folder])
+    settings["synthetic_arms"] = {name: folder_mark(path) for name, path in config.synthetic_arms.items()}
     marks = {}
     for stage_name, stage in STAGES.items():  # every stage stands after those it needs
         inputs = {
@@ -107,7 +114,8 @@ def fingerprint(config: StudyConfig, name: str) -> str:
 
 def enabled_stages(config: StudyConfig) -> list[str]:
     """The stages that a study with this config runs, in order."""
-    return [name for name in STAGES if name not in pretrained_stages(config)]
+    without = pretrained_stages(config) if config.downstream else (*pretrained_stages(config), "downstream")
+    return [name for name in STAGES if name not in without]
 
 
 def finished_fingerprint(config: StudyConfig, name: str) -> str | None:

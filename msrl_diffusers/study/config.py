@@ -14,6 +14,7 @@ from ..models.reward_models import SliceRewardModel, VolumeRewardModel
 from ..models.unet_3d import UNet3DModel
 from ..precision import PRECISIONS
 from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
+from ..trainers.classifier_config import ClassifierConfig
 from ..trainers.diffusion_config import LatentDiffusionConfig
 from ..trainers.feature_config import FeatureConfig
 from ..trainers.ppo_config import DiffusionPPOConfig
@@ -27,6 +28,7 @@ TRAINER_CONFIGS = {
     "diffusion": LatentDiffusionConfig,
     "rewards": RewardConfig,
     "ppo": DiffusionPPOConfig,
+    "downstream": ClassifierConfig,
 }
 RL_STAGES = ("rewards", "ppo", "evaluate", "downstream", "report")  # the seed of these is `rl_seed`
 
@@ -109,6 +111,10 @@ class StudyConfig:
     diffusion: dict = field(default_factory=dict, metadata={"help": "Fields of LatentDiffusionConfig."})
     rewards: dict = field(default_factory=dict, metadata={"help": "Fields of RewardConfig."})
     ppo: dict = field(default_factory=dict, metadata={"help": "Fields of DiffusionPPOConfig."})
+    downstream: dict = field(
+        default_factory=dict,
+        metadata={"help": "Fields of ClassifierConfig; without any there is no such stage."},
+    )
 
     synthetic_steps: list[int] = field(
         default_factory=lambda: [10, 25, 50, 100], metadata={"help": "Denoising steps k of the synthetic sets."}
@@ -135,6 +141,13 @@ class StudyConfig:
     )
     num_validity_subjects: int = field(
         default=32, metadata={"help": "Held-out subjects per class on which reward models are checked."}
+    )
+    downstream_seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the classifiers of stage downstream."}
+    )
+    synthetic_arms: dict = field(
+        default_factory=dict,
+        metadata={"help": "{name: folder of NIfTI or .safetensors}: other generators' volumes for stage downstream."},
     )
     bootstrap_draws: int = field(default=200, metadata={"help": "Bootstrap draws of the intervals."})
 
@@ -191,6 +204,7 @@ class StudyConfig:
                 f"{sorted(config_class.__dataclass_fields__)}."
             )
         config = config_class(**settings)
-        if self.max_steps is not None:
-            config.max_steps = min(config.max_steps, self.max_steps)
+        for name in ("max_steps", "pretrain_steps"):
+            if self.max_steps is not None and getattr(config, name, None) is not None:
+                setattr(config, name, min(getattr(config, name), self.max_steps))
         return config

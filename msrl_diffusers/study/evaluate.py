@@ -8,8 +8,13 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from tqdm import tqdm
 
 from ..data.volumes import VolumeDataset
+from ..errors import InputError
+from ..evaluation.diversity import density_coverage, ms_ssim_diversity, precision_recall, volume_features
 from ..evaluation.features import extract_features, extractor_identity
 from ..evaluation.fidelity import bootstrap_frechet, centred_interval, kernel_distance
+from ..evaluation.memorization import audit
+from ..evaluation.sources import open_source
+from ..evaluation.statistics import compare_statistics, set_statistics
 from ..pipelines.med_volume import MedVolumePipeline
 from ..rewards import LearnedReward, WeightedSum
 from ..seeding import fold_seed
@@ -19,6 +24,7 @@ from .config import StudyConfig
 from .stages import sample_with
 
 
+MANIFOLD_NEIGHBOURS = 5
 REPORTED = ("real_floor", "limit", "standard", "rl")
 
 
@@ -85,6 +91,9 @@ def evaluate(config: StudyConfig) -> dict:
             for role in extractors
         },
         **_intervals(references, features, by_sampler, chosen, config),
+        "diversity": _diversity(references["judge"]["train"], train, features["judge"], arms, chosen, seed),
+        "statistics": _statistics(train, arms, chosen, config.sampling_batch_size),
+        "memorization": _memorization(train, heldout, arms, chosen, extractors["label"], seed),
         "reward": _rewards(config, rewards, arms["standard @ rollout"], arms["rl @ rollout"]),
         "reward_models": _validity(config, pipelines["standard"], rewards, validity_subjects),
         "extractors": {role: extractor_identity(extractor) for role, extractor in extractors.items()},
@@ -135,6 +144,53 @@ def _intervals(references: dict, features: dict, by_sampler: dict, chosen: dict,
         interval = centred_interval(difference, replicates["rl"] - replicates["standard"])
         differences[role] = {"value": difference, "interval": interval}
     return {"fid_interval": intervals, "fid_rl_minus_standard": differences}
+
+
+def _diversity(
+    reference: torch.Tensor, train: VolumeDataset, features: dict, arms: dict, chosen: dict, seed: int
+) -> dict:
+    """MS-SSIM of pairs within each arm beside that of the training volumes; precision, recall, density and coverage of the
+    judge's features. None where there are too few volumes."""
+    real, found = volume_features(reference), {"real": {"ms_ssim": _ms_ssim(train, seed)}}
+    for arm in ("real_floor", "standard", "rl"):
+        fake = volume_features(features[chosen[arm]])
+        enough = min(len(real), len(fake)) > MANIFOLD_NEIGHBOURS
+        pair = (real, fake, MANIFOLD_NEIGHBOURS)
+        manifold = {**precision_recall(*pair), **density_coverage(*pair)} if enough else None
+        found[arm] = {"ms_ssim": _ms_ssim(arms[chosen[arm]], seed), "manifold": manifold}
+    return found
+
+
+def _ms_ssim(volumes: VolumeDataset, seed: int) -> dict | None:
+    try:
+        return ms_ssim_diversity(volumes.pixel_values, seed=seed, labels=volumes.class_labels)
+    except InputError:
+        return None
+
+
+def _statistics(train: VolumeDataset, arms: dict, chosen: dict, batch_size: int) -> dict:
+    """How intensities, size, symmetry and spectrum of each arm differ from those of the training volumes."""
+
+    def of(volumes: VolumeDataset) -> dict:
+        return set_statistics(open_source(volumes).batches(batch_size), volumes.spacing)
+
+    real = of(train)
+    return {arm: compare_statistics(real, of(arms[chosen[arm]])) for arm in REPORTED}
+
+
+def _memorization(
+    train: VolumeDataset, heldout: VolumeDataset, arms: dict, chosen: dict, extractor: torch.nn.Module, seed: int
+) -> dict | None:
+    """The audit of both arms against the held-out null; None where there are too few volumes for one."""
+    try:
+        return {
+            arm: audit(
+                open_source(train), open_source(arms[chosen[arm]]), open_source(heldout), extractor, seed=seed
+            ).summary()
+            for arm in ("standard", "rl")
+        }
+    except InputError:
+        return None
 
 
 def _rewards(config: StudyConfig, rewards: dict, before: VolumeDataset, after: VolumeDataset) -> dict:

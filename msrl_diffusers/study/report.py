@@ -35,6 +35,7 @@ def report(config: StudyConfig) -> dict:
         "dataset": config.dataset,
         "data_fingerprint": records["prepare"]["result"]["fingerprint"],
         "data": records["prepare"]["result"],
+        "downstream": _downstream(records) if config.downstream else None,
         "ppo": records["ppo"]["result"],
         "unet_forwards": records["ppo"]["result"]["unet_forwards"],
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -48,6 +49,12 @@ def report(config: StudyConfig) -> dict:
     write_text(output_dir / "report.md", markdown(content))
     write_json(output_dir / "report.json", content)
     return {"report": str(output_dir / "report.md")}
+
+
+def _downstream(records: dict) -> dict[str, dict[str, float]]:
+    """Metrics of the downstream classifiers by arm, means over their seeds."""
+    arms = records["downstream"]["result"]["arms"]
+    return {arm: {metric: figures["mean"] for metric, figures in row.items()} for arm, row in arms.items()}
 
 
 def gap_closed(fids: dict[str, dict[str, float]]) -> float | None:
@@ -142,6 +149,7 @@ def markdown(content: dict) -> str:
     for role, validity in content["reward_models"].items():
         after = reward["parts"]["after"][role]
         lines.append(f"| {role} | {validity['auc']:.3f} | {validity['spearman']:.3f} | {after:+.2f} |")
+    lines += _diversity_lines(content) + _memorization_lines(content) + _downstream_lines(content)
     ppo = content["ppo"]
     lines += [
         "",
@@ -153,10 +161,58 @@ def markdown(content: dict) -> str:
         "",
         "Slices meet where left and right of a volume differ most, which is where a lesion shows.",
         "",
-        "Not measured here: anatomical correctness by a reader, memorization of training volumes, downstream use.",
+        "Not measured here: anatomical correctness by a reader"
+        + (", downstream use." if content["downstream"] is None else "."),
         "",
     ]
     return "\n".join(lines)
+
+
+def _diversity_lines(content: dict) -> list[str]:
+    lines = [
+        "",
+        "## Diversity",
+        "",
+        "| | MS-SSIM of pairs (lower: more diverse) | precision | recall | density | coverage |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, figures in content["diversity"].items():
+        similarity, manifold = figures["ms_ssim"], figures.get("manifold")
+        cells = ["" if similarity is None else f"{similarity['value']:.3f}"]
+        names = ("precision", "recall", "density", "coverage")
+        cells += [f"{manifold[name]:.3f}" if manifold else "" for name in names]
+        lines.append(f"| {ARMS.get(arm, 'real, training')} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _memorization_lines(content: dict) -> list[str]:
+    lines = ["", "## Memorization", ""]
+    if content["memorization"] is None:
+        return [*lines, "Not audited: too few volumes."]
+    for arm, found in content["memorization"].items():
+        low, high = found["interval"]
+        lines.append(
+            f"- {ARMS[arm]}: {found['n_copies']} of {found['n_generated']} volumes look like copies of training volumes "
+            f"({low:.1%} .. {high:.1%}; {found['expected_false_positives']:.1f} expected by chance)."
+        )
+    return lines
+
+
+def _downstream_lines(content: dict) -> list[str]:
+    if content["downstream"] is None:
+        return []
+    rows = content["downstream"]
+    names = list(next(iter(rows.values())))
+    return [
+        "",
+        "## A classifier of real volumes, pretrained on synthetic ones",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (1 + len(names)) + "|",
+        *(f"| {arm} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |" for arm, row in rows.items()),
+        "",
+        "Intervals and paired differences: `downstream/downstream.json`.",
+    ]
 
 
 def _draw(config: StudyConfig, content: dict) -> None:

@@ -1,5 +1,6 @@
 """The stages that make data and models: prepare, extractors, vqgan, diffusion, trajectories, score, rewards, ppo."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ from ..data.preparation import prepare_cases
 from ..data.processor import VolumeProcessor
 from ..data.splits import SIDES, SplitPlan
 from ..data.volumes import VolumeDataset
+from ..errors import InputError
 from ..evaluation.features import extract_features, extractor_identity, hash_tensors
 from ..evaluation.fidelity import frechet_distance
+from ..evaluation.sources import open_source
 from ..files import write_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
@@ -39,6 +42,7 @@ from .artifacts import (
     load_split,
 )
 from .config import StudyConfig
+from .downstream import run_downstream
 
 
 SCHEDULER_DEFAULTS = {
@@ -270,3 +274,46 @@ def train_ppo(config: StudyConfig) -> dict:
         pipeline.save_pretrained(Path(config.output_dir) / "ppo" / "pipeline")
     scales = {name: vars(scale) for name, scale in trainer.reward.scales.items()}
     return {**figures, "unet_forwards": trainer.unet_forwards, "scales": scales}
+
+
+def train_classifiers(config: StudyConfig) -> dict:
+    """Classifiers of real volumes without and with synthetic ones (`downstream.run_downstream`), and their metrics."""
+    folder, train = Path(config.output_dir), load_split(config, "train")
+    arms = {"real only": None}
+    for name, arm in (("+ standard synthetic", "standard"), ("+ RL synthetic", "rl")):
+        volumes = VolumeDataset.load(folder / "evaluate" / f"{arm}.safetensors")
+        numbered = [f"{arm}-{number:05d}" for number in range(len(volumes))]  # they show no subject
+        arms[name] = replace(volumes, subject_ids=numbered)
+    arms |= {name: load_arm(name, path, train, config) for name, path in config.synthetic_arms.items()}
+    seed = config.seed_of("downstream")
+    seeds = [1000 * seed + number for number in config.downstream_seeds]
+    args = config.trainer_config("downstream")
+    found = run_downstream(
+        train, load_split(config, "heldout"), arms, args, seeds, folder / "downstream", config.bootstrap_draws
+    )
+    return {name: found[name] for name in ("n", "reference", "arms", "differences")}
+
+
+def load_arm(name: str, path: str | Path, like: VolumeDataset, config: StudyConfig) -> VolumeDataset:
+    """Another generator's volumes: a `.safetensors` file of `VolumeDataset.save`, or a folder of NIfTI with the classes in its
+    `metadata.csv`, resampled to the study's cubes.
+
+    Raises:
+        InputError: no classes, or one that the study does not have.
+    """
+    if Path(path).suffix == ".safetensors":
+        return VolumeDataset.load(path)
+    source = open_source(path, config.image_size, config.field_of_view)
+    labels = {class_name: label for label, class_name in like.id2label.items()}
+    unknown = sorted(set(source.class_names or ["none at all"]) - set(labels))
+    if unknown:
+        raise InputError(
+            f"synthetic_arms: {path} has volumes of class {unknown[0]!r}; the study's classes are {sorted(labels)}."
+        )
+    return VolumeDataset(
+        torch.cat([batch.half() for batch in source.batches(config.sampling_batch_size)]),
+        torch.tensor([labels[class_name] for class_name in source.class_names]),
+        [f"{name}/{file}" for file in source.names],
+        like.id2label,
+        source.spacing,
+    )

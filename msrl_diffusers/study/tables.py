@@ -218,7 +218,7 @@ def _downstream_lines(content: dict) -> list[str]:
     table = content["downstream"]
     lines = ["## A classifier pretrained on synthetic volumes (Tables 3 and 4)", ""]
     if table is None:
-        return [*lines, "Not measured: the config has no section `classifier`.", ""]
+        return [*lines, "Not measured: the config has no section `downstream`.", ""]
     data = list(published.DOWNSTREAM)
     header = [*METRICS, *(f"published: {name}" for name in data)]
     lines += ["| | " + " | ".join(header) + " |", "|---" * (1 + len(header)) + "|"]

@@ -1,0 +1,59 @@
+"""Sets of volumes on the command line: folders of NIfTI, prepared files, or what a pipeline samples."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..evaluation.sources import VolumeSource, open_source
+from ..pipelines.med_volume import MedVolumePipeline
+from ..pipelines.sampling import sample_volumes
+from ..study.artifacts import load_model
+
+
+SET = "folder of NIfTI images, or .safetensors file of prepared volumes"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass
+class SetArguments:
+    """How sets of volumes are read, and how a pipeline is sampled where one is given instead."""
+
+    image_size: int | None = field(
+        default=None, metadata={"help": "Resample NIfTI images to cubes of so many voxels; their own grid if unset."}
+    )
+    field_of_view: float = field(default=192.0, metadata={"help": "Edge of these cubes in millimetres."})
+    batch_size: int = field(default=16, metadata={"help": "Volumes read, or sampled, at once."})
+    seed: int = field(default=0, metadata={"help": "Of all that is drawn: samples, subsets, bootstrap."})
+    num_volumes: int = field(default=256, metadata={"help": "Volumes that a pipeline samples, classes in turn."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Its denoising steps."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Its guidance; 1 is none."})
+    eta: float = field(default=1.0, metadata={"help": "Its noise: 0 is DDIM, 1 as much as DDPM."})
+
+
+def open_set(place: str, args: SetArguments) -> VolumeSource:
+    """The set of real volumes at `place`."""
+    return open_source(place, args.image_size, args.field_of_view)
+
+
+def open_generated(place: str, args: SetArguments, output_dir: str | Path) -> VolumeSource:
+    """The set at `place`; if that is a pipeline (a folder or a Hub repository), its samples, which are kept in
+    `output_dir/generated.safetensors`."""
+    if not is_pipeline(place):
+        return open_set(place, args)
+    pipeline = load_model(MedVolumePipeline, place, dtype=torch.float32)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    volumes = sample_volumes(
+        pipeline, args.num_volumes, args.num_inference_steps, args.guidance_scale, args.eta, args.seed, args.batch_size
+    )
+    path = Path(output_dir) / "generated.safetensors"
+    volumes.save(path)
+    return open_source(path)
+
+
+def is_pipeline(place: str) -> bool:
+    """Whether `place` is a folder with a pipeline, or can only be a Hub repository."""
+    if Path(place).exists():
+        return (Path(place) / "model_index.json").is_file()
+    return bool(HUB_ID.fullmatch(place))

@@ -1,0 +1,45 @@
+"""Sets of volumes from a pipeline: many, of all classes, each with noise of its own."""
+
+import torch
+from tqdm import tqdm
+
+from ..data.volumes import VolumeDataset
+from ..errors import InputError
+from ..seeding import sample_generators
+from .med_volume import MedVolumePipeline
+
+
+@torch.no_grad()
+def sample_volumes(
+    pipeline: MedVolumePipeline,
+    num_volumes: int,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 1.0,
+    eta: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> VolumeDataset:
+    """`num_volumes` volumes, classes in turn; volume i is a function of `seed` and i, whatever `batch_size` is.
+
+    Raises:
+        InputError: fewer than one volume.
+    """
+    if num_volumes < 1:
+        raise InputError(f"num_volumes must be at least 1, got {num_volumes}.")
+    pipeline.set_progress_bar_config(disable=True)
+    classes = sorted(pipeline.id2label)
+    labels, samples = torch.tensor([classes[index % len(classes)] for index in range(num_volumes)]), []
+    with tqdm(total=num_volumes, desc="sample", unit="volume", disable=not progress) as bar:
+        for indices in torch.arange(num_volumes).split(batch_size):
+            output = pipeline(
+                labels[indices],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                eta=eta,
+                generator=sample_generators(seed, "generated", indices.tolist()),
+            )
+            samples.append(output.volumes.half().cpu())
+            bar.update(len(indices))
+    names = [f"generated-{index:05d}" for index in range(num_volumes)]
+    return VolumeDataset(torch.cat(samples), labels, names, pipeline.id2label, pipeline.spacing)

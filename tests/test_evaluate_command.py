@@ -1,0 +1,161 @@
+"""msrl evaluate from the command line, and the comparison of sets behind it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_pipeline
+
+from msrl_diffusers import VolumeDataset, load_phantoms, write_phantoms
+from msrl_diffusers.cli import evaluate as evaluate_verb
+from msrl_diffusers.cli.sets import is_pipeline
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.evaluation.comparison import compare_sets
+from msrl_diffusers.evaluation.extractors import load_extractor
+from msrl_diffusers.evaluation.fidelity import frechet_distance
+from msrl_diffusers.evaluation.sources import open_source
+from msrl_diffusers.pipelines.sampling import sample_volumes
+
+
+EXTRACTOR = Path(__file__).parents[1] / "model_cards" / "phantoms-32" / "extractor_label"
+
+
+def blurred(volumes: VolumeDataset) -> VolumeDataset:
+    smooth = torch.nn.functional.avg_pool3d(volumes.pixel_values.float(), 3, stride=1, padding=1)
+    return VolumeDataset(smooth.half(), volumes.class_labels, volumes.subject_ids, volumes.id2label, volumes.spacing)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Files of 16 training and 12 held-out phantoms, of 20 new ones, and of these blurred; and a folder of NIfTI."""
+    folder = tmp_path_factory.mktemp("sets")
+    made = {"train": (8, 0), "held_out": (6, 100), "sharp": (10, 200)}
+    paths = {name: str(folder / f"{name}.safetensors") for name in (*made, "blurred", "larger")}
+    for name, (count, first) in made.items():
+        load_phantoms(count, 16, first_index=first).save(paths[name])
+    blurred(load_phantoms(10, 16, first_index=200)).save(paths["blurred"])
+    load_phantoms(4, 18).save(paths["larger"])
+    write_phantoms(folder / "nifti", 8, image_size=16, seed=5)
+    (folder / "empty").mkdir()
+    return {
+        **paths,
+        "nifti": str(folder / "nifti"),
+        "empty": str(folder / "empty"),
+        "missing": str(folder / "missing"),
+    }
+
+
+def evaluated(output_dir, *arguments) -> dict:
+    evaluate_verb.run([*arguments, "--output_dir", str(output_dir), "--bootstrap_draws", "20"])
+    return json.loads((output_dir / "evaluate.json").read_text())
+
+
+def test_the_report(sets, tmp_path, capsys):
+    options = ["--held_out", sets["held_out"], "--extractor", str(EXTRACTOR)]
+    content = evaluated(tmp_path, sets["train"], sets["blurred"], *options)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "evaluate.json", "evaluate.md", "evaluate.html", "volumes.png",
+    }  # fmt: skip
+    for figure in (content["fid"], content["kid"], content["fid_floor"], content["held_out"]["fid"]):
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert content["n"] == 16
+    assert content["counts"] == {"real": 16, "generated": 20, "held_out": 12}
+    assert content["held_out"]["n"] == content["fid_floor"]["n"] == 12
+    assert content["fid_floor"]["kind"] == "held_out"
+    assert set(content["by_class"]) == {"HGG", "LGG"}
+    assert content["by_class"]["HGG"]["n"] == 8
+    assert content["extractor"]["id"].startswith("slices/SliceFeatureExtractor")
+    assert len(content["extractor"]["sha256"]) == 16
+    assert content["ms_ssim"]["real"]["value"] < content["ms_ssim"]["generated"]["value"]
+    assert content["statistics"]["difference"]["spectrum"]["log_spectral_distance_db"][0] > 3
+    out, err = capsys.readouterr()
+    assert out.startswith("FID ")
+    assert out.endswith(f"Report: {tmp_path / 'evaluate.html'}\n")
+    assert err.splitlines()[-1].startswith("warning: 16 volumes a side are fewer than the 48 features")
+    page = (tmp_path / "evaluate.html").read_text()
+    assert "Not for clinical use." in page
+    assert "MS-SSIM, pairs of generated" in page
+
+
+def test_blur_is_worse_than_new_volumes_and_both_worse_than_the_real_ones_themselves(sets, tmp_path):
+    values = {
+        name: evaluated(tmp_path / name, sets["train"], sets[name])["fid"]["value"]
+        for name in ("train", "sharp", "blurred")
+    }
+    assert values["train"] == pytest.approx(0, abs=1e-6)
+    assert values["train"] < values["sharp"] < values["blurred"]
+
+
+def test_the_distance_is_that_of_the_features(sets):
+    extractor = load_extractor("random")
+    real, other = (load_phantoms(8, 16, first_index=first) for first in (0, 50))
+    found = compare_sets(open_source(real), open_source(other), extractor, bootstrap_draws=2)
+    features = [extractor(volumes.pixel_values.float()) for volumes in (real, other)]
+    assert found["fid"]["value"] == pytest.approx(frechet_distance(*(part.double() for part in features)), rel=1e-4)
+    assert found["fid_floor"]["kind"] == "halves"
+    assert found["fid_floor"]["n"] == 8
+
+
+def test_two_halves_of_one_set_lie_within_the_floor_s_interval(sets):
+    """Honest volumes must not look worse than real ones."""
+    real, other = (open_source(load_phantoms(24, 16, first_index=first)) for first in (0, 500))
+    extractor = load_extractor("random")
+    found = compare_sets(real, real.select(range(0, 48, 2)), extractor, bootstrap_draws=100)
+    assert found["fid_floor"]["low"] <= found["fid_floor"]["value"] <= found["fid_floor"]["high"]
+    honest = compare_sets(real, other, extractor, held_out=other, bootstrap_draws=100)
+    assert honest["fid"]["value"] == pytest.approx(honest["fid_floor"]["value"], rel=1e-6)
+
+
+def test_a_folder_against_prepared_volumes(sets, tmp_path):
+    content = evaluated(tmp_path, sets["nifti"], sets["sharp"], "--image_size", "16", "--infinity")
+    assert content["counts"]["real"] == 16
+    assert content["by_class"] == {}  # the folder's table names no classes
+    assert {"value", "standard_error", "sizes", "distances"} == set(content["fid_infinity"])
+    assert "for publication" in (tmp_path / "evaluate.md").read_text()
+
+
+def test_a_pipeline_is_sampled(sets, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    options = ["--num_volumes", "6", "--num_inference_steps", "2", "--batch_size", "4"]
+    content = evaluated(tmp_path / "out", sets["train"], str(tmp_path / "pipeline"), *options)
+    assert content["n"] == 6
+    kept = VolumeDataset.load(tmp_path / "out" / "generated.safetensors")
+    assert kept.class_counts() == {"HGG": 3, "LGG": 3}
+    again = sample_volumes(tiny_pipeline(), 6, 2, batch_size=3, progress=False)  # other batches, the same volumes
+    assert (again.pixel_values - kept.pixel_values).abs().max() < 1e-2
+
+
+def test_what_counts_as_a_pipeline(tmp_path):
+    assert is_pipeline("somebody/brains-32")
+    assert not is_pipeline(str(tmp_path))
+    assert not is_pipeline("no/such/folder")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert is_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("real", "generated", "options", "message"),
+    [
+        ("missing", "sharp", [], r"missing does not exist; give a folder"),
+        ("train", "empty", [], r"empty holds no \.nii or \.nii\.gz image"),
+        ("train", "larger", [], r"have volumes of 16 x 16 x 16 and 18 x 18 x 18 voxels"),
+        ("train", "sharp", ["--extractor", "vgg"], r"The extractor 'vgg' is no folder"),
+        ("train", "sharp", ["--extractor", "medicalnet:{missing}"], r"missing"),
+        ("train", "sharp", ["--infinity", "--extractor", str(EXTRACTOR.parent / "extractor_judge")], r"16 volumes are too few"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(sets, tmp_path, real, generated, options, message):
+    options = [option.format(**sets) for option in options]
+    with pytest.raises(InputError, match=message) as raised:
+        evaluated(tmp_path / "out", sets[real], sets[generated], *options)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out" / "evaluate.json").exists()
+
+
+def test_too_few_volumes_are_refused(sets):
+    few = open_source(load_phantoms(1, 16))
+    with pytest.raises(InputError, match="The set generated has 2 volumes"):
+        compare_sets(open_source(sets["train"]), few, load_extractor("random"))
+    with pytest.raises(InputError, match="num_volumes must be at least 1"):
+        sample_volumes(tiny_pipeline(), 0)
