@@ -40,6 +40,13 @@ _LAZY = {
     "VolumePolicy": "policies",
     "LearnedReward": "rewards",
     "WeightedSum": "rewards",
+    "audit": "evaluation.memorization",
+    "compare_sets": "evaluation.comparison",
+    "load_extractor": "evaluation.extractors",
+    "open_source": "evaluation.sources",
+    "sample_volumes": "pipelines.sampling",
+    "ClassifierConfig": "trainers.classifier_config",
+    "ClassifierTrainer": "trainers.classifier_trainer",
     "DiffusionPPOConfig": "trainers.ppo_config",
     "DiffusionPPOTrainer": "trainers.ppo_trainer",
     "FeatureConfig": "trainers.feature_config",
@@ -52,6 +59,7 @@ _LAZY = {
     "VQGANConfig": "trainers.vqgan_config",
     "VQGANTrainer": "trainers.vqgan_trainer",
     "StudyConfig": "study",
+    "run_downstream": "study.downstream",
     "run_study": "study",
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import folder_mark, write_json
 from ..processes import process_state, use_all_cores
+from ..trainers.base_config import BOOKKEEPING
 from . import stages
 from .artifacts import pretrained_stages
 from .config import TRAINER_CONFIGS, StudyConfig
@@ -83,9 +84,6 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage(report, ("evaluate", "downstream"), ()),
 }  # fmt: skip
-BOOKKEEPING = (
-    "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
-)  # fmt: skip
 
 
 def fingerprint(config: StudyConfig, name: str) -> str:

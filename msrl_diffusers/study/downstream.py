@@ -32,14 +32,9 @@ from ..files import write_json, write_text
 from ..processes import process_state
 from ..seeding import fold_seed
 from ..trainers.base import checkpoints
+from ..trainers.base_config import BOOKKEEPING
 from ..trainers.classifier_config import ClassifierConfig
 from ..trainers.classifier_trainer import ClassifierTrainer, build_classifier, check_classes, predict
-
-
-# Set by the study for every training, or without any influence on its result.
-_NOT_IN_FINGERPRINT = (
-    "output_dir", "seed", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
-)  # fmt: skip
 
 
 def run_downstream(
@@ -227,7 +222,7 @@ def _pretrain_steps(config: ClassifierConfig) -> int:
 
 def _settings(config: ClassifierConfig, pretrained: bool) -> dict:
     """The settings that the result of an arm depends on."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_FINGERPRINT}
+    settings = {name: value for name, value in asdict(config).items() if name not in (*BOOKKEEPING, "seed")}
     return {**settings, "pretrain_steps": _pretrain_steps(config) if pretrained else 0}
 
 

@@ -11,6 +11,12 @@ from ..errors import InputError
 from ..precision import PRECISIONS
 
 
+# Fields that have no influence on what comes out.
+BOOKKEEPING = (
+    "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
+)  # fmt: skip
+
+
 @dataclass
 class TrainingConfig:
     """Fields shared by all trainers. Batch sizes are per process; randomness follows from `seed` alone."""

@@ -1,0 +1,90 @@
+"""The README's section of results, from the JSON files under examples/results; nothing in it is typed.
+
+    python examples/benchmarks/readme_results.py
+
+Writes what stands between the two marks in README.md anew. A test holds that the two agree.
+"""
+
+import json
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "examples" / "results"
+START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->", "<!-- results: end -->"
+ROLES = ("judge", "label")
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text()))
+
+
+def updated(readme: str) -> str:
+    """The README's text with the section made anew."""
+    before, rest = readme.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n{section()}{END}{after}"
+
+
+def section() -> str:
+    """The lines between the marks."""
+    demos = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("phantoms-demo-seed*.json"))}
+    lines = ["### Phantoms at 32^3: `make demo`", "", *_study_lines(demos), ""]
+    others = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("ixi-*.json"))}
+    if others:
+        lines += ["### Real brains at 32^3: IXI, classes by age", "", *_study_lines(others), ""]
+    return "\n".join(lines)
+
+
+def _study_lines(reports: dict[Path, dict]) -> list[str]:
+    """Two tables: distances, and rewards, one row per seed; and what they say together."""
+    first = next(iter(reports.values()))
+    lines = [
+        f"{first['n']['all']} volumes on each side of a distance, 95 % bootstrap intervals, lower is better. *Floor*: real held-out "
+        "volumes; *limit*: reconstructions by the autoencoder; *gap closed*: (standard - RL) / (standard - limit).",
+        "",
+        "| seed | extractor | floor | limit | standard | RL-tuned | RL minus standard, paired | gap closed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path, report in reports.items():
+        for role in ROLES:
+            fids = {arm: values["all"] for arm, values in report["fid"][role].items()}
+            difference, closed = report["fid_rl_minus_standard"][role], report["gap_closed"][role]
+            low, high = difference["interval"]
+            cells = [f"{fids[arm]:.3f}" for arm in ("real_floor", "limit", "standard", "rl")]
+            cells += [f"{difference['value']:+.3f} ({low:+.3f} .. {high:+.3f})", "" if closed is None else f"{closed:.0%}"]
+            seed = f"[{report['seed']}](examples/results/{path.name})" if role == ROLES[0] else ""
+            lines.append(f"| {seed} | {role} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| seed | reward gained, in reference deviations | of the model that only watches | AUC volume / slice | Spearman volume / "
+        "slice | PPO and evaluation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for report in reports.values():
+        models, seconds = report["reward_models"], report["seconds"]
+        pairs = [" / ".join(f"{models[name][figure]:.2f}" for name in ("volume", "slice")) for figure in ("auc", "spearman")]
+        minutes = (seconds["ppo"] + seconds["evaluate"]) / 60
+        lines.append(
+            f"| {report['seed']} | {report['reward']['gain']:+.2f} | {report['reward']['parts']['after']['heldout']:+.2f} | "
+            f"{pairs[0]} | {pairs[1]} | {minutes:.0f} min |"
+        )
+    return [*lines, "", *(_verdict(role, list(reports.values())) for role in ROLES)]
+
+
+def _verdict(role: str, reports: list[dict]) -> str:
+    """In how many seeds the distance fell, and where an interval excludes zero."""
+    differences = [report["fid_rl_minus_standard"][role] for report in reports]
+    lower = sum(difference["value"] < 0 for difference in differences)
+    surely_lower = sum(difference["interval"][1] < 0 for difference in differences)
+    surely_higher = sum(difference["interval"][0] > 0 for difference in differences)
+    purpose = {"judge": "which had no part in anything", "label": "which scored the reward data"}[role]
+    return (
+        f"- By the {role}, {purpose}: lower after RL in {lower} of {len(reports)} seeds, beyond the interval in {surely_lower}; "
+        f"higher beyond it in {surely_higher}."
+    )
+
+
+if __name__ == "__main__":
+    main()
