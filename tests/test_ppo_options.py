@@ -126,17 +126,17 @@ def test_training_in_windows(tmp_path):
     assert log[-1]["reward/mean"] > 0.3
     assert log[0]["ppo/ratio_first"] == pytest.approx(1, abs=1e-6)
     # per rollout of 64: four forwards to sample, one step trained by three passes; one batch of 32 is watched
-    assert trainer.unet_forwards == 8 * (64 * 4 + 64 * 3 + 32)
+    assert trainer.unet_forwards == 8 * (64 * 4 + 64 * 3 + 32 // 8)
 
 
 def test_guidance_in_the_rollout_only(tmp_path):
     """The log-probabilities are those of the policy that is trained: the ratio is one though guidance chose the actions."""
     _, guided, log = train(tmp_path / "without", max_steps=1, guidance_scale=3.0, train_cfg=False)
     assert log[0]["ppo/ratio_first"] == pytest.approx(1, abs=1e-6)
-    assert guided.unet_forwards == 8 * (4 * 2 + 4) + 8 * 4 * 3 + 4 * 4
+    assert guided.unet_forwards == 8 * (4 * 2 + 4) + 8 * 4 * 3 + 1 * 4
     _, plain, other = train(tmp_path / "with", max_steps=1, guidance_scale=3.0)
     assert log[0]["reward/brightness"] == pytest.approx(other[0]["reward/brightness"], abs=1e-6)
-    assert plain.unet_forwards == 2 * (8 * 4 + 8 * 4 * 3 + 4 * 4)
+    assert plain.unet_forwards == 2 * (8 * 4 + 8 * 4 * 3 + 1 * 4)
 
 
 # --------------------------------------------------------------------------------------------------- memory, averages

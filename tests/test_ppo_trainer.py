@@ -94,8 +94,8 @@ def test_the_first_ratio_is_one_and_forwards_are_counted(guidance_scale, tmp_pat
     assert line["ppo/ratio_deviation"] < 1e-6
     assert (line["ppo/clip_fraction_high"], line["ppo/clip_fraction_low"]) == (0, 0)
     factor = 1 if guidance_scale == 1.0 else 2
-    # sampling; two trained steps of three passes; the reference on one watched batch
-    assert trainer.unet_forwards == factor * (8 * 4 + 8 * 2 * 3 + 4 * 2)
+    # sampling; two trained steps of three passes; the reference on one watched sample
+    assert trainer.unet_forwards == factor * (8 * 4 + 8 * 2 * 3 + 1 * 2)
 
 
 def test_two_updates_per_rollout_move_the_ratio(tmp_path):

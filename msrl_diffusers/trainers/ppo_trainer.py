@@ -44,6 +44,7 @@ from .watchdogs import high_frequency_share, prediction_norm, reward_disagreemen
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 COST_OF_BACKWARD = 2  # in forwards
+WATCHED_SHARE = 8  # of how many samples of a batch one is compared with the reference, where there is no leash
 Watchdog = Callable[[Rollout], float]
 Scores = dict[str, torch.Tensor]
 
@@ -315,8 +316,9 @@ class DiffusionPPOTrainer:
         for update, rows_of_update in enumerate(torch.arange(len(rollout)).chunk(args.num_updates)):
             for number, rows in enumerate(rows_of_update.split(args.train_batch_size)):
                 batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
-                # without a leash the divergence is only watched, on one batch per rollout: the reference costs a forward
-                measured = leashed or (update == 0 and number == 0)
+                # without a leash the divergence is only watched, on a few samples per rollout: the reference costs a forward
+                watched = -(-len(batch) // WATCHED_SHARE) if update == number == 0 else 0
+                measured = len(batch) if leashed else watched
                 for t in trained:
                     with accelerator.accumulate(denoiser):
                         loss, kl, stats = self._loss(run, table, batch, t, measured)
@@ -332,10 +334,8 @@ class DiffusionPPOTrainer:
                     if measured:
                         divergences.append(kl.detach())
                     run.record(**{f"ppo/{name}": value for name, value in stats.items()}, **{"ppo/loss": loss})
-                    passes = 1 + COST_OF_BACKWARD + measured
-                    self.unet_forwards += (
-                        len(batch) * accelerator.num_processes * passes * self._cost(args.train_guidance_scale)
-                    )
+                    passes = len(batch) * (1 + COST_OF_BACKWARD) + measured
+                    self.unet_forwards += passes * accelerator.num_processes * self._cost(args.train_guidance_scale)
             self._scheduler.step()
             if self._ema is not None:
                 self._ema.step(self._trainable.values())
@@ -347,16 +347,16 @@ class DiffusionPPOTrainer:
             run.stop(f"the KL divergence passed kl_budget={args.kl_budget}")
 
     def _loss(
-        self, run: TrainingRun, table: StepTable, batch: Rollout, t: int, measured: bool
+        self, run: TrainingRun, table: StepTable, batch: Rollout, t: int, measured: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, Scores]:
-        """The objective of one denoising step of some samples; the divergence from the reference, if it is measured."""
+        """The objective of one denoising step of some samples; the divergence from the reference of the first `measured`."""
         args = self.args
         with run.accelerator.autocast():
             mean, std = self._moments(table, t, batch)
             reference = None
             if measured:
                 with torch.no_grad(), self.policy.reference():
-                    reference, _ = self._moments(table, t, batch)
+                    reference, _ = self._moments(table, t, batch.select(slice(measured)))
         log_prob = gaussian_log_prob(batch.latents[:, t + 1], mean, std, args.log_prob_reduction)
         if args.policy_loss == "clip":
             loss, stats = ppo_clip_loss(log_prob, batch.log_probs[:, t], batch.advantages, self._clip_range)
@@ -365,7 +365,7 @@ class DiffusionPPOTrainer:
             loss, stats = kl_mask_loss(log_prob, batch.log_probs[:, t], batch.advantages, moved, args.kl_threshold)
         if reference is None:
             return loss, None, stats
-        kl = gaussian_kl(mean, reference, std).mean()
+        kl = gaussian_kl(mean[:measured], reference, std).mean()
         return loss + self._kl_coef * kl, kl, stats
 
     def _moments(self, table: StepTable, step: int, batch: Rollout) -> StepMoments:
