@@ -42,7 +42,8 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
     first = next(iter(reports.values()))
     lines = [
         f"{first['n']['all']} volumes on each side of a distance, 95 % bootstrap intervals, lower is better. *Floor*: real held-out "
-        "volumes; *limit*: reconstructions by the autoencoder; *gap closed*: (standard - RL) / (standard - limit).",
+        "volumes; *limit*: reconstructions by the autoencoder; *gap closed*: (standard - RL) / (standard - limit). Of a PPO run the "
+        "weights with the lowest label distance are kept; 0 updates are the pretrained ones.",
         "",
         "| seed | extractor | floor | limit | standard | RL-tuned | RL minus standard, paired | gap closed |",
         "|---|---|---|---|---|---|---|---|",
@@ -53,22 +54,29 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
             difference, closed = report["fid_rl_minus_standard"][role], report["gap_closed"][role]
             low, high = difference["interval"]
             cells = [f"{fids[arm]:.3f}" for arm in ("real_floor", "limit", "standard", "rl")]
-            cells += [f"{difference['value']:+.3f} ({low:+.3f} .. {high:+.3f})", "" if closed is None else f"{closed:.0%}"]
+            cells += [
+                f"{difference['value']:+.3f} ({low:+.3f} .. {high:+.3f})",
+                "" if closed is None else f"{closed:.0%}",
+            ]
             seed = f"[{report['seed']}](examples/results/{path.name})" if role == ROLES[0] else ""
             lines.append(f"| {seed} | {role} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| seed | reward gained, in reference deviations | of the model that only watches | AUC volume / slice | Spearman volume / "
-        "slice | PPO and evaluation |",
+        "| seed | updates kept, of rollouts | reward gained, in reference deviations | of the model that only watches | AUC volume / slice | Spearman volume / "
+        "slice |",
         "|---|---|---|---|---|---|",
     ]
     for report in reports.values():
-        models, seconds = report["reward_models"], report["seconds"]
-        pairs = [" / ".join(f"{models[name][figure]:.2f}" for name in ("volume", "slice")) for figure in ("auc", "spearman")]
-        minutes = (seconds["ppo"] + seconds["evaluate"]) / 60
+        models, watching = (
+            report["reward_models"],
+            round(report["reward"]["parts"]["after"]["heldout"], 2) + 0.0,
+        )  # no -0.00
+        pairs = [
+            " / ".join(f"{models[name][figure]:.2f}" for name in ("volume", "slice")) for figure in ("auc", "spearman")
+        ]
         lines.append(
-            f"| {report['seed']} | {report['reward']['gain']:+.2f} | {report['reward']['parts']['after']['heldout']:+.2f} | "
-            f"{pairs[0]} | {pairs[1]} | {minutes:.0f} min |"
+            f"| {report['seed']} | {report['ppo']['step'] - 1} of {report['ppo']['rollouts']} | {report['reward']['gain']:+.2f} | {watching:+.2f} | "
+            f"{pairs[0]} | {pairs[1]} |"
         )
     return [*lines, "", *(_verdict(role, list(reports.values())) for role in ROLES)]
 
