@@ -96,6 +96,16 @@ class DiffusionPPOConfig(TrainingConfig):
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, a third slower."}
     )
 
+    # the Hub
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the tuned pipeline to the Hub at the end."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Its repository; the name of output_dir, under your account, if unset."}
+    )
+    hub_private_repo: bool = field(
+        default=True,
+        metadata={"help": "A private repository: audit a model trained on patients before you publish it."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("rollout_batch_size", "num_rollout_batches", "num_updates", "num_inference_steps", "eta",

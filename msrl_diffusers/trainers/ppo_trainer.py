@@ -439,6 +439,9 @@ class DiffusionPPOTrainer:
             unet.fuse_lora()
             unet.unload_lora()
         self.pipeline.unet = self.policy.denoiser = unet.requires_grad_(True).eval()
+        if self.args.push_to_hub and run.is_main:
+            repository = self.args.hub_model_id or run.output_dir.resolve().name
+            self.pipeline.push_to_hub(repository, private=self.args.hub_private_repo)
         run.finish()
         chosen = [line for line in run.history if best_step is None or line["step"] <= best_step + 1]
         return {**(chosen or [{}])[-1], "stopped": run.stopped, "rollouts": run.step}

@@ -1,0 +1,54 @@
+"""PPO's last step on the way to others: the tuned pipeline in a repository, on a Hub of our own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from hub_server import HubServer
+from tiny import tiny_pipeline
+
+from msrl_diffusers import MedVolumePipeline
+
+
+SCRIPT = """
+import sys
+from tiny import tiny_pipeline
+from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer
+
+def brightness(samples, conditions):
+    return samples.flatten(1).mean(dim=1)
+
+args = DiffusionPPOConfig(
+    output_dir=sys.argv[1], max_steps=1, rollout_batch_size=4, num_rollout_batches=1, train_batch_size=4, num_inference_steps=3,
+    min_std=1e-6, learning_rate=1e-2, report_to="none", use_lora=True, push_to_hub=True, hub_model_id="somebody/tuned",
+)
+pipeline = tiny_pipeline()
+DiffusionPPOTrainer(pipeline, brightness, args).train()
+pipeline.save_pretrained(sys.argv[1] + "/kept")
+"""
+
+
+def test_the_tuned_pipeline_is_pushed(tmp_path):
+    with HubServer() as hub:
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_local", "PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "run")], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        repository = hub.repositories["somebody/tuned"]
+    assert repository["private"] is True
+    for name, content in repository["files"].items():
+        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pulled" / name).write_bytes(content)
+    pulled, kept = (
+        MedVolumePipeline.from_pretrained(folder).unet.state_dict()
+        for folder in (tmp_path / "pulled", tmp_path / "run" / "kept")
+    )
+    assert all(torch.equal(pulled[name], kept[name]) for name in kept)
+    before = tiny_pipeline().unet.state_dict()
+    assert set(pulled) == set(before)  # the adapter is part of the weights
+    assert any(not torch.equal(pulled[name], before[name]) for name in before)
+    assert "README.md" in repository["files"]
