@@ -87,7 +87,7 @@ def _verdict(role: str, reports: list[dict]) -> str:
     lower = sum(difference["value"] < 0 for difference in differences)
     surely_lower = sum(difference["interval"][1] < 0 for difference in differences)
     surely_higher = sum(difference["interval"][0] > 0 for difference in differences)
-    purpose = {"judge": "which had no part in anything", "label": "which scored the reward data"}[role]
+    purpose = {"judge": "which scored no reward and picked no weights", "label": "which scored the reward data"}[role]
     return (
         f"- By the {role}, {purpose}: lower after RL in {lower} of {len(reports)} seeds, beyond the interval in {surely_lower}; "
         f"higher beyond it in {surely_higher}."
