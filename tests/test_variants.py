@@ -1,17 +1,18 @@
 """Studies over seeds and with ablations: what is shared, what differs, and the tables made of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import tiny_study
 
-from msrl_diffusers import StudyConfig
+from msrl_diffusers import StudyConfig, run_study
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.study import published
 from msrl_diffusers.study.chain import enabled_stages, fingerprint
 from msrl_diffusers.study.tables import findings, markdown, summary, verdict, write_tables
-from msrl_diffusers.study.variants import FULL, run_variants, variant_config
+from msrl_diffusers.study.variants import FULL, link_finished, run_variants, variant_config
 
 
 QUICK = ["reward_3d_only"]
@@ -74,6 +75,20 @@ def test_seeds_differ_and_a_finished_study_is_not_run_again(finished):
     assert len(records) == 4 * len(enabled_stages(config))  # links are followed
     run_variants(config, [0, 1], QUICK)
     assert {path: path.stat().st_mtime_ns for path in records} == records
+
+
+def test_a_link_that_no_longer_fits_is_made_anew(tmp_path):
+    """Other settings must neither follow an old link nor remove what it leads to."""
+    configs = [StudyConfig(output_dir=str(tmp_path / name), rl_seed=1, **tiny_study()) for name in ("home", "run")]
+    run_study(configs[0], ["prepare"])
+    link_finished("prepare", configs[1], configs[:1])
+    assert stage_folder(configs[1], "prepare") == stage_folder(configs[0], "prepare")
+    other = replace(configs[1], num_per_class=3)
+    link_finished("prepare", other, configs[:1])
+    run_study(other, ["prepare"])
+    assert stage_folder(other, "prepare").parent == tmp_path / "run"
+    assert json.loads((tmp_path / "home" / "prepare" / "stage.json").read_text())["result"]["train"]["HGG"] == 4
+    assert json.loads((tmp_path / "run" / "prepare" / "stage.json").read_text())["result"]["train"]["HGG"] == 3
 
 
 def test_tables_gather_the_reports(finished, tables):

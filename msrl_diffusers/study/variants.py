@@ -16,7 +16,7 @@ from .config import StudyConfig
 
 
 FULL = "full"
-# Tables 4 and 5 of arXiv 2603.06173: what is left out, as changes of the config.
+# The ablations of arXiv 2603.06173: what is left out, as changes of the config.
 ABLATIONS: dict[str, dict] = {
     "sparse_steps": {"synthetic_steps": [1, 50, 99], "reconstruction_steps": [1, 50, 99]},
     "reward_3d_only": {"ppo": {"reward_weights": [1.0, 0.0]}},
@@ -78,12 +78,13 @@ def run_variants(
 def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]) -> None:
     """Let the folder of `stage` in this run be a link to that of another run which made it with the same settings."""
     wanted, folder = fingerprint(config, stage), Path(config.output_dir) / stage
+    if folder.is_symlink():
+        folder.unlink()  # with other settings than last time it may be another run's, or nobody's
     if folder.exists():
         return
     for other in others:
         source = Path(other.output_dir) / stage
         if not source.is_symlink() and finished_fingerprint(other, stage) == wanted:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.unlink(missing_ok=True)  # a link whose target is gone
             folder.symlink_to(os.path.relpath(source, folder.parent), target_is_directory=True)
             return
