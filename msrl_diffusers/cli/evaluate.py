@@ -11,7 +11,7 @@ from ..arguments import parse
 from ..evaluation.comparison import compare_sets
 from ..evaluation.extractors import load_extractor
 from ..evaluation.page import Figure, write_report
-from ..evaluation.sources import VolumeSource, check_comparable
+from ..evaluation.sources import VolumeSource
 from ..plots import plot_volumes
 from ..study.report import git_commit, versions
 from .sets import SET, SetArguments, open_generated, open_set
@@ -52,7 +52,6 @@ def run(arguments: Sequence[str]) -> None:
     real = open_set(args.real, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)
     generated = open_generated(args.generated, set_args, args.output_dir)
-    check_comparable(real, generated)
     found = compare_sets(
         real, generated, extractor, held_out, args.infinity, args.bootstrap_draws, set_args.batch_size, set_args.seed
     )

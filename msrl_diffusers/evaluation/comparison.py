@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..seeding import generator_for
-from .diversity import density_coverage, expected_coverage, ms_ssim_diversity, precision_recall, volume_features
+from .diversity import manifold_figures, ms_ssim_diversity, volume_features
 from .features import source_features
 from .fidelity import (
     bootstrap_frechet,
@@ -77,9 +77,9 @@ def compare_sets(
         **content,
         **_floor(features, **draw),
         "num_features": extractor.num_features,
-        "manifold": _manifold(features["real"], features["generated"]),
+        "manifold": manifold_figures(*(volume_features(features[name]) for name in ("real", "generated"))),
         "ms_ssim": {
-            name: _ms_ssim(source, seed) for name, source in (("real", real), ("generated", generated))
+            name: ms_ssim_of(source, seed) for name, source in (("real", real), ("generated", generated))
         },
         "statistics": _statistics(real, generated, batch_size),
     }  # fmt: skip
@@ -109,15 +109,15 @@ def _floor(features: Mapping[str, torch.Tensor], draws: int, seed: int) -> dict:
     real, other = _equal(real, other, seed)
     value = frechet_distance(real, other)
     floor = _with_interval(value, bootstrap_frechet(real, {"real": other}, draws, seed)["real"])
-    generated, reference = _equal(features["generated"], features["real"], seed)
-    n = min(len(real), len(generated))
-    at_floor = frechet_distance(reference[:n], generated[:n])
+    at_floor = frechet_distance(*_equal(features["real"], features["generated"], seed, len(real)))
     return {"fid_floor": {**floor, "n": len(real), "kind": kind}, "fid_at_floor_n": at_floor}
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As many rows of both, drawn at random: volumes may be sorted by class or scanner."""
-    n = min(len(one), len(other))
+def _equal(
+    one: torch.Tensor, other: torch.Tensor, seed: int, most: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As many rows of both, at most `most`, drawn at random: volumes may be sorted by class or scanner."""
+    n = min(len(one), len(other), most or len(one))
     drawn = [
         torch.randperm(len(part), generator=generator_for(seed, "equal size"))[:n].sort().values
         for part in (one, other)
@@ -134,29 +134,17 @@ def _rows_of(source: VolumeSource, class_name: str) -> list[int]:
     return [row for row, name in enumerate(source.class_names) if name == class_name]
 
 
-def _manifold(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> dict | None:
-    """Precision, recall, density and coverage; None for sets of not more volumes than neighbours."""
-    real, generated = volume_features(real), volume_features(generated)
-    if min(len(real), len(generated)) <= k:
-        return None
-    return {
-        "k": k,
-        **precision_recall(real, generated, k),
-        **density_coverage(real, generated, k),
-        "expected_coverage": expected_coverage(len(real), len(generated), k),
-    }
-
-
-def _ms_ssim(source: VolumeSource, seed: int) -> dict | None:
-    """Mean MS-SSIM of random pairs, within classes where there are some; None for volumes too small for it."""
+def ms_ssim_of(source: VolumeSource, seed: int) -> dict | None:
+    """`ms_ssim_diversity` of at most 128 volumes, within classes where there are some; None for volumes too small or too few."""
     rows = torch.randperm(len(source), generator=generator_for(seed, "ms-ssim"))[:MAX_COMPARED].sort().values
     chosen = source.select(rows)
     labels = None
     if chosen.class_names:
         names = sorted(set(chosen.class_names))
         labels = [names.index(name) for name in chosen.class_names]
+    volumes = chosen.take(range(len(chosen)))
     try:
-        return ms_ssim_diversity(chosen.take(range(len(chosen))), seed=seed, labels=labels)
+        return ms_ssim_diversity(volumes, seed=seed, labels=labels)
     except InputError:
         return None
 

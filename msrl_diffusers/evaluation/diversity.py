@@ -197,6 +197,19 @@ def density_coverage(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> dict
     }
 
 
+def manifold_figures(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> dict[str, float] | None:
+    """`k`, `precision_recall`, `density_coverage` and `expected_coverage` of features `[N, F]` and `[M, F]`; None for sets of not
+    more than `k` volumes."""
+    if min(len(real), len(fake)) <= k:
+        return None
+    return {
+        "k": k,
+        **precision_recall(real, fake, k),
+        **density_coverage(real, fake, k),
+        "expected_coverage": expected_coverage(len(real), len(fake), k),
+    }
+
+
 def expected_coverage(num_real: int, num_fake: int, k: int = 5) -> float:
     """The coverage that a perfect generator has on average (Naeem et al., arXiv 2002.09797).
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,12 +118,12 @@ class MedicalNetExtractor(Extractor):
         return self.network(normal.flatten(0, 1)[:, None]).unflatten(0, volumes.shape[:2])[:, :, None]
 
 
-class PlanesExtractor(Extractor):
+class PlanesExtractor(Extractor, ABC):
     """A 2D network on slices of the three planes. Several channels are planes of their own: `[B, 3 * C, 8, F]`."""
 
+    @abstractmethod
     def images_to_features(self, images: torch.Tensor) -> torch.Tensor:
         """Features `[M, F]` of grey images `[M, 1, height, width]` in [-1, 1]."""
-        raise NotImplementedError
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         planes = []

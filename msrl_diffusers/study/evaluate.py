@@ -8,11 +8,11 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from tqdm import tqdm
 
 from ..data.volumes import VolumeDataset
-from ..errors import InputError
-from ..evaluation.diversity import density_coverage, ms_ssim_diversity, precision_recall, volume_features
+from ..evaluation.comparison import ms_ssim_of
+from ..evaluation.diversity import manifold_figures, volume_features
 from ..evaluation.features import extract_features, extractor_identity
 from ..evaluation.fidelity import bootstrap_frechet, centred_interval, kernel_distance
-from ..evaluation.memorization import audit
+from ..evaluation.memorization import MIN_VOLUMES, audit
 from ..evaluation.sources import open_source
 from ..evaluation.statistics import compare_statistics, set_statistics
 from ..pipelines.med_volume import MedVolumePipeline
@@ -24,7 +24,6 @@ from .config import StudyConfig
 from .stages import sample_with
 
 
-MANIFOLD_NEIGHBOURS = 5
 REPORTED = ("real_floor", "limit", "standard", "rl")
 
 
@@ -151,21 +150,13 @@ def _diversity(
 ) -> dict:
     """MS-SSIM of pairs within each arm beside that of the training volumes; precision, recall, density and coverage of the
     judge's features. None where there are too few volumes."""
-    real, found = volume_features(reference), {"real": {"ms_ssim": _ms_ssim(train, seed)}}
+    real, found = volume_features(reference), {"real": {"ms_ssim": ms_ssim_of(open_source(train), seed)}}
     for arm in ("real_floor", "standard", "rl"):
-        fake = volume_features(features[chosen[arm]])
-        enough = min(len(real), len(fake)) > MANIFOLD_NEIGHBOURS
-        pair = (real, fake, MANIFOLD_NEIGHBOURS)
-        manifold = {**precision_recall(*pair), **density_coverage(*pair)} if enough else None
-        found[arm] = {"ms_ssim": _ms_ssim(arms[chosen[arm]], seed), "manifold": manifold}
+        found[arm] = {
+            "ms_ssim": ms_ssim_of(open_source(arms[chosen[arm]]), seed),
+            "manifold": manifold_figures(real, volume_features(features[chosen[arm]])),
+        }
     return found
-
-
-def _ms_ssim(volumes: VolumeDataset, seed: int) -> dict | None:
-    try:
-        return ms_ssim_diversity(volumes.pixel_values, seed=seed, labels=volumes.class_labels)
-    except InputError:
-        return None
 
 
 def _statistics(train: VolumeDataset, arms: dict, chosen: dict, batch_size: int) -> dict:
@@ -182,15 +173,13 @@ def _memorization(
     train: VolumeDataset, heldout: VolumeDataset, arms: dict, chosen: dict, extractor: torch.nn.Module, seed: int
 ) -> dict | None:
     """The audit of both arms against the held-out null; None where there are too few volumes for one."""
-    try:
-        return {
-            arm: audit(
-                open_source(train), open_source(arms[chosen[arm]]), open_source(heldout), extractor, seed=seed
-            ).summary()
-            for arm in ("standard", "rl")
-        }
-    except InputError:
+    if min(len(train), len(heldout)) < MIN_VOLUMES:
         return None
+    sources = {arm: open_source(arms[chosen[arm]]) for arm in ("standard", "rl")}
+    return {
+        arm: audit(open_source(train), source, open_source(heldout), extractor, seed=seed).summary()
+        for arm, source in sources.items()
+    }
 
 
 def _rewards(config: StudyConfig, rewards: dict, before: VolumeDataset, after: VolumeDataset) -> dict:
