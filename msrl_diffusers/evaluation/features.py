@@ -35,12 +35,16 @@ def source_features(
     if not len(source):
         raise InputError(f"{source.place} holds no volumes.")
     extractor.eval()
-    parameter, features = next(extractor.parameters()), []
+    parameter, features, done = next(extractor.parameters()), None, 0
     with tqdm(total=len(source), desc="features", unit="volume", disable=not progress) as bar:
         for batch in source.batches(batch_size):
-            features.append(extractor(batch.to(parameter.device, parameter.dtype)).float().cpu())
+            found = extractor(batch.to(parameter.device, parameter.dtype)).float()
+            if features is None:  # in one piece: small ones kept between the large ones of a batch would pin the heap
+                features = torch.empty(len(source), *found.shape[1:])
+            features[done : done + len(batch)] = found
+            done += len(batch)
             bar.update(len(batch))
-    return torch.cat(features)
+    return features
 
 
 def extractor_identity(extractor: nn.Module) -> dict[str, str]:
