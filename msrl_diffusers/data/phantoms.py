@@ -140,7 +140,7 @@ def write_phantoms(output_dir: str | Path, num_per_class: int, image_size: int =
 
 def _draw_parameters(rng: np.random.Generator, index: int, label: int) -> PhantomParameters:
     size = rng.uniform(1.03, 1.14)
-    radius = rng.uniform(0.26, 0.36)
+    radius = rng.uniform(0.20, 0.30)
     side = rng.choice([-1, 1])
     center = (rng.uniform(-0.05, 0.32), rng.uniform(-0.42, 0.42), side * rng.uniform(0.22, 0.36))
     return PhantomParameters(
@@ -153,7 +153,7 @@ def _draw_parameters(rng: np.random.Generator, index: int, label: int) -> Phanto
         ventricle_size=rng.uniform(0.075, 0.15),
         tumor_center=tuple(float(value) for value in center),
         tumor_radius=float(radius),
-        ring_thickness=rng.uniform(0.10, 0.14),
+        ring_thickness=rng.uniform(0.08, 0.11),
         oedema_width=rng.uniform(0.08, 0.17),
         contrast=rng.uniform(0.88, 1.0),
         bias_strength=rng.uniform(0.02, 0.08),
