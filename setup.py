@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["msrl_diffusers", "msrl_diffusers.*"]),
-    package_data={"msrl_diffusers": ["py.typed"]},
+    package_data={"msrl_diffusers": ["py.typed", "templates/*.md", "app/*.css", "app/*.html", "app/*.js"]},
     entry_points={"console_scripts": ["msrl = msrl_diffusers.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
@@ -31,7 +31,9 @@ setup(
         "monai>=1.5",
         "nibabel>=5.2",
         "numpy>=1.26",
+        "packaging>=23",
         "peft>=0.17",
+        "pillow>=10.1",
         "psutil>=5.9",
         "safetensors>=0.5",
         "scipy>=1.12",
@@ -39,11 +41,13 @@ setup(
         "torch>=2.6",
         "torchmetrics>=1.6",
         "tqdm>=4.66",
-        "transformers>=5.0",
+        "transformers>=5.5",
         "trl>=1.0",
     ],
     extras_require={
         "evaluation": ["torch-fidelity>=0.3"],  # Inception-v3 as FID knows it
+        "demo": ["gradio>=6.31,<7"],  # the page of `msrl demo`
+        "browser": ["playwright>=1.50"],  # its test, with a Chromium of the system
         "test": ["pytest>=8", "pytest-timeout>=2.3"],
         "dev": ["ruff>=0.12"],
     },

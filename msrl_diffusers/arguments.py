@@ -1,15 +1,29 @@
-"""Command lines of the example scripts: dataclasses by TRL's parser, with a YAML file behind `--config`."""
+"""Command lines of `msrl` and of the example scripts: dataclasses by TRL's parser, with a YAML file behind `--config`."""
 
 import sys
 import types
 import typing
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from trl import TrlParser
 
 from .errors import InputError
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the description, which holds examples, as they are."""
+
+
+class _Parser(TrlParser):
+    """TRL's parser; what is wrong with a command line is one sentence instead of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[:1].upper()}{message[1:]}; --help shows the options.")
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -34,14 +48,18 @@ def parse(
     defaults: dict | None = None,
     arguments: Sequence[str] | None = None,
     positionals: Sequence[str] = (),
+    prog: str | None = None,
+    description: str | None = None,
 ) -> tuple:
     """Instances of `config_classes` from the command line. `defaults` (from a YAML file) stand behind it. The fields
-    `positionals` are given in that order, without a name.
+    `positionals` are given in that order, without a name. `--help` shows `prog` (the command, as it is typed) and
+    `description` with its lines as they are, so that it can hold examples.
 
     Raises:
-        InputError: a default that no class has a field for, or a value a class refuses.
+        InputError: an option that does not exist, or one that is missing; a default that no class has a field for; a value
+            that the parser or a class refuses.
     """
-    parser = TrlParser(list(config_classes))
+    parser = _Parser(list(config_classes), prog=prog, description=description, formatter_class=_HelpFormatter)
     known = {name for config_class in config_classes for name in config_class.__dataclass_fields__}
     unknown = sorted(set(defaults or {}) - known)
     if unknown:
@@ -56,7 +74,26 @@ def parse(
             del parser._option_string_actions[flag]
         action.container._remove_action(action)
         parser.add_argument(name, metavar=name.upper(), type=action.type, help=action.help)
-    return tuple(parser.parse_args_into_dataclasses(args=list(sys.argv[1:] if arguments is None else arguments)))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _check_options(arguments, sorted(parser._option_string_actions))  # before the parser misses a required one
+    *configs, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
+    if rest:
+        raise InputError(f"No option takes {rest[0]!r}; --help shows the options.")
+    return tuple(configs)
+
+
+def _check_options(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Raise InputError for an option that is neither known nor the beginning of one that is."""
+    for argument in arguments:
+        option = argument.split("=")[0]
+        if option == "--":  # what follows are values
+            return
+        if not option.startswith("--") or any(name.startswith(option) for name in known):
+            continue
+        words = [name[2:] for name in known if name.startswith("--") and "-" not in name[2:]]  # not --max-steps
+        close = get_close_matches(option[2:].replace("-", "_"), words, 1)
+        remedy = f"did you mean --{close[0]}?" if close else "--help shows the options."
+        raise InputError(f"There is no option {option}; {remedy}")
 
 
 def _readable(config_classes: Sequence[type], defaults: dict) -> dict:

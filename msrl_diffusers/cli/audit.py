@@ -1,4 +1,10 @@
-"""msrl audit: do generated volumes copy training volumes? A report with the closest pairs."""
+"""msrl audit: do generated volumes copy training volumes? A report with the closest pairs.
+
+Folders of NIfTI, prepared files, or a pipeline on the second place:
+
+    msrl audit data/brats/train.safetensors outputs/brains --held_out data/brats/heldout.safetensors --output_dir outputs/audit
+    msrl audit data/brats/train.safetensors OWNER/NAME --num_volumes 64 --output_dir outputs/audit
+"""
 
 import sys
 from collections.abc import Sequence
@@ -45,7 +51,10 @@ class AuditArguments:
 
 def run(arguments: Sequence[str]) -> None:
     """Audit what the command line says; finding copies is no failure."""
-    args, set_args = parse([AuditArguments, SetArguments], None, arguments, positionals=("train", "generated"))
+    args, set_args = parse(
+        [AuditArguments, SetArguments], None, arguments,
+        positionals=("train", "generated"), prog="msrl audit", description=__doc__,
+    )  # fmt: skip
     train = open_set(args.train, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)
     generated = open_generated(args.generated, set_args, args.output_dir)

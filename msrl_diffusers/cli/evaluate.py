@@ -1,4 +1,10 @@
-"""msrl evaluate: how far generated volumes are from real ones, with intervals, the floor between real ones, and diversity."""
+"""msrl evaluate: how far generated volumes are from real ones, with intervals, the floor between real ones, and diversity.
+
+Folders of NIfTI, prepared files, or a pipeline on the second place:
+
+    msrl evaluate data/brats/train.safetensors outputs/brains --held_out data/brats/heldout.safetensors --output_dir outputs/figures
+    msrl evaluate REAL_NIFTI GENERATED_NIFTI --image_size 64 --extractor inception --output_dir outputs/figures
+"""
 
 import sys
 from collections.abc import Sequence
@@ -46,7 +52,10 @@ class EvaluateArguments:
 
 def run(arguments: Sequence[str]) -> None:
     """Evaluate what the command line says."""
-    args, set_args = parse([EvaluateArguments, SetArguments], None, arguments, positionals=("real", "generated"))
+    args, set_args = parse(
+        [EvaluateArguments, SetArguments], None, arguments,
+        positionals=("real", "generated"), prog="msrl evaluate", description=__doc__,
+    )  # fmt: skip
     extractor = load_extractor(args.extractor)
     extractor.to("cuda" if torch.cuda.is_available() else "cpu")
     real = open_set(args.real, set_args)

@@ -1,4 +1,8 @@
-"""msrl prepare: read a data set as it was downloaded, check it, and write volumes that every study runs from."""
+"""msrl prepare: read a data set as it was downloaded, check it, and write volumes that every study runs from.
+
+msrl prepare --dataset brats2019 --data_dir MICCAI_BraTS_2019_Data_Training --split table1 --output_dir data/brats
+msrl prepare --dataset nifti_folder --data_dir DIR --label_column age --label_bins 40 60 --output_dir data/mine
+"""
 
 import json
 import sys
@@ -64,7 +68,7 @@ class PrepareArguments:
 
 def run(arguments: Sequence[str]) -> None:
     """Prepare what the command line says and print the summary."""
-    (args,) = parse([PrepareArguments], None, arguments)
+    (args,) = parse([PrepareArguments], None, arguments, prog="msrl prepare", description=__doc__)
     output_dir = Path(args.output_dir)
     listing = list_cases(
         args.dataset, args.data_dir,

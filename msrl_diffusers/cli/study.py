@@ -1,4 +1,8 @@
-"""msrl study: the published method as a chain of stages, from volumes to a report, or to tables over seeds and ablations."""
+"""msrl study: the published method as a chain of stages, from volumes to a report, or to tables over seeds and ablations.
+
+msrl study --config examples/configs/phantoms/demo.yaml --output_dir outputs/study
+msrl study --config examples/configs/phantoms/cpu.yaml --seeds 0 1 2 --ablations sparse_steps reward_3d_only
+"""
 
 import sys
 from collections.abc import Sequence
@@ -40,7 +44,10 @@ class StudyArguments:
 def run(arguments: Sequence[str]) -> None:
     """Run what the command line says."""
     config_path, rest = take_option("config", arguments)
-    args, config = parse([StudyArguments, StudyConfig], read_study(config_path) if config_path else None, rest)
+    args, config = parse(
+        [StudyArguments, StudyConfig], read_study(config_path) if config_path else None, rest,
+        prog="msrl study", description=__doc__,
+    )  # fmt: skip
     if args.seeds:
         runs = run_variants(config, args.seeds, args.ablations or ())
         if process_state().is_main_process:

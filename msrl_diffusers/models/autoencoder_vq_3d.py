@@ -1,17 +1,19 @@
 """VQModel3D: the vector-quantized autoencoder for volumes that carries the latent space."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..errors import InputError
 from ..functional.quantization import (
     code_perplexity,
     finite_scalar_quantize,
@@ -28,6 +30,7 @@ from .layers import (
     channels_to_voxels,
     voxels_to_channels,
 )
+from .tiling import run_tiled
 
 
 @dataclass
@@ -186,12 +189,14 @@ class Decoder3D(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.layers(self.conv_in(latents)))))
 
 
-class VQModel3D(ModelMixin, ConfigMixin):
+class VQModel3D(ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""A 3D convolutional autoencoder with a quantized latent space (the VQGAN of arXiv 2603.06173, section 2).
 
     Volumes are `[B, in_channels, D, H, W]` in [-1, 1]; latents are `[B, latent_channels, d, h, w]` with every axis
     divided by `patch_size * 2 ** (len(block_out_channels) - 1)`. As in diffusers' `VQModel`, `encode` returns latents before
     quantization and `decode` quantizes them. Diffusion runs on `(latents - shift_factor) * scaling_factor`.
+
+    `enable_slicing` and `enable_tiling` are for batches and volumes that don't fit into memory.
 
     Args:
         in_channels, out_channels (`int`): channels of the volumes; one modality is 1.
@@ -251,6 +256,8 @@ class VQModel3D(ModelMixin, ConfigMixin):
             self.quantization = ScalarQuantizer(fsq_levels)
         else:
             raise ValueError(f"quantizer must be 'vq' or 'fsq', got {quantizer!r}.")
+        self.use_slicing = self.use_tiling = False
+        self.tile_size, self.tile_step = 128, 96
 
     @property
     def downsample_factor(self) -> int:
@@ -261,6 +268,34 @@ class VQModel3D(ModelMixin, ConfigMixin):
         """`(C, d, h, w)` of the latents of a cube of `image_size` voxels."""
         return (self.config.latent_channels, *[image_size // self.downsample_factor] * 3)
 
+    def enable_slicing(self) -> None:
+        """`encode` and `decode` take the volumes of a batch one at a time: equal results, the memory of one volume."""
+        super().enable_slicing()
+
+    def enable_tiling(self, tile_size: int = 128, overlap: float = 0.25) -> None:
+        """`encode` and `decode` take volumes in overlapping cubes: the memory of one cube, for several times the time.
+
+        Volumes that fit into one cube are untouched. Quantization and GroupNorm work as on the whole volume, and the edges of
+        cubes, where convolutions lack neighbours, are not used: the result is that of the whole volume, but for what lies
+        further from a voxel than a quarter of the overlap. Attention sees one cube.
+
+        Args:
+            tile_size: edge of a cube in voxels; a multiple of `downsample_factor`.
+            overlap: share of an edge that neighbours have in common, from 0 to below 1; rounded to whole latents.
+
+        Raises:
+            InputError: a `tile_size` or an `overlap` that can't be.
+        """
+        factor = self.downsample_factor
+        if tile_size < factor or tile_size % factor:
+            raise InputError(
+                f"tile_size must be a multiple of {factor}, the downsampling of this model, got {tile_size}."
+            )
+        if not 0 <= overlap < 1:
+            raise InputError(f"overlap is a share of the tile, from 0 to below 1, got {overlap}.")
+        self.tile_size, self.tile_step = tile_size, max(1, round(tile_size // factor * (1 - overlap))) * factor
+        super().enable_tiling()
+
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:
         """Latents before quantization, `[B, C, d, h, w]`, of volumes `[B, C, D, H, W]` in [-1, 1]."""
@@ -269,9 +304,7 @@ class VQModel3D(ModelMixin, ConfigMixin):
                 f"A volume of {list(sample.shape[2:])} voxels can't be encoded: every axis must be divisible by "
                 f"{self.downsample_factor}. Crop or pad it first."
             )
-        latents = self.encoder(voxels_to_channels(sample, self.config.patch_size))
-        if self.config.quantizer == "fsq":
-            latents = torch.tanh(latents)
+        latents = self._in_pieces(self._encode, self.encoder, sample, 1 / self.downsample_factor)
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
     def quantize(self, latents: torch.Tensor) -> QuantizerOutput:
@@ -283,8 +316,8 @@ class VQModel3D(ModelMixin, ConfigMixin):
         self, latents: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """Volumes of latents (quantized first, unless `force_not_quantize`)."""
-        hidden = self.decoder(latents if force_not_quantize else self.quantize(latents).latents)
-        sample = channels_to_voxels(hidden, self.config.patch_size)
+        quantized = latents if force_not_quantize else self.quantize(latents).latents
+        sample = self._in_pieces(self._decode, self.decoder, quantized, self.downsample_factor)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> VQModel3DOutput | tuple[torch.Tensor, ...]:
@@ -293,3 +326,21 @@ class VQModel3D(ModelMixin, ConfigMixin):
         decoded = self.decode(quantized.latents, force_not_quantize=True).sample
         output = VQModel3DOutput(sample=decoded, loss=quantized.loss, perplexity=quantized.perplexity)
         return output if return_dict else output.to_tuple()
+
+    def _encode(self, sample: torch.Tensor) -> torch.Tensor:
+        latents = self.encoder(voxels_to_channels(sample, self.config.patch_size))
+        return torch.tanh(latents) if self.config.quantizer == "fsq" else latents
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        return channels_to_voxels(self.decoder(quantized), self.config.patch_size)
+
+    def _in_pieces(
+        self, network: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, sample: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """`network(sample)`, by volume and by tile where that is switched on; `scale`: of its output's edges."""
+        if len(sample) > 1 and (self.use_slicing or self.use_tiling):
+            return torch.cat([self._in_pieces(network, module, volume, scale) for volume in sample.split(1)])
+        if not self.use_tiling:
+            return network(sample)
+        unit = self.downsample_factor if scale > 1 else 1  # tiles are given in voxels; the decoder gets latents
+        return run_tiled(network, module, sample, self.tile_size // unit, self.tile_step // unit, scale)

@@ -1,0 +1,56 @@
+"""Every verb of `msrl` has examples in its help, and ends with 1 and one sentence where its command line is wrong."""
+
+import sys
+
+import pytest
+
+from msrl_diffusers.cli import VERBS, main
+
+
+def ended(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `msrl` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["msrl", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return (caught.value.code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_examples(verb, monkeypatch, capsys):
+    code, out, _ = ended(monkeypatch, capsys, verb, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: msrl {verb} ")
+    description = out.partition("\noptions:")[0].partition("\npositional arguments:")[0]
+    assert f"\n{verb_example(description, verb)}\n" in description
+
+
+def verb_example(description: str, verb: str) -> str:
+    examples = [
+        line for line in description.splitlines() if line.strip().startswith(f"msrl {verb}") and ":" not in line
+    ]
+    assert examples, "the module docstring holds commands that work"
+    return examples[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unknown_option_is_one_sentence(verb, monkeypatch, capsys):
+    code, out, err = ended(monkeypatch, capsys, verb, "--zzz", "x")
+    assert (code, out) == (1, "")
+    assert err == "error: There is no option --zzz; --help shows the options.\n"
+
+
+def test_the_verbs_are_listed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["msrl"])
+    main()
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb:<10}{purpose}" in out for verb, purpose in VERBS.items())
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [("generat", "did you mean generate?"), ("teapot", "there are generate, prepare, evaluate, ")],
+)
+def test_an_unknown_verb_is_one_sentence(verb, message, monkeypatch, capsys):
+    code, out, err = ended(monkeypatch, capsys, verb)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: There is no verb {verb!r}; {message}")
