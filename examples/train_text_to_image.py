@@ -1,0 +1,87 @@
+"""Fine-tuning of a Stable Diffusion on images and prompts.
+
+A small one of random weights, on drawn dermoscopy images (data and autoencoder first, where they are missing); writes
+OUT/diffusion/pipeline:
+
+    accelerate launch examples/train_text_to_image.py --output_dir OUT
+
+Stable Diffusion 1.5 and its kin, from a folder or the Hub, on a folder of images with a metadata.csv: of attributes,
+from which the prompts are built, or of captions (`--caption_column text`); writes OUT/pipeline, or with `--use_lora`
+the adapter:
+
+    accelerate launch examples/train_text_to_image.py --pretrained_model_name_or_path M --data_dir DIR --output_dir OUT
+
+Every field of TextToImageConfig is an option; in the first form it overrides the config's section `diffusion`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from msrl_diffusers.arguments import parse
+from msrl_diffusers.data.dermoscopy import load_dermoscopy
+from msrl_diffusers.data.image_folder import ImageDataset, load_image_folder
+from msrl_diffusers.errors import sentence_instead_of_traceback
+from msrl_diffusers.plots import plot_history
+from msrl_diffusers.processes import process_state, start_missing_processes
+from msrl_diffusers.text_to_image import CHAIN
+from msrl_diffusers.text_to_image.artifacts import load_stable_diffusion
+from msrl_diffusers.text_to_image.command_line import parse_text_to_image
+from msrl_diffusers.text_to_image.data import load_captioned_folder
+from msrl_diffusers.trainers.lora import LORA_FILE
+from msrl_diffusers.trainers.text_to_image_config import TextToImageConfig
+from msrl_diffusers.trainers.text_to_image_trainer import TextToImageTrainer, pipeline_image_size
+
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "dermoscopy" / "cpu.yaml"
+
+
+@dataclass
+class FineTuneArguments:
+    """What is tuned, and on what."""
+
+    pretrained_model_name_or_path: str = field(metadata={"help": "A StableDiffusionPipeline to fine-tune."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of images with metadata.csv; unset: drawn dermoscopy images."}
+    )
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the prompts; unset: prompts are built from columns of attributes."}
+    )
+    num_per_prompt: int = field(default=32, metadata={"help": "Drawn images of each prompt, without data_dir."})
+
+
+def main() -> None:
+    if any(argument.split("=")[0] == "--pretrained_model_name_or_path" for argument in sys.argv[1:]):
+        fine_tune(*parse([FineTuneArguments, TextToImageConfig]))
+    else:
+        config = parse_text_to_image("diffusion", DEFAULT_CONFIG)
+        CHAIN.run(config, CHAIN.up_to("diffusion"))
+        if process_state().is_main_process:
+            print(f"{Path(config.output_dir) / 'diffusion/pipeline'} written")
+
+
+def fine_tune(script_args: FineTuneArguments, args: TextToImageConfig) -> None:
+    pipeline = load_stable_diffusion(script_args.pretrained_model_name_or_path)
+    images = load_images(script_args, pipeline_image_size(pipeline))
+    TextToImageTrainer(pipeline, args, images).train()
+    if not process_state().is_main_process:
+        return
+    written = Path(args.output_dir) / (LORA_FILE if args.use_lora else "pipeline")
+    if not args.use_lora:
+        pipeline.save_pretrained(written)
+    plot_history(args.output_dir, ["loss", "grad_norm"])
+    print(f"{written} written")
+
+
+def load_images(script_args: FineTuneArguments, image_size: int) -> ImageDataset:
+    if script_args.data_dir is None:
+        return load_dermoscopy(script_args.num_per_prompt, image_size)
+    if script_args.caption_column:
+        return load_captioned_folder(script_args.data_dir, script_args.caption_column, image_size)
+    return load_image_folder(script_args.data_dir, image_size=image_size)
+
+
+if __name__ == "__main__":
+    with sentence_instead_of_traceback():
+        start_missing_processes()
+        main()

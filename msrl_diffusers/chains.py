@@ -1,0 +1,148 @@
+"""Chains of stages: each with its own folder and fingerprint, skipped when done, resumed when killed.
+
+A stage writes into `output_dir/<name>/`; its result, duration and fingerprint are `stage.json` there. The fingerprint
+hashes all that the result depends on: settings and the stages it reads. A stage whose folder has the right one is not
+run again.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import write_json
+from .processes import process_state, use_all_cores
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its function, the stages it reads, the settings that change its result, and whether all processes take
+    part (its trainer splits the work) or the others wait for the first one.
+    """
+
+    run: Callable[[Any], dict]
+    needs: tuple[str, ...]
+    fields: tuple[str, ...]
+    split: bool = False
+
+
+def nothing_left_out(config: Any) -> tuple[str, ...]:
+    """No stage."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages in the order they run, each after those it needs. `config` is any object with an `output_dir`.
+
+    Attributes:
+        stages: by name.
+        settings: the settings of a config by name, JSON; resolved, so that a default and the same value spelled out
+            are one.
+        left_out: names of the stages that a config has no use for.
+        common: names of settings that every stage depends on.
+    """
+
+    stages: Mapping[str, Stage]
+    settings: Callable[[Any], dict]
+    left_out: Callable[[Any], Collection[str]] = nothing_left_out
+    common: tuple[str, ...] = ()
+
+    def enabled(self, config: Any) -> list[str]:
+        """The stages that are run with this config, in order."""
+        without = self.left_out(config)
+        return [name for name in self.stages if name not in without]
+
+    def up_to(self, name: str) -> list[str]:
+        """Stage `name` and all it needs, in order."""
+        wanted, open_names = set(), [name]
+        while open_names:
+            current = open_names.pop()
+            wanted.add(current)
+            open_names += self.stages[current].needs
+        return [stage for stage in self.stages if stage in wanted]
+
+    def fingerprint(self, config: Any, name: str) -> str:
+        """Hash of everything a stage's result depends on: settings, and the stages it reads."""
+        settings, marks = self.settings(config), {}
+        for stage_name, stage in self.stages.items():
+            inputs = {
+                "stage": stage_name,
+                "fields": {key: settings[key] for key in stage.fields},
+                **{key: settings[key] for key in self.common},
+                "needs": [marks[needed] for needed in stage.needs],
+            }
+            marks[stage_name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        return marks[name]
+
+    def run(self, config: Any, only: Sequence[str] | None = None) -> dict:
+        """Run all stages, or those named in `only`, skipping those already done; returns the last one's result.
+
+        Raises:
+            InputError: an unknown stage, or one whose inputs are not there (when run alone).
+        """
+        use_all_cores()
+        names = list(only or self.stages)
+        unknown = [name for name in names if name not in self.stages]
+        if unknown:
+            raise InputError(f"Unknown stage {unknown[0]!r}; the stages are {list(self.stages)}.")
+        result = {}
+        for name in (name for name in self.enabled(config) if name in names):
+            result = self._run_stage(config, name)
+        return result
+
+    def _run_stage(self, config: Any, name: str) -> dict:
+        stage, processes = self.stages[name], process_state()
+        folder = Path(config.output_dir) / name
+        record, mark = folder / "stage.json", self.fingerprint(config, name)
+        if finished_fingerprint(config, name) == mark:
+            return json.loads(record.read_text())["result"]
+        self._check_inputs(config, name)
+        processes.wait_for_everyone()  # all have looked at what is there
+        if processes.is_main_process:
+            open_folder(folder, mark)
+        processes.wait_for_everyone()
+        started, result = time.monotonic(), None
+        if stage.split or processes.is_main_process:
+            result = stage.run(config)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
+            write_json(record, saved)
+        processes.wait_for_everyone()
+        return json.loads(record.read_text())["result"]
+
+    def _check_inputs(self, config: Any, name: str) -> None:
+        """Raise InputError unless every stage that `name` reads is done, with these settings."""
+        for needed in self.stages[name].needs:
+            if needed not in self.enabled(config):
+                continue
+            found = finished_fingerprint(config, needed)
+            if found is None:
+                raise InputError(f"Stage {name!r} needs the result of {needed!r}; run that stage first.")
+            if found != self.fingerprint(config, needed):
+                raise InputError(
+                    f"Stage {name!r} needs {needed!r}, which was run with other settings; run it again first."
+                )
+
+
+def finished_fingerprint(config: Any, name: str) -> str | None:
+    """The fingerprint of what lies in the stage's folder; None if it is not there or not whole."""
+    record = Path(config.output_dir) / name / "stage.json"
+    return json.loads(record.read_text())["fingerprint"] if record.is_file() else None
+
+
+def open_folder(folder: Path, mark: str) -> None:
+    """Make the stage's folder. What an interrupted run of the same stage left is kept, so that training resumes; what
+    a run with other settings left is removed.
+    """
+    marker = folder / ".fingerprint"
+    if marker.is_file() and marker.read_text() != mark:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(mark)

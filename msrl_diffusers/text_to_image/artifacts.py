@@ -1,0 +1,92 @@
+"""Where the results of stages lie, and how later stages read them: from the study's folders or from given models."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from ..data.image_folder import ImageDataset
+from ..errors import InputError
+from ..evaluation.extractors import Extractor
+from ..processes import process_state
+from ..rewards.attribute_match import AttributeMatch
+from ..trainers.lora import LORA_FILE, merge_lora
+from .config import TextToImageStudyConfig
+from .extractors import load_image_extractor
+
+
+def load_split(config: TextToImageStudyConfig, split: str) -> ImageDataset:
+    """The `"train"`, `"judge"` or `"heldout"` images."""
+    return ImageDataset.load(Path(config.output_dir) / "data" / f"{split}.safetensors")
+
+
+def load_stable_diffusion(path: str | Path, **kwargs) -> StableDiffusionPipeline:
+    """`StableDiffusionPipeline.from_pretrained` of a folder or Hub repository, in float32, from safetensors only.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(path), dtype=torch.float32, use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} holds no StableDiffusionPipeline: {str(error).splitlines()[0]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_pipeline(path: str | Path) -> StableDiffusionPipeline:
+    """A pipeline on the device of this process, with the DDIM sampler that rollouts have.
+
+    Raises:
+        InputError: there is none.
+    """
+    # nothing is shown to anybody unseen, and the checker's network is larger than a small UNet
+    pipeline = load_stable_diffusion(path, safety_checker=None, requires_safety_checker=False)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    return pipeline.to(process_state().device)
+
+
+def place_name(place: str) -> str:
+    """A model's name, for reports: that of its folder, or its Hub repository."""
+    return Path(place).resolve().name if Path(place).is_dir() else place
+
+
+def base_path(config: TextToImageStudyConfig) -> str:
+    """The fine-tuned pipeline that PPO starts from."""
+    return config.pretrained_model_name_or_path or str(Path(config.output_dir) / "diffusion" / "pipeline")
+
+
+def load_base(config: TextToImageStudyConfig) -> StableDiffusionPipeline:
+    """The pipeline before reinforcement learning."""
+    return load_pipeline(base_path(config))
+
+
+def load_tuned(config: TextToImageStudyConfig) -> StableDiffusionPipeline:
+    """The pipeline after it: the base with its adapter, merged, or a pipeline all of whose weights were tuned."""
+    folder = Path(config.output_dir) / "ppo"
+    if not (folder / "lora" / LORA_FILE).is_file():
+        return load_pipeline(folder / "pipeline")
+    pipeline = load_base(config)
+    # what pipeline.load_lora_weights does for the UNet, without its note that there is nothing for the text encoder
+    pipeline.unet.load_lora_adapter(str(folder / "lora"), prefix="unet", weight_name=LORA_FILE)
+    merge_lora(pipeline.unet)
+    return pipeline
+
+
+def load_match(config: TextToImageStudyConfig, role: str, kind: str = "exact") -> AttributeMatch:
+    """The `"reward"` or `"judge"` classifier as a reward of that kind, on the device of this process."""
+    given = {"reward": config.reward_classifier, "judge": config.judge_classifier}[role]
+    match = AttributeMatch.from_pretrained(
+        given or Path(config.output_dir) / "classifiers" / role, config.builder, kind=kind,
+        batch_size=config.sampling_batch_size,
+    )  # fmt: skip
+    match.model.to(process_state().device)
+    return match
+
+
+def load_features(config: TextToImageStudyConfig) -> Extractor:
+    """The network of the Frechet distances, on the device of this process."""
+    spec = config.fid_extractor or Path(config.output_dir) / "classifiers" / "features"
+    return load_image_extractor(spec).to(process_state().device)

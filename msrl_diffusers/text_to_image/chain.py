@@ -1,0 +1,66 @@
+"""The chain of a text-to-image study: which stages there are, and what each depends on."""
+
+from ..chains import Chain, Stage
+from . import stages
+from .augmentation import run_augmentation
+from .config import TextToImageStudyConfig
+from .evaluate import evaluate
+from .report import report
+
+
+_SAMPLING = ("evaluation_sampler", "sampling_batch_size", "mixed_precision")
+_PROMPTS = ("diagnoses", "artifacts")
+_REWARD = ("reward_classifier", "judge_classifier", "image_text_model")
+STAGES: dict[str, Stage] = {
+    "data": Stage(
+        stages.make_data,
+        (),
+        ("data_dir", "pixels", "num_per_prompt", "data_seed", "holdout_fraction", "judge_fraction", "diagnosis_column",
+         "diagnosis_names", "artifact_columns", "subject_column", "rare_attributes", "rare_share", *_PROMPTS),
+    ),
+    "autoencoder": Stage(
+        stages.train_autoencoder, ("data",), ("vae", "autoencoder", "mixed_precision", "seed"), split=True
+    ),
+    "diffusion": Stage(
+        stages.train_diffusion,
+        ("data", "autoencoder"),
+        ("text_encoder", "unet", "scheduler", "diffusion", "mixed_precision", "seed"),
+        split=True,
+    ),
+    "classifiers": Stage(
+        stages.train_classifiers,
+        ("data",),
+        ("classifier_models", "classifiers", "trained_classifiers", "mixed_precision", "seed"),
+        split=True,
+    ),
+    "ppo": Stage(
+        stages.train_ppo,
+        ("diffusion", "classifiers"),
+        ("ppo", "reward_kind", "num_heldout_prompts", "heldout_samples_per_prompt", "select_by", "mixed_precision",
+         "rl_seed", "pretrained_model_name_or_path", *_REWARD, *_PROMPTS),
+        split=True,
+    ),
+    "evaluate": Stage(
+        evaluate,
+        ("data", "diffusion", "classifiers", "ppo"),
+        ("num_samples_per_prompt", "bootstrap_draws", "fid_extractor", "rl_seed", *_SAMPLING),
+    ),
+    "augmentation": Stage(
+        run_augmentation,
+        ("data", "diffusion", "ppo"),
+        ("augmentation", "augmentation_seeds", "classifier_models", "bootstrap_draws", "rl_seed", *_SAMPLING),
+        split=True,
+    ),
+    "report": Stage(report, ("data", "ppo", "evaluate", "augmentation"), ("enabled_augmentation",)),
+}  # fmt: skip
+
+
+def stages_left_out(config: TextToImageStudyConfig) -> list[str]:
+    """Stages whose results are given, or not asked for."""
+    without = ["autoencoder", "diffusion"] if config.pretrained_model_name_or_path else []
+    if not config.trained_classifiers:
+        without.append("classifiers")
+    return without if config.augmentation else [*without, "augmentation"]
+
+
+CHAIN = Chain(STAGES, TextToImageStudyConfig.settings, stages_left_out, ("max_steps",))

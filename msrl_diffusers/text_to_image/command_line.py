@@ -1,0 +1,67 @@
+"""From a command line to a TextToImageStudyConfig: a YAML file, and options that override one section of it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..arguments import parse, read_yaml, take_option
+from ..errors import InputError
+from .config import TRAINER_CONFIGS, TextToImageStudyConfig, trainer_defaults
+
+
+GENERAL_FIELDS = ("output_dir", "seed", "mixed_precision")
+
+
+@dataclass
+class GivenArguments:
+    """What is given and need not be made, and what of the study is often changed."""
+
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of images with metadata.csv."})
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A fine-tuned StableDiffusionPipeline: a folder or a Hub repository."}
+    )
+    reward_classifier: str | None = field(
+        default=None, metadata={"help": "An image classifier of transformers, whose labels are the attributes."}
+    )
+    judge_classifier: str | None = field(default=None, metadata={"help": "Another one, which only judges."})
+    fid_extractor: str | None = field(
+        default=None, metadata={"help": "inception, or the folder of an image classifier."}
+    )
+    image_text_model: str | None = field(default=None, metadata={"help": "A CLIP-type model, as a further reward."})
+    reward_kind: str | None = field(default=None, metadata={"help": "share, probability or exact."})
+    rl_seed: int | None = field(default=None, metadata={"help": "Seed of PPO and what follows; seed if unset."})
+    num_samples_per_prompt: int | None = field(default=None, metadata={"help": "Images of each prompt to judge."})
+
+
+def parse_text_to_image(
+    section: str, default_config: str | Path | None = None, arguments: Sequence[str] | None = None
+) -> TextToImageStudyConfig:
+    """The study of `--config` (or the default), with all fields of the trainer of `section` as options.
+
+    Raises:
+        InputError: an unknown field or a bad value; the sentence names it.
+    """
+    path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
+    path = path or default_config
+    study = read_yaml(path) if path else {}
+    own = study.get(section, {})
+    if not isinstance(own, dict):
+        raise InputError(f"TextToImageStudyConfig: {section} must be dict, got {own!r}.")
+    shared = {
+        name: study[name]
+        for name in (*GENERAL_FIELDS, *GivenArguments.__dataclass_fields__)
+        if study.get(name) is not None
+    }
+    given, trainer = parse(
+        [GivenArguments, TRAINER_CONFIGS[section]], {**trainer_defaults(section), **shared, **own}, rest
+    )
+    fields = asdict(trainer)
+    # a general option is the whole study's, unless the section has a value of its own
+    general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}
+    changed = {name: value for name, value in asdict(given).items() if value is not None}
+    known = set(TextToImageStudyConfig.__dataclass_fields__)
+    unknown = sorted(set(study) - known)
+    if unknown:
+        raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
+    return TextToImageStudyConfig(**{**study, **general, **changed, section: fields})

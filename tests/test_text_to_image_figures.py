@@ -1,0 +1,292 @@
+"""Parts of a text-to-image study: images, prompts, match rates, diversity, distances, the small pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tiny_text_to_image import IMAGE_SIZE, RESNET, VIT, tiny_images, tiny_text_to_image, tiny_text_to_image_study
+
+from msrl_diffusers.data.image_folder import ImageDataset, to_uint8
+from msrl_diffusers.data.prompts import PromptBuilder
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.models.image_classifiers import build_image_classifier
+from msrl_diffusers.seeding import sample_generators
+from msrl_diffusers.text_to_image.augmentation import diagnosis_only, missing_prompts
+from msrl_diffusers.text_to_image.config import TextToImageStudyConfig
+from msrl_diffusers.text_to_image.data import in_subgroup, load_captioned_folder, make_splits, thin_out
+from msrl_diffusers.text_to_image.diversity import prompt_diversity
+from msrl_diffusers.text_to_image.evaluate import fidelity, matched_rows
+from msrl_diffusers.text_to_image.extractors import ClassifierExtractor, image_features
+from msrl_diffusers.text_to_image.figures import mosaic
+from msrl_diffusers.text_to_image.match import by_prompt, match_figures
+from msrl_diffusers.text_to_image.sampling import reconstruct, sample_images
+from msrl_diffusers.text_to_image.small import make_autoencoder, make_stable_diffusion, make_tokenizer
+from msrl_diffusers.text_to_image.tuning import split_prompts
+
+
+BUILDER = PromptBuilder()
+PROMPTS = BUILDER.prompts()
+SAMPLER = {"num_inference_steps": 2, "eta": 1.0, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageDataset:
+    return tiny_images(2)
+
+
+def config(**changes) -> TextToImageStudyConfig:
+    return TextToImageStudyConfig(**{**tiny_text_to_image_study(), **changes})
+
+
+# ------------------------------------------------------------------------------------------------- the small pipeline
+
+
+def test_words_of_the_prompts_are_tokens_and_others_are_spelled(tmp_path):
+    tokenizer = make_tokenizer(PROMPTS)
+    assert tokenizer.tokenize("Dermoscopy image of melanoma with gel bubble") == [
+        "dermoscopy", "image", "of", "melanoma", "with", "gel", "bubble",
+    ]  # fmt: skip
+    assert tokenizer.tokenize("hairy") == ["h", "a", "i", "r", "y</w>"]
+    assert tokenizer.model_max_length % 8 == 0
+    ids = tokenizer(PROMPTS, padding="max_length").input_ids
+    assert {len(row) for row in ids} == {tokenizer.model_max_length}
+    assert len({tuple(row) for row in ids}) == len(PROMPTS)
+    assert all(row[0] == tokenizer.bos_token_id and tokenizer.eos_token_id in row for row in ids)
+    assert make_tokenizer(PROMPTS[::-1]).get_vocab() == tokenizer.get_vocab()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = type(tokenizer).from_pretrained(tmp_path)
+    assert loaded([*PROMPTS, "a cat, 5 é"]).input_ids == tokenizer([*PROMPTS, "a cat, 5 é"]).input_ids
+
+
+def test_the_small_pipeline_is_saved_and_loaded_by_plain_diffusers(tmp_path):
+    pipeline = tiny_text_to_image()
+    pipeline.save_pretrained(tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    found = [
+        pipe(
+            PROMPTS[:2], num_inference_steps=2, generator=sample_generators(0, "test", [0, 1]), output_type="pt"
+        ).images
+        for pipe in (pipeline, loaded)
+    ]
+    assert found[0].shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert torch.equal(*found)
+    assert (loaded.unet.config.sample_size, loaded.vae_scale_factor) == (IMAGE_SIZE // 2, 2)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="Images of 18 pixels can't be halved 2 times; give the vae fewer levels"):
+        make_autoencoder(18)
+    with pytest.raises(InputError, match=r"attention_levels .* needs one entry per level"):
+        make_stable_diffusion(make_autoencoder(16), PROMPTS, unet={"block_out_channels": [16]})
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_made_in():
+    pipeline, prompts = tiny_text_to_image(), PROMPTS[:3]
+    together = sample_images(pipeline, prompts, SAMPLER, 5, BUILDER, batch_size=3)
+    apart = sample_images(pipeline, prompts, SAMPLER, 5, BUILDER, batch_size=2)
+    assert (together.pixel_values.int() - apart.pixel_values.int()).abs().max() <= 1  # sums in another order
+    assert together.prompts == prompts
+    expected = pipeline(
+        prompts, generator=sample_generators(5, "text to image", range(3)), output_type="pt", **SAMPLER
+    )
+    assert (together.pixel_values.int() - to_uint8(expected.images * 2 - 1).int()).abs().max() <= 1
+    other = sample_images(pipeline, prompts, SAMPLER, 6, BUILDER)
+    assert not torch.equal(together.pixel_values, other.pixel_values)
+
+
+def test_reconstructions_keep_prompts_and_attributes(images):
+    made = reconstruct(tiny_text_to_image().vae, images, BUILDER, batch_size=48)
+    assert (made.prompts, made.attributes.tolist()) == (images.prompts, images.attributes.tolist())
+    assert made.pixel_values.shape == images.pixel_values.shape
+
+
+# ------------------------------------------------------------------------------------------------ images and prompts
+
+
+def test_splits_share_no_subject_and_the_subgroup_is_rare_in_training_only():
+    splits = make_splits(config(num_per_prompt=2, rare_attributes=["melanoma", "hair"], rare_share=0.5))
+    subjects = [set(its.subject_ids) for its in splits.values()]
+    assert len(set.union(*subjects)) == sum(map(len, subjects))
+    counts = {name: int(in_subgroup(its, ["melanoma", "hair"]).sum()) for name, its in splits.items()}
+    assert counts == {"train": 8, "judge": 16, "heldout": 16}
+    assert {name: len(its) for name, its in splits.items()} == {"train": 56, "judge": 64, "heldout": 64}
+
+
+def test_thinning_out_leaves_one_of_every_prompt(images):
+    thin = thin_out(images, ["nevus", "ink"], 0.01)
+    inside = in_subgroup(thin, ["nevus", "ink"])
+    assert int(inside.sum()) == 8
+    assert len({prompt for prompt, its in zip(thin.prompts, inside.tolist(), strict=True) if its}) == 8
+    assert len(thin) == len(images) - 8
+    assert len(thin_out(images, [], 0.5)) == len(images)
+
+
+def test_synthetic_images_fill_up_what_is_missing(images):
+    thin = thin_out(images, ["melanoma", "hair"], 0.5)
+    prompts = missing_prompts(thin, ["melanoma", "hair"], PROMPTS, BUILDER.targets(PROMPTS))
+    assert sorted(prompts) == sorted(prompt for prompt in PROMPTS if "melanoma with hair" in prompt)
+    assert missing_prompts(images, ["melanoma", "hair"], PROMPTS, BUILDER.targets(PROMPTS)) == []
+
+
+def test_only_the_diagnosis_is_left(images):
+    left = diagnosis_only(images, ["melanoma", "nevus"])
+    assert left.attribute_names == ("melanoma", "nevus")
+    assert left.attributes.tolist() == images.attributes[:, :2].tolist()
+
+
+def test_held_out_prompts_leave_every_attribute_with_both_values():
+    train, heldout = split_prompts(BUILDER, 28, seed=1)
+    assert (len(train), len(heldout)) == (4, 28)
+    assert set(train) | set(heldout) == set(PROMPTS)
+    stated = BUILDER.targets(train).mean(dim=0)
+    assert ((stated > 0) & (stated < 1)).all()
+    assert split_prompts(BUILDER, 28, seed=1) == (train, heldout)
+    assert split_prompts(BUILDER, 0)[1] == []
+    with pytest.raises(InputError, match="With 31 of 32 prompts held out an attribute is the same in all others"):
+        split_prompts(BUILDER, 31)
+
+
+def write_captions(folder, rows: list[str], header: str = "file_name,text") -> None:
+    Image.fromarray(np.full((20, 30, 3), 200, dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(np.full((40, 20), 100, dtype=np.uint8)).save(folder / "b.png")
+    (folder / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
+
+
+def test_a_folder_with_captions(tmp_path):
+    write_captions(tmp_path, ["a.png,A mole on the back", 'b.png,"Hair, and ink"'])
+    loaded = load_captioned_folder(tmp_path, image_size=16)
+    assert loaded.prompts == ["A mole on the back", "Hair, and ink"]
+    assert loaded.pixel_values.shape == (2, 3, 16, 16)
+    assert [int(image.unique()) for image in loaded.pixel_values] == [200, 100]
+    assert loaded.subject_ids == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        (["a.png,x"], "file_name,caption", "has no column 'text'; it has"),
+        (["a.png,"], "file_name,text", "line 2: column 'text' is empty"),
+        (["a.png,x", "c.png,y"], "file_name,text", "line 3: the image 'c.png' is missing"),
+    ],
+)
+def test_a_folder_whose_captions_can_t_be_used(rows, header, message, tmp_path):
+    write_captions(tmp_path, rows, header)
+    with pytest.raises(InputError, match=message):
+        load_captioned_folder(tmp_path, image_size=16)
+
+
+def test_a_folder_without_a_table(tmp_path):
+    with pytest.raises(InputError, match=r"has no metadata\.csv; write one with the columns file_name and text"):
+        load_captioned_folder(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- match rates
+
+
+def test_match_rates_by_hand():
+    prompts = ["a", "a", "b", "b"]
+    before = torch.tensor([[1, 1], [1, 0], [0, 0], [1, 0]]).bool()
+    after = torch.tensor([[1, 1], [1, 1], [0, 1], [1, 1]]).bool()
+    found = match_figures({"before": before, "after": after}, prompts, ["x", "y"], ["b"], draws=200)
+    assert (found["before"], found["after"], found["n"]) == (0.25, 0.75, 4)
+    assert found["difference"]["value"] == 0.5
+    assert found["share"] == {"before": 0.5, "after": 0.875}
+    assert found["per_attribute"] == {"x": {"before": 0.75, "after": 0.75}, "y": {"before": 0.25, "after": 1.0}}
+    assert found["trained_prompts"] == {"before": 0.5, "after": 1.0}
+    assert found["heldout_prompts"] == {"before": 0.0, "after": 0.5}
+    assert by_prompt(after.all(dim=1), prompts) == {"a": 1.0, "b": 0.5}
+    json.dumps(found)
+    none = match_figures({"before": before, "after": after}, prompts, ["x", "y"], draws=2)
+    assert none["heldout_prompts"] is None
+
+
+def test_an_interval_of_pairs_is_narrower_and_keeps_the_prompts():
+    """Prompt b never matches, so only samples of prompt a vary. Both arms are alike: no difference."""
+    generator = torch.Generator().manual_seed(0)
+    good = torch.rand(100, 1, generator=generator) < 0.5
+    hits = torch.cat([good, torch.zeros(100, 1, dtype=torch.bool)])
+    prompts = ["a"] * 100 + ["b"] * 100
+    found = match_figures({"before": hits, "after": hits}, prompts, ["x"], draws=500)
+    low, high = found["interval"]["before"]
+    rate = found["before"]
+    half = 1.96 * (2 * rate * (1 - 2 * rate) / 100) ** 0.5 / 2  # binomial, over half of the samples
+    assert (low, high) == pytest.approx((rate - half, rate + half), abs=0.02)
+    assert found["difference"]["interval"] == [0.0, 0.0]
+
+
+def test_rows_with_every_prompt_equally_often():
+    one, other = ["a", "a", "b", "c"], ["b", "a", "b", "d"]
+    rows, other_rows = matched_rows(one, other)
+    assert [one[row] for row in rows] == [other[row] for row in other_rows] == ["a", "b"]
+
+
+# -------------------------------------------------------------------------------------------- diversity and distances
+
+
+def test_images_of_a_prompt_that_are_alike_have_no_diversity(images):
+    same = ImageDataset.cat([images.select(range(8))] * 3)
+    alike, real = prompt_diversity(same), prompt_diversity(images)
+    assert alike["value"] == pytest.approx(1, abs=1e-6)
+    assert 0 < real["value"] < 0.9
+    assert alike["pairs"] == 8 * 3
+    assert set(alike["by_prompt"]) == set(same.prompts)
+    assert prompt_diversity(images.select([0, 1])) is None  # of two prompts
+
+
+def test_pairs_are_of_one_prompt(images):
+    """Black images of one prompt, white ones of another: all pairs are alike, as none is across."""
+    pixels = torch.zeros_like(images.pixel_values[:4])
+    pixels[2:] = 255
+    black_and_white = ImageDataset(
+        pixels, images.attributes[[0, 0, 1, 1]], images.attribute_names, ["a", "a", "b", "b"], list("abcd")
+    )
+    assert prompt_diversity(black_and_white)["value"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [RESNET, VIT])
+def test_features_are_what_the_last_layer_is_given(settings, images):
+    settings = dict(settings)
+    model, processor = build_image_classifier(
+        settings.pop("architecture"), BUILDER.attribute_names, IMAGE_SIZE, **settings
+    )
+    extractor = ClassifierExtractor(model, processor)
+    features = image_features(extractor, images.select(range(5)), batch_size=2)
+    assert features.shape == (5, 1, 1, extractor.num_features)
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    samples = images.batch(range(5))["pixel_values"]
+    with torch.no_grad():
+        logits = model(pixel_values=samples).logits
+        torch.testing.assert_close(last(features[:, 0, 0].float()), logits, atol=1e-5, rtol=1e-4)
+    assert set(extractor.identity) == {"id", "sha256"}
+
+
+def test_distances_are_to_as_many_held_out_images_of_the_same_prompts(images):
+    settings = dict(RESNET)
+    torch.manual_seed(0)
+    model, processor = build_image_classifier(
+        settings.pop("architecture"), BUILDER.attribute_names, IMAGE_SIZE, **settings
+    )
+    noisy = ImageDataset.from_samples(torch.randn(64, 3, 16, 16).clamp(-1, 1), images.prompts, BUILDER)
+    found = fidelity(
+        ClassifierExtractor(model, processor), {"before": noisy, "after": images}, images, {"real": noisy}, config()
+    )
+    assert found["n"] == 64
+    assert found["after"] == pytest.approx(0, abs=1e-6)  # the held-out images themselves
+    assert found["before"] > found["after"] + 0.01
+    assert found["difference"]["value"] == pytest.approx(found["after"] - found["before"])
+    assert found["difference"]["interval"][1] < 0
+    assert found["real"] == {"value": pytest.approx(found["before"]), "n": 64}
+    json.dumps(found)
+
+
+def test_a_mosaic_has_images_where_they_belong(images):
+    picture, places = mosaic([images, images.select([0])], PROMPTS[:2], 2)
+    assert places == [0, 2 * (IMAGE_SIZE + 1) + IMAGE_SIZE // 4]
+    first = images.pixel_values[0].permute(1, 2, 0).numpy()
+    assert (picture[:16, :16] == first).all()
+    assert (picture[:16, places[1] : places[1] + 16] == first).all()
+    assert (picture[17:33, places[1] : places[1] + 16] == 255).all()  # no second prompt in that arm

@@ -1,0 +1,360 @@
+"""The text-to-image study end to end on tiny parts: stages, report, adapter, given models, command lines, scripts."""
+
+import json
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tiny import copied, differing
+from tiny_text_to_image import IMAGE_SIZE, tiny_text_to_image, tiny_text_to_image_study
+
+from msrl_diffusers.data.dermoscopy import write_dermoscopy
+from msrl_diffusers.data.image_folder import ImageDataset
+from msrl_diffusers.data.prompts import PromptBuilder
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.seeding import fold_seed
+from msrl_diffusers.text_to_image import CHAIN, TextToImageStudyConfig
+from msrl_diffusers.text_to_image.artifacts import load_base, load_split, load_tuned
+from msrl_diffusers.text_to_image.chain import STAGES
+from msrl_diffusers.text_to_image.command_line import parse_text_to_image
+from msrl_diffusers.text_to_image.sampling import sample_images
+from msrl_diffusers.trainers.base import read_log
+from msrl_diffusers.trainers.lora import LORA_FILE
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PROMPTS = PromptBuilder().prompts()
+
+
+def config(folder, **changes) -> TextToImageStudyConfig:
+    return TextToImageStudyConfig(**{**tiny_text_to_image_study(), "output_dir": str(folder), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished study; a test that changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("text-to-image") / "study"
+    CHAIN.run(config(folder))
+    return folder
+
+
+@pytest.fixture
+def study(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def report(finished) -> dict:
+    return json.loads((finished / "report.json").read_text())
+
+
+def marks(folder) -> dict[str, str]:
+    return {name: (folder / name / "stage.json").read_text() for name in STAGES if (folder / name).exists()}
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_has_match_rates_and_distances_before_and_after(report):
+    for role in ("judge", "reward"):
+        found = report["attribute_match"][role]
+        assert 0 <= found["before"] <= 1
+        assert 0 <= found["after"] <= 1
+        assert found["difference"]["value"] == pytest.approx(found["after"] - found["before"])
+        assert list(found["per_attribute"]) == ["melanoma", "nevus", "hair", "gel bubble", "ruler", "ink"]
+        assert found["n"] == report["n"] == 2 * len(PROMPTS)
+    assert report["fid"]["before"] > 0
+    assert report["fid"]["after"] > 0
+    assert report["fid"]["n"] == 64
+    assert set(report["fid"]["extractor"]) == {"id", "sha256"}
+    low, high = report["fid"]["difference"]["interval"]
+    assert low <= report["fid"]["difference"]["value"] <= high
+    assert report["kl"] >= 0
+    assert [row["prompt"] for row in report["prompts"]] == PROMPTS
+    assert sum(row["held_out"] for row in report["prompts"]) == 28
+    assert set(report["diversity"]) == {"real", "before", "after"}
+
+
+def test_the_match_rates_are_those_of_the_prompts(report):
+    for role in ("judge", "reward"):
+        for arm in ("before", "after"):
+            rates = [row[role][arm] for row in report["prompts"]]
+            assert sum(rates) / len(rates) == pytest.approx(report["attribute_match"][role][arm])
+
+
+def test_the_augmentation_study_compares_three_arms(report):
+    found = report["augmentation"]
+    assert list(found["subgroup_accuracy"]) == ["real only", "+ standard synthetic", "+ RL synthetic"]
+    assert found["n"]["train_subgroup"] == 8
+    assert found["n"]["synthetic"] == {"real only": 0, "+ standard synthetic": 8, "+ RL synthetic": 8}
+    assert set(found["groups"]) == {"all", "with the artifacts", "without the artifacts"}
+    for group in found["groups"].values():
+        assert 0 <= group["arms"]["+ RL synthetic"]["auc"]["mean"] <= 1
+        assert set(group["differences"]["+ RL synthetic"]) == {"real only", "+ standard synthetic"}
+
+
+def test_the_report_says_where_its_numbers_come_from(report, finished):
+    assert report["seed"] == 0
+    assert {"python", "torch", "diffusers"} <= set(report["versions"])
+    assert report["data"]["train"]["images"] == 56
+    assert set(report["seconds"]) == set(STAGES) - {"report"}
+    assert report["unet_forwards"] > 0
+    page = (finished / "report.md").read_text()
+    for name in ("prompts", "attributes", "rollouts"):
+        assert f"figures/{name}.png" in page
+        assert (finished / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{report['attribute_match']['judge']['after']:.1%}" in page
+    assert (finished / "report.html").is_file()
+
+
+def test_the_judge_picks_nothing(finished):
+    """Rewards and selection are of the reward classifier; the judge is logged."""
+    (first, *_), result = (
+        read_log(finished / "ppo"),
+        json.loads((finished / "ppo" / "stage.json").read_text())["result"],
+    )
+    assert {"watch/judge_match", "watch/reward_match", "watch/heldout_reward", "reward/attribute_probability"} <= set(
+        first
+    )
+    assert set(result["scales"]) == {"attribute_probability"}
+    history = read_log(finished / "ppo")
+    best = max(line["watch/heldout_reward"] for line in history)
+    assert result["watch/heldout_reward"] == pytest.approx(best)
+    assert set(result["train_prompts"]) | set(result["heldout_prompts"]) == set(PROMPTS)
+
+
+# ------------------------------------------------------------------------------------------------------- the adapter
+
+
+def test_the_adapter_loads_in_plain_diffusers_and_gives_the_images_of_the_report(study):
+    """Weights of another selection, so that something was trained: the last ones."""
+    last = config(study, select_by="last")
+    CHAIN.run(last)
+    base = StableDiffusionPipeline.from_pretrained(study / "pipeline_standard")
+    before = copied(base.unet)
+    assert differing(before, copied(load_tuned(last).unet))
+    base.scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    base.set_progress_bar_config(disable=True)
+    base.load_lora_weights(study / "lora")
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    images = sample_images(base, prompts, last.evaluation_sampler, fold_seed(0, "evaluate"), last.builder)
+    saved = ImageDataset.load(study / "evaluate" / "after.safetensors")
+    assert (images.pixel_values.int() - saved.pixel_values.int()).abs().max() <= 2  # merged there, beside here
+    other = ImageDataset.load(study / "evaluate" / "before.safetensors")
+    assert not torch.equal(saved.pixel_values, other.pixel_values)
+    facts = json.loads((study / "lora" / "facts.json").read_text())
+    assert facts["base_model"] == "pipeline_standard"
+    assert facts["adapter"]["rank"] == 2
+    assert facts["results"]["attribute_match"]["judge"]["n"] == 64
+    assert str(study) not in json.dumps(facts)
+
+
+def test_all_weights_can_be_tuned_instead(study):
+    ppo = {**tiny_text_to_image_study()["ppo"], "use_lora": False}
+    whole = config(study, ppo=ppo, select_by="last", augmentation={})
+    CHAIN.run(whole)
+    assert not (study / "ppo" / "lora").exists()
+    base, tuned = load_base(whole), load_tuned(whole)
+    assert differing(copied(base.unet), copied(tuned.unet))
+    assert differing(copied(base.vae), copied(tuned.vae)) == []
+    assert json.loads((study / "report.json").read_text())["augmentation"] is None
+
+
+# -------------------------------------------------------------------------------------------- skipping and resuming
+
+
+def test_a_finished_study_is_not_run_again(finished):
+    before = marks(finished)
+    CHAIN.run(config(finished))
+    assert marks(finished) == before
+
+
+def test_other_settings_run_what_depends_on_them_again(finished):
+    def fingerprints(**changes) -> dict[str, str]:
+        changed = config(finished, **changes)
+        return {name: CHAIN.fingerprint(changed, name) for name in STAGES}
+
+    before = fingerprints()
+    expected = {
+        "reward_kind": ("share", ["ppo", "evaluate", "augmentation", "report"]),
+        "rl_seed": (3, ["ppo", "evaluate", "augmentation", "report"]),
+        "num_samples_per_prompt": (3, ["evaluate", "report"]),
+        "augmentation_seeds": ([1], ["augmentation", "report"]),
+        "num_per_prompt": (3, list(STAGES)),
+        "unet": ({"norm_num_groups": 2}, ["diffusion", "ppo", "evaluate", "augmentation", "report"]),
+        "output_dir": ("elsewhere", []),
+    }
+    for field, (value, stages) in expected.items():
+        after = fingerprints(**{field: value})
+        assert [name for name in STAGES if before[name] != after[name]] == stages, field
+
+
+def test_an_interrupted_study_goes_on_to_the_same_result(study):
+    """Killed in PPO after its first checkpoint; what follows was never begun."""
+    expected = json.loads((study / "report.json").read_text())
+    ppo = {**tiny_text_to_image_study()["ppo"], "save_steps": 1, "save_total_limit": 5}
+    shutil.rmtree(study / "ppo")
+    CHAIN.run(config(study, ppo=ppo), ["ppo"])
+    (study / "ppo" / "stage.json").unlink()
+    shutil.rmtree(study / "ppo" / "checkpoint-2")
+    shutil.rmtree(study / "ppo" / "lora")
+    shutil.rmtree(study / "evaluate")
+    CHAIN.run(config(study, ppo=ppo))
+    found = json.loads((study / "report.json").read_text())
+    for name in ("attribute_match", "fid", "diversity", "kl"):
+        assert found[name] == expected[name], name
+
+
+def test_images_of_a_killed_evaluation_are_kept(study):
+    (study / "evaluate" / "stage.json").unlink()
+    (study / "evaluate" / "after.safetensors").unlink()
+    before = (study / "evaluate" / "before.safetensors").stat().st_mtime_ns
+    expected = json.loads((study / "report.json").read_text())["attribute_match"]
+    assert CHAIN.run(config(study), ["evaluate"])["attribute_match"] == expected
+    assert (study / "evaluate" / "before.safetensors").stat().st_mtime_ns == before
+
+
+# ------------------------------------------------------------------------------------------------------ given models
+
+
+def test_given_models_are_used_and_not_trained(finished, tmp_path):
+    given = config(
+        tmp_path / "out",
+        image_size=64,  # the pipeline's rules
+        pretrained_model_name_or_path=str(finished / "pipeline_standard"),
+        reward_classifier=str(finished / "classifiers" / "reward"),
+        judge_classifier=str(finished / "classifiers" / "judge"),
+        fid_extractor=str(finished / "classifiers" / "features"),
+        augmentation={},
+    )
+    assert CHAIN.enabled(given) == ["data", "ppo", "evaluate", "report"]
+    CHAIN.run(given)
+    assert load_split(given, "train").image_size == IMAGE_SIZE
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["given"]["pretrained_model_name_or_path"] == "pipeline_standard"
+    assert not (tmp_path / "out" / "pipeline_standard").exists()
+    assert (tmp_path / "out" / "lora" / LORA_FILE).is_file()
+    expected = json.loads((finished / "report.json").read_text())
+    assert content["attribute_match"] == expected["attribute_match"]  # the same models, the same seeds
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unets": {}}, "unexpected keyword"),
+        ({"unet": {"block_channels": [8]}}, "Section 'unet' has the unknown field 'block_channels'"),
+        ({"ppo": {"max_step": 3}}, "Section 'ppo' has the unknown field 'max_step'"),
+        ({"ppo": {"push_to_hub": True}}, "Section 'ppo': unset push_to_hub"),
+        ({"reward_kind": "nice"}, "reward_kind must be one of"),
+        (
+            {"artifacts": ["hair", "sand"]},
+            "Drawn images have the diagnoses and artifacts of dermoscopy; give a data_dir",
+        ),
+        ({"num_heldout_prompts": 32}, "num_heldout_prompts=32 of 32 prompts leaves none to train on"),
+        ({"num_heldout_prompts": 0}, "select_by: heldout_reward needs num_heldout_prompts above 0"),
+        ({"rare_attributes": ["sand"]}, "rare_attributes: there is no 'sand'"),
+        ({"rare_attributes": ["hair"]}, "rare_attributes needs one diagnosis"),
+        ({"rare_attributes": []}, "Section 'augmentation' needs rare_attributes"),
+        ({"rare_share": 0.0}, "rare_share must lie in"),
+        ({"sampler": {"steps": 3}}, "Section 'sampler' has the unknown field 'steps'"),
+        ({"classifier_models": {"critic": {}}}, "unknown role 'critic'"),
+        ({"pretrained_model_name_or_path": "nowhere"}, "nowhere holds no StableDiffusionPipeline"),
+    ],
+)
+def test_settings_that_can_t_be_used_are_refused(changes, message, tmp_path):
+    with pytest.raises((InputError, TypeError), match=message):
+        CHAIN.fingerprint(config(tmp_path, **changes), "data")
+
+
+# ------------------------------------------------------------------------------------------- command lines and scripts
+
+
+def write_config(folder: Path, **changes) -> str:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**tiny_text_to_image_study(), **changes}))
+    return str(path)
+
+
+def run_here(script: str, *arguments: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def test_options_override_the_section_and_the_study(tmp_path):
+    path = write_config(tmp_path)
+    arguments = ["--config", path, "--learning_rate", "0.5", "--seed", "7", "--reward_kind", "exact", "--rl_seed", "2"]
+    found = parse_text_to_image("ppo", arguments=arguments)
+    assert found.trainer_config("ppo").learning_rate == 0.5
+    assert (found.seed, found.seed_of("ppo"), found.reward_kind) == (7, 2, "exact")
+    assert found.trainer_config("ppo").save_steps == 5
+    plain = parse_text_to_image("ppo", arguments=["--config", path])
+    study = replace(config(plain.output_dir))
+    assert {name: CHAIN.fingerprint(plain, name) for name in STAGES} == {
+        name: CHAIN.fingerprint(study, name) for name in STAGES
+    }
+
+
+def test_the_config_of_the_embedded_story_is_whole():
+    found = parse_text_to_image("ppo", EXAMPLES / "configs" / "dermoscopy" / "cpu.yaml", [])
+    assert CHAIN.enabled(found) == list(STAGES)
+    ppo, train_prompts = found.trainer_config("ppo"), 32 - found.num_heldout_prompts
+    assert ppo.use_lora
+    assert ppo.guidance_scale == 5
+    assert ppo.samples_per_rollout % train_prompts == 0  # every prompt as often
+    assert (
+        len({settings["architecture"] for role, settings in found.classifier_models.items() if role != "augmentation"})
+        == 3
+    )
+    assert found.augmentation_seeds == [0, 1, 2]
+
+
+def test_the_story_by_its_script(tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path, max_steps=1, augmentation={})
+    run_here(
+        "train_text_to_image.py", "--config", path, "--output_dir", str(tmp_path / "out"), monkeypatch=monkeypatch
+    )
+    assert "diffusion/pipeline written" in capsys.readouterr().out
+    trained = (tmp_path / "out" / "diffusion" / "stage.json").read_text()
+    assert not (tmp_path / "out" / "ppo").exists()
+    run_here(
+        "train_ppo_text_to_image.py", "--config", path, "--output_dir", str(tmp_path / "out"), monkeypatch=monkeypatch
+    )
+    assert capsys.readouterr().out.strip().endswith(f"report: {tmp_path / 'out' / 'report.md'}")
+    assert (tmp_path / "out" / "diffusion" / "stage.json").read_text() == trained
+    assert (tmp_path / "out" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_given_pipeline_is_fine_tuned_on_a_folder(use_lora, tmp_path, monkeypatch, capsys):
+    tiny_text_to_image().save_pretrained(tmp_path / "base")
+    write_dermoscopy(tmp_path / "images", 1, IMAGE_SIZE)
+    run_here(
+        "train_text_to_image.py", "--pretrained_model_name_or_path", str(tmp_path / "base"),
+        "--data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
+        "--learning_rate", "1e-2", "--report_to", "none", "--use_lora", str(use_lora), "--lora_rank", "2",
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
+    assert "written" in capsys.readouterr().out
+    assert (tmp_path / "out" / LORA_FILE).is_file() == use_lora
+    assert (tmp_path / "out" / "curves.png").is_file()
+    if not use_lora:
+        tuned = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+        assert differing(copied(tiny_text_to_image().unet), copied(tuned.unet))
+
+
+def test_a_user_s_error_is_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_here("train_ppo_text_to_image.py", "--config", str(tmp_path / "none.yaml"), monkeypatch=monkeypatch)
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "none.yaml can't be read" in line
+    (tmp_path / "wrong.yaml").write_text("images_size: 3\n")
+    with pytest.raises(InputError, match="unknown field 'images_size'"):
+        parse_text_to_image("ppo", tmp_path / "wrong.yaml", [])
