@@ -153,8 +153,9 @@ def sample_rollout(
     vocabulary: Sequence | None = None,
     log_prob_guidance: float | None = None,
     keep_means: bool = False,
+    latents: torch.Tensor | None = None,
 ) -> Rollout:
-    """Denoise one sample per condition; sample i draws all its noise from `generators[i]`.
+    """Denoise one sample per condition; sample i draws all its noise from `generators[i]`, or starts from `latents [B, C, *S]`.
 
     `vocabulary` lists all conditions there may be, so that batches of one rollout number them alike. With
     `log_prob_guidance` the log-probabilities (and means) are those of the policy at that guidance scale, whatever the
@@ -163,7 +164,7 @@ def sample_rollout(
     conditioning = policy.encode(conditions)
     device = table.timesteps.device
     shape = (len(generators), *policy.latent_shape)
-    latents = randn_tensor(shape, list(generators), device)
+    latents = randn_tensor(shape, list(generators), device) if latents is None else latents.to(device)
     states, log_probs, means = [latents], [], []
     for step in range(len(table)):
         mean, std = step_moments(policy, table, step, latents, conditioning, guidance_scale)

@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 from tiny import tiny_pipeline
 
 
-INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # tests in the background ignore it
+INTERRUPTIBLE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # tests in the background ignore it
+)
 VERB = INTERRUPTIBLE + "import sys; from msrl_diffusers.cli import demo; demo.run(sys.argv[1:])"
 
 

@@ -6,9 +6,9 @@ Writes `OUTPUT_DIR/final.safetensors` and, per process, `OUTPUT_DIR/gradients-RA
 """
 
 import argparse
-import itertools
 import os
 import signal
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -58,18 +58,22 @@ def shard_on_cpu() -> None:
 class Recording(DiffusionPPOTrainer):
     """Keeps the gradient of every update, before clipping."""
 
-    def _prepare(self, run):
-        super()._prepare(run)
-        self.gradients, clip, updates = {}, run.accelerator.clip_grad_norm_, itertools.count()
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.gradients, self.num_recorded = {}, 0
+
+    def _update(self, run, weights, table, rollout, trained):
+        clip = run.accelerator.clip_grad_norm_
 
         def record(parameters, max_norm):
-            update = next(updates)
-            for name, parameter in self._trainable.items():
+            for name, parameter in weights.trainable.items():
                 gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-                self.gradients[f"{update}.{name}"] = gradient.clone(memory_format=torch.contiguous_format)
+                self.gradients[f"{self.num_recorded}.{name}"] = gradient.clone(memory_format=torch.contiguous_format)
+            self.num_recorded += 1
             return clip(parameters, max_norm)
 
-        run.accelerator.clip_grad_norm_ = record
+        with patch.object(run.accelerator, "clip_grad_norm_", record):
+            super()._update(run, weights, table, rollout, trained)
 
 
 def main() -> None:
@@ -100,13 +104,13 @@ def main() -> None:
         select_by="bright",
     )  # fmt: skip
     if options.without_reduction:  # what a trainer does that calls the unwrapped denoiser
-        prepare = trainer._prepare
+        sample = trainer._sample
 
-        def bypass(run):
-            prepare(run)
+        def bypass(run, scoring, table, step):
             trainer.policy.denoiser = run.accelerator.unwrap_model(trainer.policy.denoiser)
+            return sample(run, scoring, table, step)
 
-        trainer._prepare = bypass
+        trainer._sample = bypass
     trainer.train()
     rank = os.environ.get("RANK", "0")
     save_file(trainer.gradients, f"{options.output_dir}/gradients-{rank}.safetensors")

@@ -21,9 +21,9 @@ FLOORS = [
     {"functional"},
     {"models", "data"},
     {"pipelines", "policies", "rewards"},
-    {"rollouts", "trajectories", "evaluation", "plots"},
+    {"rollouts", "trajectories", "evaluation", "hub", "plots", "chains"},
     {"trainers"},
-    {"study", "cli"},
+    {"study", "text_to_image", "cli", "app"},
 ]
 SIDEWAYS = {
     ("policies", "pipelines"),
@@ -31,6 +31,8 @@ SIDEWAYS = {
     ("arguments", "errors"),
     ("processes", "errors"),
     ("cli", "study"),
+    ("cli", "app"),
+    ("text_to_image", "study"),
 }  # on one floor, in this direction only
 FORBIDDEN = [r"torch\.load\(", r"\bpickle\b", r"allow_pickle", r"^\s*print\("]
 

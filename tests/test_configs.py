@@ -1,12 +1,15 @@
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
 from msrl_diffusers import (
+    DiffusionNFTConfig,
     DiffusionPPOConfig,
     FeatureConfig,
+    FrechetConfig,
     LatentDiffusionConfig,
+    RewardBackpropConfig,
     RewardConfig,
     StudyConfig,
     VQGANConfig,
@@ -17,9 +20,12 @@ from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.config import TRAINER_CONFIGS
 
 
-TRAINERS = [DiffusionPPOConfig, FeatureConfig, LatentDiffusionConfig, RewardConfig, VQGANConfig]
+TRAINERS = [
+    DiffusionNFTConfig, DiffusionPPOConfig, FeatureConfig, FrechetConfig, LatentDiffusionConfig, RewardBackpropConfig,
+    RewardConfig, VQGANConfig,
+]  # fmt: skip
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
-YAMLS = sorted(CONFIGS.rglob("*.yaml"))
+YAMLS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "dermoscopy")  # that is text to image
 
 
 @pytest.mark.parametrize("config_class", [*TRAINERS, StudyConfig])
@@ -225,3 +231,48 @@ def test_a_relative_release_is_relative_to_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert Path(read_study(path)["pretrained"]) == tmp_path / "release"
     assert StudyConfig(**read_study(path)).pretrained == str(tmp_path / "release")
+
+
+@dataclass
+class Placed:
+    place: str
+    track: bool = field(default=True, metadata={"help": "Where it goes."})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_stepz", "4"], "There is no option --max_stepz; did you mean --max_steps?"),
+        (["--max-stepz=4"], "There is no option --max-stepz; did you mean --max_steps?"),
+        (["--teapot"], "There is no option --teapot; --help shows the options."),
+        (["--place", "a", "--max_steps", "4", "5"], "No option takes '5'; --help shows the options."),
+        (["--place", "a", "-z", "4"], "No option takes '-z'; --help shows the options."),
+        (
+            ["--max_steps", "ten"],
+            "Argument --max_steps/--max-steps: invalid int value: 'ten'; --help shows the options.",
+        ),
+        (["--max_steps"], "Argument --max_steps/--max-steps: expected one argument; --help shows the options."),
+        (["--trak"], "There is no option --trak; did you mean --track?"),
+        ([], "The following arguments are required: --place; --help shows the options."),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(arguments, message):
+    with pytest.raises(InputError) as caught:
+        parse([Placed, RewardConfig], None, arguments)
+    assert str(caught.value) == message
+
+
+def test_options_may_be_shortened_and_values_may_look_like_options():
+    arguments = ["--place=--here", "--max_st", "4", "--trac", "no"]
+    placed, config = parse([Placed, RewardConfig], None, arguments)
+    assert (placed.place, placed.track, config.max_steps) == ("--here", False, 4)
+
+
+def test_help_keeps_the_lines_of_the_description(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse([Placed], None, ["--help"], prog="msrl test", description="Does it.\n\n    msrl test --place here\n")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: msrl test ")
+    assert "\nDoes it.\n\n    msrl test --place here\n" in shown
+    assert "(default: True)" in shown

@@ -51,12 +51,12 @@ class Replay(Recording):
         super().__init__(*arguments, **keywords)
         self.recorded = recorded
 
-    def _sample(self, run, table, step):
+    def _sample(self, run, scoring, table, step):
         return rollout_of(self.recorded), {"brightness": self.recorded["rewards"]}
 
-    def _update(self, run, table, rollout, trained):
+    def _update(self, run, weights, table, rollout, trained):
         self.advantages = rollout.advantages
-        super()._update(run, table, rollout, trained)
+        super()._update(run, weights, table, rollout, trained)
 
 
 class StaleReplay(Replay):

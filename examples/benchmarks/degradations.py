@@ -17,9 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
+from msrl_diffusers.data.degradations import blurred
 from msrl_diffusers.data.phantoms import ID2LABEL, PhantomParameters, make_phantom
 from msrl_diffusers.evaluation.features import extract_features, extractor_identity
 from msrl_diffusers.evaluation.fidelity import frechet_distance
@@ -49,11 +49,6 @@ def draw_phantoms(
     return torch.stack([torch.from_numpy(phantom.volume) for phantom in phantoms]), [
         phantom.parameters for phantom in phantoms
     ]
-
-
-def blurred(volumes: torch.Tensor, sigma: float) -> torch.Tensor:
-    """With a Gaussian of `sigma` voxels; beyond the edge is background."""
-    return torch.from_numpy(gaussian_filter(volumes.numpy(), sigma, mode="constant", cval=-1, axes=(2, 3, 4)))
 
 
 def noisy(volumes: torch.Tensor, deviation: float, seed: int) -> torch.Tensor:

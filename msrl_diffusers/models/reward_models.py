@@ -6,13 +6,34 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..errors import InputError
 from .layers import ResnetBlock, conv
 
 
-class ScoreNetwork(nn.Module):
-    """Images or volumes `[B, C, *S]` to pooled features and a score `[B]`: strided convolutions and residual blocks."""
+def pessimistic_score(head_scores: torch.Tensor, spread_penalty: float) -> torch.Tensor:
+    """Scores `[B]` of an ensemble whose heads gave `head_scores [B, K]`: `mean - spread_penalty * standard deviation`.
 
-    def __init__(self, spatial_dims: int, in_channels: int, block_out_channels: tuple[int, ...], norm_num_groups: int):
+    Where heads that agree on the training volumes disagree, none of them knows; a policy that seeks high scores ends up
+    there (uncertainty-weighted optimization, Coste et al., arXiv 2310.02743, section 3; there with the variance).
+    """
+    if head_scores.shape[1] == 1:
+        return head_scores[:, 0]
+    head_scores = head_scores.float()
+    return head_scores.mean(dim=1) - spread_penalty * head_scores.std(dim=1, correction=0)
+
+
+class ScoreNetwork(nn.Module):
+    """Images or volumes `[B, C, *S]` to pooled features and the scores `[B, K]` of K heads: strided convolutions and
+    residual blocks, shared by all heads."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        block_out_channels: tuple[int, ...],
+        norm_num_groups: int,
+        num_heads: int = 1,
+    ):
         super().__init__()
         layers, channels = [], in_channels
         for outputs in block_out_channels:
@@ -21,44 +42,77 @@ class ScoreNetwork(nn.Module):
             channels = outputs
         self.layers = nn.Sequential(*layers)
         self.norm_out = nn.BatchNorm1d(2 * channels)
-        self.head = nn.Sequential(nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+        self.head = _score_head(channels)  # its name is that of the only one, in checkpoints without an ensemble
+        self.other_heads = nn.ModuleList(_score_head(channels) for _ in range(num_heads - 1))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         hidden = F.silu(self.layers(sample)).float().flatten(2)
         # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
         pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
-        return self.head(self.norm_out(pooled))[:, 0]
+        features = self.norm_out(pooled)
+        return torch.cat([head(features) for head in (self.head, *self.other_heads)], dim=1)
+
+
+def _score_head(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+
+
+def _check_ensemble(num_heads: int, spread_penalty: float) -> None:
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise InputError(f"num_heads of a reward model must be a whole number from 1, got {num_heads!r}.")
+    if not isinstance(spread_penalty, (int, float)) or not 0 <= spread_penalty < float("inf"):
+        raise InputError(f"spread_penalty of a reward model must be 0 or more, got {spread_penalty!r}.")
+    if spread_penalty and num_heads == 1:
+        raise InputError(f"spread_penalty={spread_penalty} needs heads that can disagree; set num_heads to 2 or more.")
 
 
 class VolumeRewardModel(ModelMixin, ConfigMixin):
     """R_3D of arXiv 2603.06173: global anatomy. A 3D network from a volume to one score.
 
+    With `num_heads` above 1 it is an ensemble: heads of different initial weights on one trunk, which `RewardTrainer` fits
+    to different weights of the subjects. Its score is `pessimistic_score` of theirs.
+
     Args:
         in_channels (`int`): channels of the volumes.
         block_out_channels (`tuple[int]`): channels per resolution; each entry halves the axes.
         norm_num_groups (`int`): groups of every GroupNorm.
+        num_heads (`int`): heads of the ensemble; 1 is none.
+        spread_penalty (`float`): deviations between the heads that are taken off their mean.
     """
 
     @register_to_config
     def __init__(
-        self, in_channels: int = 1, block_out_channels: tuple[int, ...] = (16, 32, 64), norm_num_groups: int = 8
+        self,
+        in_channels: int = 1,
+        block_out_channels: tuple[int, ...] = (16, 32, 64),
+        norm_num_groups: int = 8,
+        num_heads: int = 1,
+        spread_penalty: float = 0.0,
     ):
         super().__init__()
-        self.network = ScoreNetwork(3, in_channels, block_out_channels, norm_num_groups)
+        _check_ensemble(num_heads, spread_penalty)
+        self.network = ScoreNetwork(3, in_channels, block_out_channels, norm_num_groups, num_heads)
 
-    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Scores `[B]`, float32, about 0 (worst set) to 1 (best), of `volumes [B, C, D, H, W]` in [-1, 1]."""
-        return self.network(volumes)
+    def forward(self, volumes: torch.Tensor, return_heads: bool = False) -> torch.Tensor:
+        """Scores `[B]`, float32, about 0 (worst set) to 1 (best), of `volumes [B, C, D, H, W]` in [-1, 1]; with
+        `return_heads`, those of every head, `[B, num_heads]`."""
+        head_scores = self.network(volumes)
+        return head_scores if return_heads else pessimistic_score(head_scores, self.config.spread_penalty)
 
 
 class SliceRewardModel(ModelMixin, ConfigMixin):
     """R_2D of arXiv 2603.06173: texture. A 2D network on axial slices; a volume's score is their mean.
+
+    With `num_heads` above 1 it is an ensemble as `VolumeRewardModel` is. Of a volume, each head gives the mean over the
+    slices, and the heads' spread is that of these means: it is about the volume, not about its single slices.
 
     Args:
         in_channels (`int`): channels of the slices.
         block_out_channels (`tuple[int]`): channels per resolution; each entry halves the axes.
         norm_num_groups (`int`): groups of every GroupNorm.
         empty_threshold (`float`): a slice counts as non-empty if this share of its voxels is above the background.
+        num_heads (`int`): heads of the ensemble; 1 is none.
+        spread_penalty (`float`): deviations between the heads that are taken off their mean.
     """
 
     @register_to_config
@@ -68,20 +122,27 @@ class SliceRewardModel(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (32, 48, 64),
         norm_num_groups: int = 8,
         empty_threshold: float = 0.05,
+        num_heads: int = 1,
+        spread_penalty: float = 0.0,
     ):
         super().__init__()
-        self.network = ScoreNetwork(2, in_channels, block_out_channels, norm_num_groups)
+        _check_ensemble(num_heads, spread_penalty)
+        self.network = ScoreNetwork(2, in_channels, block_out_channels, norm_num_groups, num_heads)
 
-    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+    def forward(self, slices: torch.Tensor, return_heads: bool = False) -> torch.Tensor:
         """Scores `[B]`, float32, of axial slices `[B, C, H, W]`; or of volumes `[B, C, D, H, W]`, as the mean over
-        their non-empty slices (over all of them, where every one is empty)."""
+        their non-empty slices (over all of them, where every one is empty); with `return_heads`, those of every head,
+        `[B, num_heads]`."""
         if slices.ndim == 4:
-            return self.network(slices)
-        B, _, D = slices.shape[:3]
-        scores = self.network(slices.movedim(2, 1).flatten(0, 1)).reshape(B, D)
-        weights = non_empty_slices(slices, self.config.empty_threshold).float()
-        weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
-        return (scores * weights).sum(dim=1) / weights.sum(dim=1)
+            head_scores = self.network(slices)
+        else:
+            by_slice = self.network(slices.movedim(2, 1).flatten(0, 1)).unflatten(0, (len(slices), slices.shape[2]))
+            weights = non_empty_slices(slices, self.config.empty_threshold).float()
+            weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
+            head_scores = torch.stack(
+                [(scores * weights).sum(dim=1) / weights.sum(dim=1) for scores in by_slice.unbind(2)], dim=1
+            )
+        return head_scores if return_heads else pessimistic_score(head_scores, self.config.spread_penalty)
 
 
 def non_empty_slices(volumes: torch.Tensor, threshold: float) -> torch.Tensor:

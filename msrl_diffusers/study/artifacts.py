@@ -22,10 +22,13 @@ REWARD_STAGES = ("trajectories", "score", "rewards")
 
 
 def pretrained_stages(config: StudyConfig) -> tuple[str, ...]:
-    """The stages whose results are taken from `config.pretrained`."""
+    """The stages whose results are taken from `config.pretrained`. A release has no trajectories; a refresh of its reward
+    models needs some to train on."""
     if not config.pretrained:
         return ()
-    return PRIOR_STAGES + REWARD_STAGES if config.pretrained_rewards else PRIOR_STAGES
+    if not config.pretrained_rewards:
+        return PRIOR_STAGES
+    return PRIOR_STAGES + tuple(stage for stage in REWARD_STAGES if not (config.refreshes and stage == "trajectories"))
 
 
 def load_split(config: StudyConfig, split: str) -> VolumeDataset:
@@ -47,6 +50,11 @@ def load_reward_models(config: StudyConfig) -> dict[str, torch.nn.Module]:
 def load_extractors(config: StudyConfig) -> dict[str, torch.nn.Module]:
     """The feature extractors by role: `"label"` and `"judge"`."""
     return _load(config, EXTRACTOR_CLASSES, "extractors", "extractor")
+
+
+def load_tuned_pipeline(config: StudyConfig) -> MedVolumePipeline:
+    """The pipeline that the study's method has tuned, in float32."""
+    return MedVolumePipeline.from_pretrained(Path(config.output_dir) / config.method / "pipeline", dtype=torch.float32)
 
 
 def load_scores(config: StudyConfig) -> dict:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..arguments import parse, read_yaml, take_option
 from ..errors import InputError
-from .config import TRAINER_CONFIGS, StudyConfig, trainer_defaults
+from .config import StudyConfig
+from .sections import METHODS, TRAINER_CONFIGS, trainer_defaults
 
 
 GENERAL_FIELDS = ("output_dir", "seed", "mixed_precision")
@@ -38,7 +39,8 @@ def read_study(path: str | Path) -> dict:
 def parse_study(
     section: str, default_config: str | Path | None = None, arguments: Sequence[str] | None = None
 ) -> StudyConfig:
-    """The study of `--config` (or the default), with all fields of the trainer of `section` as options.
+    """The study of `--config` (or the default), with all fields of the trainer of `section` as options. Where that is a method
+    of tuning, it is the study's.
 
     Raises:
         InputError: an unknown field or a bad value; the sentence names it.
@@ -57,4 +59,5 @@ def parse_study(
     # a general option is the whole study's, unless the section has a value of its own
     general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}
     where = {name: value for name, value in asdict(data).items() if value is not None}
-    return StudyConfig(**{**study, **general, **where, section: fields})
+    method = {"method": section} if section in METHODS else {}
+    return StudyConfig(**{**study, **general, **where, **method, section: fields})

@@ -1,53 +1,21 @@
 """StudyConfig: one study, as its YAML file states it."""
 
-import inspect
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-
-from diffusers import DDIMScheduler
 
 from ..data.cases import LOADERS
 from ..errors import InputError
-from ..models.autoencoder_vq_3d import VQModel3D
-from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
-from ..models.reward_models import SliceRewardModel, VolumeRewardModel
-from ..models.unet_3d import UNet3DModel
 from ..precision import PRECISIONS
 from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
-from ..trainers.classifier_config import ClassifierConfig
-from ..trainers.diffusion_config import LatentDiffusionConfig
-from ..trainers.feature_config import FeatureConfig
-from ..trainers.ppo_config import DiffusionPPOConfig
-from ..trainers.reward_config import RewardConfig
-from ..trainers.vqgan_config import VQGANConfig
+from .reward_options import check_reward_options
+from .sections import METHODS, NETWORKS, TRAINER_CONFIGS, check_network, make_trainer_config, trainer_defaults
 
 
-TRAINER_CONFIGS = {
-    "extractors": FeatureConfig,
-    "vqgan": VQGANConfig,
-    "diffusion": LatentDiffusionConfig,
-    "rewards": RewardConfig,
-    "ppo": DiffusionPPOConfig,
-    "downstream": ClassifierConfig,
-}
-RL_STAGES = ("rewards", "ppo", "evaluate", "downstream", "report")  # the seed of these is `rl_seed`
+__all__ = ["RL_STAGES", "TRAINER_CONFIGS", "StudyConfig"]
 
 
-NETWORKS = {
-    "vqvae": VQModel3D,
-    "unet": UNet3DModel,
-    "scheduler": DDIMScheduler,
-    "volume_reward": VolumeRewardModel,
-    "slice_reward": SliceRewardModel,
-    "heldout_reward": VolumeRewardModel,
-    "label_extractor": SliceFeatureExtractor,
-    "judge_extractor": VolumeFeatureExtractor,
-}
-
-
-def trainer_defaults(stage: str) -> dict:
-    """Where a trainer within a study differs from its own defaults: it resumes when the study is run again."""
-    return {"save_steps": 5 if stage == "ppo" else 250, "save_total_limit": 1, "resume_from_checkpoint": "latest"}
+# The seed of these is `rl_seed`.
+RL_STAGES = ("rewards", "validity", "refresh", *METHODS, "curve", "evaluate", "downstream", "report")
 
 
 @dataclass
@@ -110,7 +78,17 @@ class StudyConfig:
     vqgan: dict = field(default_factory=dict, metadata={"help": "Fields of VQGANConfig."})
     diffusion: dict = field(default_factory=dict, metadata={"help": "Fields of LatentDiffusionConfig."})
     rewards: dict = field(default_factory=dict, metadata={"help": "Fields of RewardConfig."})
+    method: str = field(
+        default="ppo", metadata={"help": "How the policy is tuned: ppo, nft, draft or frechet, each with its section."}
+    )
     ppo: dict = field(default_factory=dict, metadata={"help": "Fields of DiffusionPPOConfig."})
+    nft: dict = field(default_factory=dict, metadata={"help": "Fields of DiffusionNFTConfig."})
+    draft: dict = field(default_factory=dict, metadata={"help": "Fields of RewardBackpropConfig."})
+    frechet: dict = field(default_factory=dict, metadata={"help": "Fields of FrechetConfig."})
+    refresh: dict = field(
+        default_factory=dict,
+        metadata={"help": "Fields of RefreshConfig, for method ppo; without any the reward models stay as they are."},
+    )
     downstream: dict = field(
         default_factory=dict,
         metadata={"help": "Fields of ClassifierConfig; without any there is no such stage."},
@@ -123,6 +101,28 @@ class StudyConfig:
         default_factory=lambda: [1, 10, 25, 50, 75, 90, 99], metadata={"help": "Noise steps k of the reconstructions."}
     )
     target_map: str = field(default="linear", metadata={"help": "linear, exponential or rank: from FID to target."})
+    degraded_anchors: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "{kinds: [...], strengths: [...]}: degraded training volumes as further sets of reward data."
+        },
+    )
+    policy_anchors: dict = field(
+        default_factory=dict,
+        metadata={"help": "{name: folder of NIfTI or .safetensors}: samples of earlier policies as further sets."},
+    )
+    marginal_labels: float = field(
+        default=0.0, metadata={"help": "Share of each volume's own influence on the distance in its reward target."}
+    )
+    validity_floors: dict | None = field(
+        default=None, metadata={"help": "{auc: .., spearman: ..}: below these of any reward no policy is tuned by it."}
+    )
+    unseen_sets: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "{name: folder or .safetensors}: samples of other policies, on which rewards are checked too."
+        },
+    )
     sampling_batch_size: int = field(default=32, metadata={"help": "Volumes sampled at once."})
     samplers: list[dict] = field(
         default_factory=lambda: [
@@ -138,6 +138,13 @@ class StudyConfig:
     select_by: str = field(
         default="heldout_reward",
         metadata={"help": "heldout_reward (highest) or -label_fid (lowest): picks the weights that PPO keeps."},
+    )
+    num_curve_points: int = field(
+        default=0, metadata={"help": "Points of the over-optimization curve; 0 measures none."}
+    )
+    curve_per_class: int = field(default=64, metadata={"help": "Volumes per class at each point of the curve."})
+    keep_snapshots: bool = field(
+        default=True, metadata={"help": "Keep the weights along the run after the curve has been measured."}
     )
     num_validity_subjects: int = field(
         default=32, metadata={"help": "Held-out subjects per class on which reward models are checked."}
@@ -155,10 +162,14 @@ class StudyConfig:
         check_types(self)
         check_choice(self, "dataset", ("phantoms", "prepared", *LOADERS))
         check_choice(self, "mixed_precision", PRECISIONS)
+        check_choice(self, "method", METHODS)
         check_choice(self, "select_by", ("heldout_reward", "-label_fid"))
         check_choice(self, "target_map", ("linear", "exponential", "rank"))
         for name in ("image_size", "num_per_class", "sampling_batch_size", "num_validity_subjects", "bootstrap_draws"):
             check_positive(self, name)
+        check_positive(self, "curve_per_class")
+        if self.num_curve_points < 0:
+            raise InputError(f"StudyConfig: num_curve_points must be 0 or more, got {self.num_curve_points}.")
         if self.dataset != "phantoms" and not self.data_dir:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
@@ -168,15 +179,16 @@ class StudyConfig:
         for sampler in self.samplers:
             if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
                 raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")
-        for section, network in NETWORKS.items():
-            known = set(inspect.signature(network.__init__).parameters) - {"self"}
-            unknown = sorted(set(getattr(self, section)) - known)
-            if unknown:
-                raise InputError(
-                    f"Section {section!r} has the unknown field {unknown[0]!r}; {network.__name__} knows {sorted(known)}."
-                )
-        for stage in TRAINER_CONFIGS:
-            self.trainer_config(stage)
+        for section in NETWORKS:
+            check_network(section, getattr(self, section))
+        for section in TRAINER_CONFIGS:
+            self.trainer_config(section)
+        check_reward_options(self)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether the reward models train on while the policy is tuned."""
+        return bool(self.refresh) and self.method == "ppo"
 
     def seed_of(self, stage: str) -> int:
         """The seed of a stage."""
@@ -196,15 +208,17 @@ class StudyConfig:
             **overrides,
         }
         settings["output_dir"] = str(Path(self.output_dir) / stage / (name or ""))
-        config_class = TRAINER_CONFIGS[stage]
-        unknown = set(settings) - set(config_class.__dataclass_fields__)
-        if unknown:
-            raise InputError(
-                f"Section {stage!r} has the unknown field {sorted(unknown)[0]!r}; {config_class.__name__} knows "
-                f"{sorted(config_class.__dataclass_fields__)}."
-            )
-        config = config_class(**settings)
+        config = make_trainer_config(stage, settings)
         for name in ("max_steps", "pretrain_steps"):
             if self.max_steps is not None and getattr(config, name, None) is not None:
                 setattr(config, name, min(getattr(config, name), self.max_steps))
         return config
+
+    def changed(self, *names: str) -> tuple[str, ...]:
+        """Which of these fields differ from their defaults."""
+        return tuple(name for name in names if getattr(self, name) != _default(name))
+
+
+def _default(name: str):
+    item = StudyConfig.__dataclass_fields__[name]
+    return item.default_factory() if item.default is MISSING else item.default

@@ -1,10 +1,9 @@
 """The stage evaluate: both arms against real volumes by both extractors, and the reward models on held-out subjects."""
 
+import json
 from pathlib import Path
 
 import torch
-from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.functional.regression import spearman_corrcoef
 from tqdm import tqdm
 
 from ..data.volumes import VolumeDataset
@@ -18,13 +17,22 @@ from ..evaluation.statistics import compare_statistics, set_statistics
 from ..pipelines.med_volume import MedVolumePipeline
 from ..rewards import LearnedReward, WeightedSum
 from ..seeding import fold_seed
-from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
-from .artifacts import load_extractors, load_pipeline, load_reward_models, load_scores, load_split
+from ..trajectories import SetSpec, frechet_by_class, sample_set
+from .artifacts import (
+    load_extractors,
+    load_pipeline,
+    load_reward_models,
+    load_scores,
+    load_split,
+    load_tuned_pipeline,
+)
 from .config import StudyConfig
 from .stages import sample_with
+from .validity import validity_of
 
 
 REPORTED = ("real_floor", "limit", "standard", "rl")
+CHOICE_PER_CLASS = 128
 
 
 def evaluate(config: StudyConfig) -> dict:
@@ -44,7 +52,7 @@ def evaluate(config: StudyConfig) -> dict:
     rewards = {role: LearnedReward(role, model) for role, model in load_reward_models(config).items()}
     pipelines = {
         "standard": load_pipeline(config),
-        "rl": MedVolumePipeline.from_pretrained(Path(config.output_dir) / "ppo" / "pipeline", dtype=torch.float32),
+        "rl": load_tuned_pipeline(config),
     }
     chosen = {"real_floor": "real_floor", "limit": "limit", "standard": "standard @ best"}
     chosen["rl"] = f"rl @ {_choose_sampler(pipelines['rl'], samplers, train, extractors['label'], config)}"
@@ -52,7 +60,11 @@ def evaluate(config: StudyConfig) -> dict:
     with tqdm(total=len(pipelines) * len(samplers), desc="evaluate") as progress:
         for arm, pipeline in pipelines.items():
             for name, sampler in samplers.items():
-                arms[f"{arm} @ {name}"] = sample_with(pipeline, train, sampler, config, fold_seed(seed, "evaluate"))
+                same = next(other for other in samplers if samplers[other] == sampler)  # the first of its kind
+                volumes = arms.get(f"{arm} @ {same}")
+                if volumes is None:
+                    volumes = sample_with(pipeline, train, sampler, config, fold_seed(seed, "evaluate"))
+                arms[f"{arm} @ {name}"] = volumes
                 progress.update()
     features = {
         role: {name: extract_features(extractor, volumes.pixel_values) for name, volumes in arms.items()}
@@ -66,6 +78,10 @@ def evaluate(config: StudyConfig) -> dict:
         role: {
             name: frechet_by_class(references[role]["train"], train, features[role][name], arms[name]) for name in arms
         }
+        for role in extractors
+    }
+    kids = {
+        role: {name: kernel_distance(references[role]["train"], features[role][name], seed) for name in arms}
         for role in extractors
     }
     folder = Path(config.output_dir) / "evaluate"
@@ -85,10 +101,8 @@ def evaluate(config: StudyConfig) -> dict:
             }
             for role in extractors
         },
-        "kid": {
-            role: {arm: kernel_distance(references[role]["train"], features[role][chosen[arm]], seed) for arm in REPORTED}
-            for role in extractors
-        },
+        "kid": {role: {arm: kids[role][chosen[arm]] for arm in REPORTED} for role in extractors},
+        "kid_by_sampler": kids,
         **_intervals(references, features, by_sampler, chosen, config),
         "diversity": _diversity(references["judge"]["train"], train, features["judge"], arms, chosen, seed),
         "statistics": _statistics(train, arms, chosen, config.sampling_batch_size),
@@ -101,17 +115,20 @@ def evaluate(config: StudyConfig) -> dict:
 
 def _samplers(config: StudyConfig) -> dict[str, dict]:
     """`best`: the standard arm's best; `rollout`: the one reinforcement learning sampled with."""
-    scores, ppo = load_scores(config), config.trainer_config("ppo")
+    scores, tuning = load_scores(config), config.trainer_config(config.method)
     best = {key: value for key, value in scores["samplers"][scores["best_sampler"]].items() if key != "fid"}
-    rollout = {"num_inference_steps": ppo.num_inference_steps, "eta": ppo.eta, "guidance_scale": ppo.guidance_scale}
+    rollout = {name: getattr(tuning, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
     return {"best": {"guidance_scale": 1.0, **best}, "rollout": rollout}
 
 
 def _choose_sampler(
     pipeline: MedVolumePipeline, samplers: dict, train: VolumeDataset, extractor: torch.nn.Module, config: StudyConfig
 ) -> str:
-    """The sampler of the lowest label FID; on the samples' seeds of stage score, which are not those of the report."""
-    real, distances = extract_features(extractor, train.pixel_values), {}
+    """The sampler of the lowest label FID; on other samples than those of the report, and fewer where there are many."""
+    train, distances = train.take_per_class(CHOICE_PER_CLASS), {}
+    if len({tuple(sorted(sampler.items())) for sampler in samplers.values()}) == 1:
+        return next(iter(samplers))
+    real = extract_features(extractor, train.pixel_values)
     for name, sampler in samplers.items():
         sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
         features = extract_features(extractor, sampled.pixel_values)
@@ -187,7 +204,7 @@ def _rewards(config: StudyConfig, rewards: dict, before: VolumeDataset, after: V
 
     Parts are in units of the reference policy's deviation; `gain` is in units of the whole reward's deviation before.
     """
-    trained = WeightedSum([rewards["volume"], rewards["slice"]], config.trainer_config("ppo").reward_weights)
+    trained = WeightedSum([rewards["volume"], rewards["slice"]], config.trainer_config(config.method).reward_weights)
     scores = {
         name: {role: reward(volumes.pixel_values, volumes.class_labels) for role, reward in rewards.items()}
         for name, volumes in (("before", before), ("after", after))
@@ -205,31 +222,7 @@ def _rewards(config: StudyConfig, rewards: dict, before: VolumeDataset, after: V
 
 
 def _validity(config: StudyConfig, pipeline: MedVolumePipeline, rewards: dict, subjects: VolumeDataset) -> dict:
-    """How well each reward model ranks trajectory sets of held-out subjects, and tells k = 1 from synthetic ones."""
-    set_targets = load_scores(config)["targets"]
-    specs = set_specs(config.synthetic_steps, config.reconstruction_steps)
-    names = [subjects.id2label[label] for label in subjects.class_labels.tolist()]
-    values, targets = {role: {} for role in rewards}, {}
-    with tqdm(
-        total=sum(spec.unet_forwards for spec in specs) * len(subjects), desc="reward check", unit="forward"
-    ) as bar:
-        for spec in specs:
-            sampled = sample_set(
-                pipeline, subjects, spec, fold_seed(config.seed_of("evaluate"), "validity"), config.sampling_batch_size,
-                mixed_precision=config.mixed_precision, progress=bar,
-            )  # fmt: skip
-            targets[spec.name] = torch.tensor([set_targets[spec.name][name] for name in names])
-            for role, reward in rewards.items():
-                values[role][spec.name] = reward(sampled.pixel_values, sampled.class_labels)
-    best = min((spec for spec in specs if spec.kind == "reconstruction"), key=lambda spec: spec.step).name
-    synthetic = max((spec for spec in specs if spec.kind == "synthetic"), key=lambda spec: spec.step).name
-    is_best = torch.cat([torch.ones(len(subjects)), torch.zeros(len(subjects))]).long()
-    return {
-        role: {
-            "spearman": spearman_corrcoef(torch.cat(list(by_set.values())), torch.cat(list(targets.values()))).item(),
-            "auc": binary_auroc(torch.cat([by_set[best], by_set[synthetic]]).sigmoid(), is_best).item(),
-            "mean_by_set": {name: scores.mean().item() for name, scores in by_set.items()},
-            "n": len(subjects),
-        }
-        for role, by_set in values.items()
-    }
+    """The figures of the reward models: those of stage validity, where the study has it."""
+    if config.validity_floors:
+        return json.loads((Path(config.output_dir) / "validity" / "stage.json").read_text())["result"]
+    return validity_of(config, pipeline, rewards, subjects)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..data.volumes import VolumeDataset
 from ..files import write_json, write_text
-from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_history, plot_scatter, plot_volumes
-from .artifacts import load_pipeline, load_scores, load_split
+from .artifacts import load_pipeline, load_scores, load_split, load_tuned_pipeline
 from .config import StudyConfig
+from .curve_figure import curve_lines, draw_curve
 
 
 PACKAGES = ("msrl_diffusers", "torch", "diffusers", "accelerate", "transformers", "monai", "torchmetrics", "numpy")
@@ -21,6 +21,9 @@ ARMS = {
     "standard": "standard diffusion",
     "rl": "RL-tuned",
 }
+METHOD_NAMES = {
+    "ppo": "PPO", "nft": "DiffusionNFT", "draft": "Reward backpropagation", "frechet": "Frechet distance as the loss",
+}  # fmt: skip
 
 
 def report(config: StudyConfig) -> dict:
@@ -36,15 +39,17 @@ def report(config: StudyConfig) -> dict:
         "data_fingerprint": records["prepare"]["result"]["fingerprint"],
         "data": records["prepare"]["result"],
         "downstream": _downstream(records) if config.downstream else None,
-        "ppo": records["ppo"]["result"],
-        "unet_forwards": records["ppo"]["result"]["unet_forwards"],
+        "method": config.method,
+        config.method: records[config.method]["result"],
+        "unet_forwards": records[config.method]["result"]["unet_forwards"],
+        "curve": records["curve"]["result"] if config.num_curve_points else None,
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "pretrained": config.pretrained and Path(config.pretrained).name,
         "commit": git_commit(),
         "versions": versions(),
     }
     load_pipeline(config).save_pretrained(output_dir / "pipeline_standard")
-    MedVolumePipeline.from_pretrained(output_dir / "ppo" / "pipeline").save_pretrained(output_dir / "pipeline_rl")
+    load_tuned_pipeline(config).save_pretrained(output_dir / "pipeline_rl")
     _draw(config, content)
     write_text(output_dir / "report.md", markdown(content))
     write_json(output_dir / "report.json", content)
@@ -150,14 +155,16 @@ def markdown(content: dict) -> str:
         after = reward["parts"]["after"][role]
         lines.append(f"| {role} | {validity['auc']:.3f} | {validity['spearman']:.3f} | {after:+.2f} |")
     lines += _diversity_lines(content) + _memorization_lines(content) + _downstream_lines(content)
-    ppo = content["ppo"]
+    method, tuning = content["method"], content[content["method"]]
     lines += [
         "",
-        f"PPO: {ppo['rollouts']} rollouts, {content['unet_forwards']} denoiser forwards, stopped: {ppo['stopped'] or 'at max_steps'}.",
+        f"{METHOD_NAMES[method]}: {tuning['rollouts']} rollouts, {content['unet_forwards']} denoiser forwards, stopped: "
+        f"{tuning['stopped'] or 'at max_steps'}.",
+        *(curve_lines(content["curve"]) if content["curve"] else []),
         "",
         "## Figures",
         "",
-        *(f"![{name}](figures/{name}.png)" for name in ("comparison", "ppo", "reward_vs_fid")),
+        *(f"![{name}](figures/{name}.png)" for name in ("comparison", method, "reward_vs_fid")),
         "",
         "Slices meet where left and right of a volume differ most, which is where a lesion shows.",
         "",
@@ -224,9 +231,14 @@ def _draw(config: StudyConfig, content: dict) -> None:
     titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
     rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}
     plot_volumes(rows, figures / "comparison.png", at_asymmetry=True)
+    method = config.method
     plot_history(
-        output_dir / "ppo", ["reward/mean", "watch/heldout_reward", "watch/label_fid", "ppo/kl"], figures / "ppo.png"
+        output_dir / method,
+        ["reward/mean", "watch/heldout_reward", "watch/label_fid", f"{method}/kl"],
+        figures / f"{method}.png",
     )
+    if content["curve"]:
+        draw_curve(content["curve"], figures / "over_optimization.png")
     fids = load_scores(config)["fid"]
     groups = {
         role: ([fids[name]["all"] for name in validity["mean_by_set"]], list(validity["mean_by_set"].values()))

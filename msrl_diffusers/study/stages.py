@@ -1,4 +1,4 @@
-"""The stages that make data and models: prepare, extractors, vqgan, diffusion, trajectories, score, rewards, ppo."""
+"""The stages prepare, extractors, vqgan, diffusion, trajectories and downstream; others have files of their own."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,33 +14,19 @@ from ..data.processor import VolumeProcessor
 from ..data.splits import SIDES, SplitPlan
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
-from ..evaluation.features import extract_features, extractor_identity, hash_tensors
-from ..evaluation.fidelity import frechet_distance
+from ..evaluation.features import extractor_identity, hash_tensors
 from ..evaluation.sources import open_source
-from ..files import write_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
 from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_volumes
 from ..processes import process_state
-from ..rewards import LearnedReward
-from ..rollouts import Rollout
 from ..seeding import fold_seed
 from ..trainers.diffusion_trainer import LatentDiffusionTrainer
 from ..trainers.feature_trainer import FeatureTrainer
-from ..trainers.ppo_trainer import DiffusionPPOTrainer
-from ..trainers.reward_trainer import RewardTrainer, ScoredVolumes
 from ..trainers.vqgan_trainer import VQGANTrainer
-from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs, set_targets
-from .artifacts import (
-    EXTRACTOR_CLASSES,
-    REWARD_CLASSES,
-    load_extractors,
-    load_pipeline,
-    load_reward_models,
-    load_scores,
-    load_split,
-)
+from ..trajectories import SetSpec, sample_set, set_specs
+from .artifacts import EXTRACTOR_CLASSES, load_pipeline, load_split
 from .config import StudyConfig
 from .downstream import run_downstream
 
@@ -170,33 +156,6 @@ def sample_trajectories(config: StudyConfig) -> dict:
     return {"sets": [spec.name for spec in specs], "volumes_per_set": len(train), "unet_forwards": total}
 
 
-def score_trajectories(config: StudyConfig) -> dict:
-    """FID of every set by the label extractor, the reward targets, and the best sampler of the pretrained model."""
-    train = load_split(config, "train")
-    extractor = load_extractors(config)["label"]
-    real = extract_features(extractor, train.pixel_values)
-    trajectories = Path(config.output_dir) / "trajectories"
-    fids = {}
-    for spec in tqdm(set_specs(config.synthetic_steps, config.reconstruction_steps), desc="score"):
-        volumes = VolumeDataset.load(trajectories / f"{spec.name}.safetensors")
-        fids[spec.name] = frechet_by_class(real, train, extract_features(extractor, volumes.pixel_values), volumes)
-    pipeline, samplers = load_pipeline(config), []
-    for sampler in tqdm(config.samplers, desc="samplers"):
-        sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
-        features = extract_features(extractor, sampled.pixel_values)
-        samplers.append({**sampler, "fid": frechet_by_class(real, train, features, sampled)})
-    scores = {
-        "extractor": extractor_identity(extractor),
-        "n": len(train),
-        "fid": fids,
-        "targets": set_targets(fids, list(train.id2label.values()), config.target_map),
-        "samplers": samplers,
-        "best_sampler": min(range(len(samplers)), key=lambda i: samplers[i]["fid"]["all"]),
-    }
-    write_json(Path(config.output_dir) / "score" / "scores.json", scores)
-    return scores
-
-
 def sample_with(
     pipeline: MedVolumePipeline, volumes: VolumeDataset, sampler: dict, config: StudyConfig, seed: int
 ) -> VolumeDataset:
@@ -211,69 +170,6 @@ def sample_with(
         eta=sampler["eta"],
         mixed_precision=config.mixed_precision,
     )
-
-
-def train_rewards(config: StudyConfig) -> dict:
-    """The two reward models, and a third of another seed and width that only watches."""
-    targets = load_scores(config)["targets"]
-    parts = []
-    for name, by_class in targets.items():
-        volumes = VolumeDataset.load(Path(config.output_dir) / "trajectories" / f"{name}.safetensors")
-        values = torch.tensor([by_class[volumes.id2label[label]] for label in volumes.class_labels.tolist()])
-        parts.append(ScoredVolumes(volumes.pixel_values, values, volumes.subject_ids))
-    data = ScoredVolumes(
-        torch.cat([part.pixel_values for part in parts]),
-        torch.cat([part.targets for part in parts]),
-        [subject for part in parts for subject in part.subject_ids],
-    )
-    results = {}
-    for role, model_class in REWARD_CLASSES.items():
-        torch.manual_seed(fold_seed(config.seed_of("rewards"), "init", "reward", role))
-        model = model_class(**{"in_channels": data.pixel_values.shape[1], **getattr(config, f"{role}_reward")})
-        args = config.trainer_config(
-            "rewards", role, seed=fold_seed(config.seed_of("rewards"), "reward", role) % 2**31
-        )
-        results[role] = RewardTrainer(model, args, data).train()
-        if process_state().is_main_process:
-            model.save_pretrained(Path(config.output_dir) / "rewards" / role)
-    return results
-
-
-def train_ppo(config: StudyConfig) -> dict:
-    """The pipeline tuned by PPO on the two rewards; watched by the held-out reward and the label FID, which also pick the
-    weights that are kept. The judge has no part in it."""
-    pipeline, models, train = load_pipeline(config), load_reward_models(config), load_split(config, "train")
-    rewards = [LearnedReward(role, models[role]) for role in ("volume", "slice")]
-    heldout = LearnedReward("heldout", models["heldout"])
-
-    def heldout_reward(rollout: Rollout) -> float:
-        return heldout(rollout.samples, rollout.conditions).mean().item()
-
-    extractor = load_extractors(config)["label"]
-    real_features = extract_features(extractor, train.pixel_values)
-
-    def label_fid(rollout: Rollout) -> float:
-        features = extract_features(extractor, rollout.samples)
-        distances = []
-        for label in train.id2label:
-            rows = (rollout.conditions == label).nonzero()[:, 0]
-            real_rows = (train.class_labels == label).nonzero()[:, 0]
-            count = min(len(rows), len(real_rows))
-            distances.append(frechet_distance(real_features[real_rows[:count]], features[rows[:count].cpu()]))
-        return sum(distances) / len(distances)
-
-    trainer = DiffusionPPOTrainer(
-        pipeline,
-        rewards,
-        config.trainer_config("ppo"),
-        watchdogs={"heldout_reward": heldout_reward, "label_fid": label_fid},
-        select_by=config.select_by,
-    )
-    figures = trainer.train()
-    if process_state().is_main_process:
-        pipeline.save_pretrained(Path(config.output_dir) / "ppo" / "pipeline")
-    scales = {name: vars(scale) for name, scale in trainer.reward.scales.items()}
-    return {**figures, "unet_forwards": trainer.unet_forwards, "scales": scales}
 
 
 def train_classifiers(config: StudyConfig) -> dict:
@@ -294,9 +190,11 @@ def train_classifiers(config: StudyConfig) -> dict:
     return {name: found[name] for name in ("n", "reference", "arms", "differences")}
 
 
-def load_arm(name: str, path: str | Path, like: VolumeDataset, config: StudyConfig) -> VolumeDataset:
+def load_arm(
+    name: str, path: str | Path, like: VolumeDataset, config: StudyConfig, field: str = "synthetic_arms"
+) -> VolumeDataset:
     """Another generator's volumes: a `.safetensors` file of `VolumeDataset.save`, or a folder of NIfTI with the classes in its
-    `metadata.csv`, resampled to the study's cubes.
+    `metadata.csv`, resampled to the study's cubes. `field` is where the config names it.
 
     Raises:
         InputError: no classes, or one that the study does not have.
@@ -308,7 +206,7 @@ def load_arm(name: str, path: str | Path, like: VolumeDataset, config: StudyConf
     unknown = sorted(set(source.class_names or ["none at all"]) - set(labels))
     if unknown:
         raise InputError(
-            f"synthetic_arms: {path} has volumes of class {unknown[0]!r}; the study's classes are {sorted(labels)}."
+            f"{field}: {path} has volumes of class {unknown[0]!r}; the study's classes are {sorted(labels)}."
         )
     return VolumeDataset(
         torch.cat([batch.half() for batch in source.batches(config.sampling_batch_size)]),

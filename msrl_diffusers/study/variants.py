@@ -35,12 +35,26 @@ def variant_config(config: StudyConfig, variant: str, seed: int) -> StudyConfig:
         field in ABLATIONS.get(variant, {}) for field in ("synthetic_steps", "reconstruction_steps")
     ):  # fmt: skip
         raise InputError(f"{variant} trains reward models of its own; set pretrained_rewards: false.")
-    changes = {
-        name: {**getattr(config, name), **value} if isinstance(value, Mapping) else value
-        for name, value in ABLATIONS.get(variant, {}).items()
+    changes = {config.method if name == "ppo" else name: value for name, value in ABLATIONS.get(variant, {}).items()}
+    return changed_config(config, variant, seed, changes)
+
+
+def changed_config(config: StudyConfig, variant: str, seed: int, changes: Mapping) -> StudyConfig:
+    """The config of a run in a folder of its own, `<variant>-seed<N>`, with `changes` of fields; a section's are of those of
+    its fields that they name.
+
+    Raises:
+        InputError: a field that there is not, or a bad value.
+    """
+    unknown = sorted(set(changes) - set(StudyConfig.__dataclass_fields__))
+    if unknown:
+        raise InputError(f"Variant {variant!r} changes the unknown field {unknown[0]!r}.")
+    merged = {
+        name: {**(getattr(config, name) or {}), **value} if isinstance(value, Mapping) else value
+        for name, value in changes.items()
     }
     folder = Path(config.output_dir) / f"{variant}-seed{seed}"
-    return replace(config, output_dir=str(folder), rl_seed=seed, **changes)
+    return replace(config, output_dir=str(folder), rl_seed=seed, **merged)
 
 
 def run_variants(
@@ -57,22 +71,38 @@ def run_variants(
     configs = {
         variant: {seed: variant_config(config, variant, seed) for seed in seeds} for variant in (FULL, *ablations)
     }
+    run_configs(config, configs)
+    return configs
+
+
+def run_configs(config: StudyConfig, configs: Mapping[str, Mapping[int, StudyConfig]]) -> None:
+    """Run studies that differ from `config`, by variant and seed; what several have in common is made once. A killed run goes
+    on when this is called again."""
+    run_shared(config)
+    made = [config]
+    for by_seed in configs.values():
+        for variant in by_seed.values():
+            run_linked(variant, made)
+            made.append(variant)
+
+
+def run_shared(config: StudyConfig) -> None:
+    """Run the stages that depend on no seed of reinforcement learning, in the folder of `config` itself."""
     shared = [
         stage
         for stage in enabled_stages(config)
         if len({fingerprint(replace(config, rl_seed=seed), stage) for seed in (0, 1)}) == 1
     ]
     run_study(config, shared)
-    made = [config]
-    for by_seed in configs.values():
-        for variant in by_seed.values():
-            for stage in enabled_stages(variant):
-                if process_state().is_main_process:
-                    link_finished(stage, variant, made)
-                process_state().wait_for_everyone()
-                run_study(variant, [stage])
-            made.append(variant)
-    return configs
+
+
+def run_linked(config: StudyConfig, made: Sequence[StudyConfig]) -> None:
+    """Run a study; a stage that one of `made` has finished with the same settings is linked instead."""
+    for stage in enabled_stages(config):
+        if process_state().is_main_process:
+            link_finished(stage, config, made)
+        process_state().wait_for_everyone()
+        run_study(config, [stage])
 
 
 def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]) -> None:

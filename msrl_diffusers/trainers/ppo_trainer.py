@@ -9,44 +9,40 @@ DDPO code in use, or is left open there:
 5. Gradients go through the module that accelerate prepared, so they are reduced over processes.
 6. At the first update of a rollout every ratio must be one; the run stops with an explanation if it is not.
 7. The weights kept are those with the best held-out figure, not the last.
-8. Everything random follows from the seed, the rollout's number and a sample's number within it, so neither the number of
+8. The leash can be told whom to hold (samples of uncertain reward) and what to (a reference that moves); what is reported
+   is the divergence from the pretrained policy.
+9. Everything random follows from the seed, the rollout's number and a sample's number within it, so neither the number of
    processes nor a resume changes what is sampled or in which update it is used.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from accelerate import DistributedType
-from diffusers.training_utils import EMAModel
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from diffusers.utils.torch_utils import randn_tensor
 from transformers import TrainerCallback
 
 from ..errors import InputError
-from ..functional.advantages import normalize_advantages
 from ..functional.denoising import StepMoments, gaussian_kl, gaussian_log_prob
-from ..functional.objectives import adapted_kl_coef, kl_mask_loss, ppo_clip_loss, scaled_clip_range
-from ..plots import plot_samples
+from ..functional.objectives import kl_mask_loss, ppo_clip_loss, scaled_clip_range
 from ..policies import make_policy
-from ..rewards import Reward, WeightedSum, as_reward
-from ..rewards.base import Scale
+from ..rewards import Reward
 from ..rollouts import Rollout, StepTable, sample_rollout, step_moments
 from ..seeding import generator_for, sample_generators
-from .base import TrainingRun, channels_last
+from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
+from .leash import Leash
 from .ppo_config import DiffusionPPOConfig
-from .watchdogs import high_frequency_share, prediction_norm, reward_disagreement, sample_diversity
+from .refresh import RewardRefresh
+from .scoring import Scores, Scoring, join_rewards
+from .tuned_weights import LORA_TARGETS, TunedWeights, add_lora
+from .uncertainty import check_can_be_unsure
+from .watchdogs import Watch, Watchdog, draw_samples
 
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 COST_OF_BACKWARD = 2  # in forwards
 WATCHED_SHARE = 8  # of how many samples of a batch one is compared with the reference, where there is no leash
-Watchdog = Callable[[Rollout], float]
-Scores = dict[str, torch.Tensor]
 
 
 class DiffusionPPOTrainer:
@@ -64,9 +60,11 @@ class DiffusionPPOTrainer:
         select_by: name of the watchdog whose highest value (`"-name"`: lowest) picks the weights kept at the end, and
             against which `args.patience` counts; the last weights are kept if not given.
         callbacks: `transformers.TrainerCallback` objects or classes.
+        refresh: trains the reward models on with labelled samples of the policy, now and then.
 
     Raises:
-        InputError: something that is no reward, no conditions, or an unknown `select_by`.
+        InputError: something that is no reward, no conditions, an unknown `select_by`, a gated divergence without rewards that
+            can be unsure, or a refresh without class labels.
     """
 
     def __init__(
@@ -79,28 +77,26 @@ class DiffusionPPOTrainer:
         watchdogs: Mapping[str, Watchdog] | None = None,
         select_by: str | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        refresh: RewardRefresh | None = None,
     ):
         self.pipeline, self.args = pipeline, args or DiffusionPPOConfig()
-        if isinstance(reward_funcs, WeightedSum):
-            self.reward = reward_funcs
-        else:
-            several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
-            sources = list(reward_funcs) if several else [reward_funcs]
-            self.reward = WeightedSum([as_reward(source) for source in sources], self.args.reward_weights)
+        args = self.args
+        self.reward = join_rewards(reward_funcs, args.reward_weights)
         self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
-        self.watchdogs = dict(watchdogs or {})
-        if select_by is not None and select_by.removeprefix("-") not in self.watchdogs:
-            raise InputError(f"select_by={select_by!r} is no watchdog; there are {sorted(self.watchdogs)}.")
-        self.select_by, self.callbacks = select_by, callbacks
+        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience)
+        self.callbacks, self.refresh = callbacks, refresh
         self.unet_forwards = 0
-        if self.args.use_lora:
-            pipeline.unet.requires_grad_(False)
-            targets = self.args.lora_target_modules or LORA_TARGETS
-            rank = self.args.lora_rank
-            pipeline.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-        if self.args.gradient_checkpointing:
+        if args.kl_gate_quantile is not None:
+            check_can_be_unsure(self.reward)
+        if refresh is not None and not all(isinstance(value, int) for value in self.conditions.values):
+            raise InputError("A reward refresh needs class labels as conditions: numbers, not names or prompts.")
+        if args.use_lora:
+            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
+        if args.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         self.policy = make_policy(pipeline)
+        num_elements = math.prod(self.policy.latent_shape)
+        self._clip_range = scaled_clip_range(args.clip_shift, num_elements, args.log_prob_reduction)
 
     def train(self) -> dict[str, float]:
         """Run the training; the pipeline holds the chosen weights afterwards. Returns that rollout's figures."""
@@ -116,59 +112,41 @@ class DiffusionPPOTrainer:
         run = TrainingRun(args, "ppo", gradient_accumulation_steps=micro_batches)
         self.pipeline.to(run.device)
         table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std, run.device)
-        self._prepare(run)
+        run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None
+        weights = TunedWeights(run, self.pipeline, self.policy, args.max_steps * args.num_updates)
+        self._leash = Leash(run, weights, self.policy)
         run.resume()
-        self._restore(run.state)
+        scoring = Scoring(run, self.reward, self.conditions)
+        if self.refresh is not None:
+            self.refresh.resume(run)
+        self.unet_forwards = run.state.get("unet_forwards", 0)
 
         for step in run.steps():
             noisy = self._draw_window(table, num_noisy, step)
-            rollout, scores = self._sample(run, noisy, step)
-            rewards = self._combine(run, scores)
-            self._record_rewards(run, rewards, scores, rollout)
-            rollout = rollout.with_advantages(self._advantages(run, rewards, rollout.conditions))
-            self._watch(run, noisy, rollout, scores, step)
-            if args.log_samples_steps and step % args.log_samples_steps == 0:
-                self._draw_samples(run, rollout, rewards, step)
+            rollout, scores = self._sample(run, scoring, noisy, step)
+            rewards = scoring.combine(scores)
+            scoring.record(rewards, scores, rollout.conditions)
+            advantages = scoring.advantages(rewards, rollout.conditions, args.adv_clip_max)
+            rollout = rollout.with_advantages(advantages)
+            self._leash.choose(self.reward, rollout.samples, scores)
+            figures = self.watch.figures(run, self.policy, noisy, rollout, scores, args.train_guidance_scale)
+            if self.watch.judge(run, figures, step):
+                weights.save_best()
+            draw_samples(run, rollout.samples, rewards, step)
 
             chosen = torch.randperm(len(noisy.stochastic), generator=generator_for(args.seed, "steps", step))
             trained = sorted(noisy.stochastic[position] for position in chosen[:num_trained].tolist())
-            self._update(run, noisy, rollout, trained)
+            self._update(run, weights, noisy, rollout, trained)
+            self._leash.settle(step)
+            if self.refresh is not None:
+                self.refresh.step(run, scoring, rollout, step, args.num_updates)
             run.record(epoch=step + 1)
             run.state["unet_forwards"] = self.unet_forwards
-        return self._finish(run)
 
-    # ------------------------------------------------------------------------------------------------------- set-up
-
-    def _prepare(self, run: TrainingRun) -> None:
-        """Optimizer, learning rate, averaged weights; the policy gets the denoiser that accelerate wrapped."""
-        args = self.args
-        sharded = run.accelerator.distributed_type == DistributedType.FSDP
-        if sharded and (args.use_lora or args.ema_decay is not None):
-            raise InputError("With FSDP all weights are trained, without averages: unset use_lora and ema_decay.")
-        denoiser = self.pipeline.unet if sharded else channels_last(self.pipeline.unet)  # FSDP wants them contiguous
-        optimizer = run.optimizer([value for value in denoiser.parameters() if value.requires_grad])
-        scheduler = run.lr_scheduler(optimizer, args.max_steps * args.num_updates)
-        run.callbacks = Callbacks(self.callbacks, args, denoiser, run.is_main) if self.callbacks else None
-        self.policy.denoiser, self._optimizer, self._scheduler = run.accelerator.prepare(
-            denoiser, optimizer, scheduler
-        )
-        inner = run.accelerator.unwrap_model(self.policy.denoiser)  # sharding has put other parameters into it
-        self._trainable = {name: value for name, value in inner.named_parameters() if value.requires_grad}
-        self._ema = None
-        if args.ema_decay is not None:
-            self._ema = EMAModel(list(self._trainable.values()), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-            run.accelerator.register_for_checkpointing(self._ema)
-        num_elements = int(torch.tensor(self.policy.latent_shape).prod())
-        self._clip_range = scaled_clip_range(args.clip_shift, num_elements, args.log_prob_reduction)
-
-    def _restore(self, state: dict) -> None:
-        """What a checkpoint remembers beside weights and optimizer."""
-        self.unet_forwards = state.get("unet_forwards", 0)
-        if "scales" in state:
-            self.reward.scales = {name: Scale(**scale) for name, scale in state["scales"].items()}
-        self._kl_coef = state.setdefault("kl_coef", self.args.kl_coef)
-        if self._ema is not None:
-            self._ema.to(next(iter(self._trainable.values())).device)
+        weights.finish(best="best_step" in run.state)
+        weights.push_to_hub()
+        run.finish()
+        return self.watch.result(run)
 
     # ------------------------------------------------------------------------------------------------------ rollouts
 
@@ -178,195 +156,98 @@ class DiffusionPPOTrainer:
         start = torch.randint(positions, (1,), generator=generator_for(self.args.seed, "window", step)).item()
         return table if positions == 1 else table.window(start, size)
 
-    def _sample(self, run: TrainingRun, table: StepTable, step: int) -> tuple[Rollout, Scores]:
+    def _sample(self, run: TrainingRun, scoring: Scoring, table: StepTable, step: int) -> tuple[Rollout, Scores]:
         """This process' samples of rollout number `step`, in the order the updates use them, and their raw rewards."""
-        args, num_processes = self.args, run.accelerator.num_processes
-        total = args.samples_per_rollout * num_processes
-        order = torch.randperm(total, generator=generator_for(args.seed, "order", step))
-        indices = torch.cat([run.shard(part) for part in order.chunk(args.num_updates)])
-        parts, scores = [], []
-        with self._scorer() as submit:
-            for batch in indices.split(args.rollout_batch_size):
-                rows = [(step * total + index) % len(self.conditions) for index in batch.tolist()]
+        args, parts, scored = self.args, [], []
+        with scoring.submitter() as submit:
+            for numbers, rows in scoring.batches(step, args.num_updates):
                 with run.accelerator.autocast():
                     part = sample_rollout(
                         self.policy,
                         self.conditions.take(rows),
                         table,
-                        sample_generators(args.seed, f"rollout {step}", batch.tolist()),
+                        sample_generators(args.seed, f"rollout {step}", numbers),
                         args.guidance_scale,
                         args.log_prob_reduction,
                         vocabulary=self.conditions.values,
                         log_prob_guidance=args.train_guidance_scale,
                         keep_means=args.policy_loss == "kl_mask",
+                        latents=self._antithetic_noise(numbers, step) if args.antithetic else None,
                     )
-                scores.append(submit(self._score, part.samples, rows))
+                scored.append(submit(part.samples, rows))
                 parts.append(part.to("cpu") if args.offload_rollouts else part)
-            scores = [future.result() for future in scores]
+            scores = scoring.collect(scored)
         forwards = len(table) * self._cost(args.guidance_scale)
         if args.train_guidance_scale != args.guidance_scale:
             forwards += len(table.stochastic) * self._cost(args.train_guidance_scale)
-        self.unet_forwards += total * forwards
-        return Rollout.cat(parts), {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
+        self.unet_forwards += args.samples_per_rollout * run.accelerator.num_processes * forwards
+        return Rollout.cat(parts), scores
 
-    @contextmanager
-    def _scorer(self) -> Iterator[Callable[..., Future]]:
-        """A function that runs another one: in a thread of its own with `async_rewards`, else at once."""
-        if self.args.async_rewards:
-            with ThreadPoolExecutor(max_workers=1) as executor:
-                yield executor.submit
-        else:
-
-            def run_now(function: Callable, *arguments) -> Future:
-                future = Future()
-                future.set_result(function(*arguments))
-                return future
-
-            yield run_now
-
-    @torch.no_grad()
-    def _score(self, samples: torch.Tensor, rows: Sequence[int]) -> Scores:
-        """Raw rewards of samples made of these rows of the conditions, in micro-batches."""
-        size = self.args.reward_batch_size or len(samples)
-        parts = []
-        for start in range(0, len(samples), size):
-            some = rows[start : start + size]
-            conditions = self.conditions.take(some)
-            if all(isinstance(condition, int) for condition in conditions):
-                conditions = torch.tensor(conditions, device=samples.device)
-            parts.append(
-                self.reward.parts(samples[start : start + size], conditions, self.conditions.metadata_of(some))
-            )
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    # ------------------------------------------------------------------------------------------ rewards and watchdogs
-
-    def _combine(self, run: TrainingRun, scores: Scores) -> torch.Tensor:
-        """The standardised, weighted reward. The first rollout, the reference policy's, gives the scales."""
-        if not self.reward.scales:
-            self.reward.fit({name: run.accelerator.gather(values) for name, values in scores.items()})
-            run.state["scales"] = {name: vars(scale) for name, scale in self.reward.scales.items()}
-        return self.reward.combine(scores)
-
-    def _record_rewards(self, run: TrainingRun, rewards: torch.Tensor, scores: Scores, rollout: Rollout) -> None:
-        gather = run.accelerator.gather
-        rewards, groups = gather(rewards), gather(rollout.conditions.to(rewards.device))
-        spreads = [rewards[groups == group].std(correction=0) for group in groups.unique()]
-        means = {f"reward/{name}": gather(values).mean() for name, values in scores.items()}
-        run.record(**{"reward/mean": rewards.mean(), "reward/std": rewards.std(), **means})
-        run.record(**{"reward/frac_zero_std": torch.stack([spread == 0 for spread in spreads]).float().mean()})
-
-    def _advantages(self, run: TrainingRun, rewards: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
-        """Advantages of this process' samples, with statistics over all processes."""
-        gather = run.accelerator.gather
-        conditions = conditions.to(rewards.device)
-        advantages = normalize_advantages(gather(rewards), gather(conditions), self.args.adv_clip_max)
-        mine = advantages.reshape(run.accelerator.num_processes, -1)[run.accelerator.process_index]
-        return mine.cpu() if self.args.offload_rollouts else mine
-
-    def _watch(self, run: TrainingRun, table: StepTable, rollout: Rollout, scores: Scores, step: int) -> None:
-        """Log the watchdogs; keep the weights if the selection figure is the best so far; stop where it is time to.
-
-        The figures are of the weights before this rollout's update, averaged over processes.
-        """
-        args = self.args
-        head = rollout.select(slice(args.train_batch_size)).to(run.device)
-        with run.accelerator.autocast():
-            norm = prediction_norm(self.policy, table, head, args.train_guidance_scale)
-        figures = {
-            "prediction_norm": norm,
-            "diversity": sample_diversity(rollout.samples, rollout.conditions),
-            "high_frequency": high_frequency_share(rollout.samples),
-        }
-        if len(scores) > 1:
-            figures["reward_disagreement"] = reward_disagreement(scores)
-        figures.update({name: watchdog(rollout) for name, watchdog in self.watchdogs.items()})
-        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=run.device)
-        figures = dict(zip(figures, run.accelerator.reduce(values, "mean").tolist(), strict=True))
-        run.record(**{f"watch/{name}": value for name, value in figures.items()})
-
-        for name, (low, high) in (args.watch_limits or {}).items():
-            if name not in figures:
-                raise InputError(f"watch_limits names {name!r}, which is no watchdog; there are {sorted(figures)}.")
-            if not low <= figures[name] <= high:
-                run.stop(f"the watchdog {name} left its limits {low} to {high}")
-        if self.select_by is not None:
-            figure = figures[self.select_by.removeprefix("-")] * (-1 if self.select_by.startswith("-") else 1)
-            if figure > run.state.get("best_figure", float("-inf")):
-                run.state.update(best_figure=figure, best_step=step)
-                self._save_best(run)
-            if args.patience is not None and step - run.state["best_step"] >= args.patience:
-                run.stop("the selection figure has not improved")
-
-    def _draw_samples(self, run: TrainingRun, rollout: Rollout, rewards: torch.Tensor, step: int) -> None:
-        if run.is_main:
-            titles = [f"{reward:+.2f}" for reward in rewards.tolist()]
-            picture = plot_samples(rollout.samples, titles, run.output_dir / "samples" / f"rollout-{step:05d}.png")
-            for tracker in run.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    tracker.log_images({"samples": picture[None]}, step=step, dataformats="NHWC")
+    def _antithetic_noise(self, numbers: Sequence[int], step: int) -> torch.Tensor:
+        """Where samples of these numbers start: in pairs of one condition, the second from the first one's noise negated."""
+        size = len(self.conditions)  # the sample of the same condition after this one stands so many places further
+        second = [number // size % 2 == 1 for number in numbers]
+        partners = [number - size * is_second for number, is_second in zip(numbers, second, strict=True)]
+        generators = sample_generators(self.args.seed, f"antithetic noise {step}", partners)
+        noise = randn_tensor((len(numbers), *self.policy.latent_shape), generators)
+        signs = 1 - 2 * torch.tensor(second, dtype=noise.dtype)
+        return noise * signs.view(-1, *[1] * len(self.policy.latent_shape))
 
     # ------------------------------------------------------------------------------------------------------- updates
 
-    def _update(self, run: TrainingRun, table: StepTable, rollout: Rollout, trained: Sequence[int]) -> None:
+    def _update(
+        self, run: TrainingRun, weights: TunedWeights, table: StepTable, rollout: Rollout, trained: Sequence[int]
+    ) -> None:
         """`num_updates` optimizer updates; gradients are accumulated over samples x denoising steps."""
-        args, accelerator, denoiser = self.args, run.accelerator, self.policy.denoiser
-        leashed = self._kl_coef > 0 or args.kl_budget is not None or args.kl_mode == "adaptive"
-        divergences = []
+        args, accelerator, leash = self.args, run.accelerator, self._leash
         for update, rows_of_update in enumerate(torch.arange(len(rollout)).chunk(args.num_updates)):
             for number, rows in enumerate(rows_of_update.split(args.train_batch_size)):
                 batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
                 # without a leash the divergence is only watched, on a few samples per rollout: the reference costs a forward
                 watched = -(-len(batch) // WATCHED_SHARE) if update == number == 0 else 0
-                measured = len(batch) if leashed else watched
+                measured = len(batch) if leash.is_measured else watched
                 for t in trained:
-                    with accelerator.accumulate(denoiser):
-                        loss, kl, stats = self._loss(run, table, batch, t, measured)
+                    with accelerator.accumulate(weights.denoiser):
+                        loss, kl, stats = self._loss(run, table, batch, rows, t, measured)
                         if update == 0:
                             self._check_ratio(stats)
                             run.record(**{"ppo/ratio_first": stats["ratio_mean"]})
-                        accelerator.backward(loss)
-                        if accelerator.sync_gradients:
-                            norm = accelerator.clip_grad_norm_(self._trainable.values(), args.max_grad_norm)
-                            run.record(**{"ppo/grad_norm": norm})
-                        self._optimizer.step()
-                        self._optimizer.zero_grad()
+                        norm = weights.backward(loss)
+                    if norm is not None:
+                        run.record(**{"ppo/grad_norm": norm})
                     if measured:
-                        divergences.append(kl.detach())
+                        leash.note(kl)
                     run.record(**{f"ppo/{name}": value for name, value in stats.items()}, **{"ppo/loss": loss})
-                    passes = len(batch) * (1 + COST_OF_BACKWARD) + measured
+                    passes = len(batch) * (1 + COST_OF_BACKWARD + int(leash.moving is not None)) + measured
                     self.unet_forwards += passes * accelerator.num_processes * self._cost(args.train_guidance_scale)
-            self._scheduler.step()
-            if self._ema is not None:
-                self._ema.step(self._trainable.values())
-        kl = accelerator.reduce(torch.stack(divergences).mean(), "mean").item()
-        run.record(**{"ppo/kl": kl, "ppo/kl_coef": self._kl_coef})
-        if args.kl_mode == "adaptive":
-            self._kl_coef = run.state["kl_coef"] = adapted_kl_coef(self._kl_coef, kl, args.kl_target, args.kl_rate)
-        if args.kl_budget is not None and kl > args.kl_budget:
-            run.stop(f"the KL divergence passed kl_budget={args.kl_budget}")
+            weights.end_update()
 
     def _loss(
-        self, run: TrainingRun, table: StepTable, batch: Rollout, t: int, measured: int
+        self, run: TrainingRun, table: StepTable, batch: Rollout, rows: torch.Tensor, t: int, measured: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, Scores]:
-        """The objective of one denoising step of some samples; the divergence from the reference of the first `measured`."""
-        args = self.args
+        """The objective of one denoising step of the samples `rows` of a rollout; the divergence from the pretrained policy of
+        the first `measured`."""
+        args, leash = self.args, self._leash
         with run.accelerator.autocast():
             mean, std = self._moments(table, t, batch)
-            reference = None
+            pretrained = anchor = None
             if measured:
                 with torch.no_grad(), self.policy.reference():
-                    reference, _ = self._moments(table, t, batch.select(slice(measured)))
+                    pretrained, _ = self._moments(table, t, batch.select(slice(measured)))
+            if leash.moving is not None:
+                with torch.no_grad(), leash.moving.predicting():
+                    anchor, _ = self._moments(table, t, batch)
         log_prob = gaussian_log_prob(batch.latents[:, t + 1], mean, std, args.log_prob_reduction)
         if args.policy_loss == "clip":
             loss, stats = ppo_clip_loss(log_prob, batch.log_probs[:, t], batch.advantages, self._clip_range)
         else:
             moved = gaussian_kl(mean, batch.means[:, t], std)
             loss, stats = kl_mask_loss(log_prob, batch.log_probs[:, t], batch.advantages, moved, args.kl_threshold)
-        if reference is None:
-            return loss, None, stats
-        kl = gaussian_kl(mean[:measured], reference, std).mean()
-        return loss + self._kl_coef * kl, kl, stats
+        kl = None if pretrained is None else gaussian_kl(mean[:measured], pretrained, std)
+        held = kl if anchor is None else gaussian_kl(mean, anchor, std)
+        if held is not None:
+            loss = loss + leash.penalty(held, rows)
+        return loss, None if kl is None else kl.mean(), stats
 
     def _moments(self, table: StepTable, step: int, batch: Rollout) -> StepMoments:
         return step_moments(
@@ -386,62 +267,3 @@ class DiffusionPPOTrainer:
     def _cost(guidance_scale: float) -> int:
         """Forwards of the denoiser in one prediction."""
         return 1 if guidance_scale == 1.0 else 2
-
-    # ------------------------------------------------------------------------------------------------------- weights
-
-    def _save_best(self, run: TrainingRun) -> None:
-        with self._averaged():
-            weights = self._whole_weights()
-        if run.is_main:
-            path = run.output_dir / "best.safetensors"
-            save_file(weights, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-        run.accelerator.wait_for_everyone()
-
-    def _whole_weights(self) -> dict[str, torch.Tensor]:
-        """What is trained, put together from all processes where it is sharded (FSDP); a copy, on the CPU."""
-        whole = {}
-        for name, value in self._trainable.items():
-            value = value.detach()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            whole[name] = value.cpu().clone(memory_format=torch.contiguous_format)
-        return whole
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Within it the denoiser has its averaged weights, if there are any."""
-        if self._ema is None:
-            yield
-            return
-        parameters = list(self._trainable.values())
-        self._ema.store(parameters)
-        self._ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self._ema.restore(parameters)
-
-    def _finish(self, run: TrainingRun) -> dict[str, float]:
-        best_step = run.state.get("best_step")
-        if best_step is not None:
-            weights = load_file(run.output_dir / "best.safetensors")
-        else:
-            with self._averaged():
-                weights = self._whole_weights()
-        unet = run.accelerator.unwrap_model(self.policy.denoiser, keep_fp32_wrapper=False)
-        if run.accelerator.distributed_type == DistributedType.FSDP:
-            unet = self.policy.frozen_copy()  # the same network in one piece
-        with torch.no_grad():
-            for name, parameter in unet.named_parameters():
-                if name in weights:
-                    parameter.copy_(weights[name])
-        if self.args.use_lora:
-            unet.fuse_lora()
-            unet.unload_lora()
-        self.pipeline.unet = self.policy.denoiser = unet.requires_grad_(True).eval()
-        if self.args.push_to_hub and run.is_main:
-            repository = self.args.hub_model_id or run.output_dir.resolve().name
-            self.pipeline.push_to_hub(repository, private=self.args.hub_private_repo)
-        run.finish()
-        chosen = [line for line in run.history if best_step is None or line["step"] <= best_step + 1]
-        return {**(chosen or [{}])[-1], "stopped": run.stopped, "rollouts": run.step}

@@ -21,6 +21,10 @@ class RewardConfig(TrainingConfig):
     noise_level: float = field(
         default=0.0, metadata={"help": "Standard deviation of added noise; noise hides texture."}
     )
+    bootstrap_heads: bool = field(
+        default=True,
+        metadata={"help": "Draw weights of the subjects for every head of an ensemble; a single head has none."},
+    )
 
     def __post_init__(self):
         super().__post_init__()

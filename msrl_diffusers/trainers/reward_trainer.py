@@ -4,6 +4,7 @@ Volumes are split by source subject: a noised reconstruction keeps its subject's
 the model recognise subjects. The figure to watch is the rank correlation on subjects it never saw.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from ..errors import InputError
-from ..seeding import batch_indices, generator_for
+from ..models.reward_models import pessimistic_score
+from ..seeding import batch_indices, fold_seed, generator_for
 from .augmentation import augment_volumes
 from .base import TrainingRun, channels_last
 from .reward_config import RewardConfig
@@ -20,39 +22,139 @@ from .reward_config import RewardConfig
 
 @dataclass(frozen=True)
 class ScoredVolumes:
-    """Reward data: `pixel_values [N, C, D, H, W]` in [-1, 1], `targets [N]` in [0, 1], `subject_ids`."""
+    """Reward data: `pixel_values [N, C, D, H, W]` in [-1, 1], `targets [N]` in [0, 1], `subject_ids`, and `weights [N]`,
+    positive, in the loss (1 for all by default).
+
+    Samples of a policy show no subject: give each noise an id of its own, and samples of one noise the same.
+    """
 
     pixel_values: torch.Tensor
     targets: torch.Tensor
     subject_ids: list[str]
+    weights: torch.Tensor | None = None
+
+    def __post_init__(self):
+        N = len(self.targets)
+        if not len(self.pixel_values) == len(self.subject_ids) == N or (
+            self.weights is not None and tuple(self.weights.shape) != (N,)
+        ):
+            raise InputError(f"Reward data needs a volume, a subject and perhaps a weight for each of {N} targets.")
+        if self.weights is not None and not ((self.weights > 0) & torch.isfinite(self.weights)).all():
+            raise InputError("Weights of reward data must be positive; leave out the volumes that should not count.")
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    @classmethod
+    def cat(cls, parts: Sequence["ScoredVolumes"]) -> "ScoredVolumes":
+        """The volumes of all parts, in that order; those of a part without weights weigh 1 beside others' weights.
+
+        Raises:
+            InputError: no parts, or volumes of different shape.
+        """
+        if not parts:
+            raise InputError("There is no reward data to join; give one part or more.")
+        shapes = {tuple(part.pixel_values.shape[1:]) for part in parts}
+        if len(shapes) > 1:
+            raise InputError(f"Reward data can be joined if all volumes have one shape, got {sorted(shapes)}.")
+        weights = None
+        if any(part.weights is not None for part in parts):
+            weights = torch.cat([torch.ones(len(p)) if p.weights is None else p.weights.float() for p in parts])
+        return cls(
+            torch.cat([part.pixel_values for part in parts]),
+            torch.cat([part.targets for part in parts]),
+            [subject for part in parts for subject in part.subject_ids],
+            weights,
+        )
+
+    def weighted(self, weight: float) -> "ScoredVolumes":
+        """The same volumes, each `weight` times as heavy in the loss: of one source beside others."""
+        weights = torch.ones(len(self)) if self.weights is None else self.weights
+        return ScoredVolumes(self.pixel_values, self.targets, self.subject_ids, weights * weight)
+
     def select(self, rows: torch.Tensor) -> "ScoredVolumes":
-        return ScoredVolumes(self.pixel_values[rows], self.targets[rows], [self.subject_ids[i] for i in rows.tolist()])
+        return ScoredVolumes(
+            self.pixel_values[rows],
+            self.targets[rows],
+            [self.subject_ids[i] for i in rows.tolist()],
+            None if self.weights is None else self.weights[rows],
+        )
 
     def split_by_subject(self, fraction: float, seed: int) -> tuple["ScoredVolumes", "ScoredVolumes"]:
         """Training and validation volumes; `fraction` of the subjects go to the second."""
+        return self._split(self._validation_subjects(fraction, seed))
+
+    def split_beside(
+        self, first: "ScoredVolumes", fraction: float, seed: int
+    ) -> tuple["ScoredVolumes", "ScoredVolumes"]:
+        """Training and validation volumes of data that came later than `first`.
+
+        Subjects of `first` stay on the side where `first.split_by_subject(fraction, seed)` has them. The side of any other
+        follows from its id and the seed alone, so that it stays the same however much is added.
+        """
+        known, chosen = set(first.subject_ids), first._validation_subjects(fraction, seed)
+        for subject in set(self.subject_ids) - known:
+            if fold_seed(seed, "validation subject", subject) < fraction * 2**63:
+                chosen.add(subject)
+        return self._split(chosen)
+
+    def _validation_subjects(self, fraction: float, seed: int) -> set[str]:
         subjects = sorted(set(self.subject_ids))
         if len(subjects) < 2:
             raise InputError(f"Reward data of {len(subjects)} subjects can't be split; at least two are needed.")
         order = torch.randperm(len(subjects), generator=generator_for(seed, "validation subjects")).tolist()
-        chosen = {subjects[i] for i in order[: max(1, round(fraction * len(subjects)))]}
-        inside = torch.tensor([subject in chosen for subject in self.subject_ids])
+        return {subjects[i] for i in order[: max(1, round(fraction * len(subjects)))]}
+
+    def _split(self, validation_subjects: set[str]) -> tuple["ScoredVolumes", "ScoredVolumes"]:
+        inside = torch.tensor([subject in validation_subjects for subject in self.subject_ids])
         return self.select((~inside).nonzero()[:, 0]), self.select(inside.nonzero()[:, 0])
 
 
 class RewardTrainer:
-    """Trains `model`, a network from volumes to scores `[B]`; `train()` returns its validation figures."""
+    """Trains `model`, a network from volumes to scores `[B]`; `train()` returns its validation figures.
 
-    def __init__(self, model: nn.Module, args: RewardConfig, dataset: ScoredVolumes):
+    Training goes on from the weights that the model has, be they fresh or those of an earlier training: a reward that a
+    policy has learned to exploit is refreshed with `additional` data, scored samples of that policy, beside all of the
+    first. A frozen model (one that serves as a reward) is trained and frozen again.
+
+    An ensemble (`num_heads` above 1 in the model's config) is trained by the mean loss of its heads. Each sees the subjects
+    under weights of its own, drawn from the exponential distribution (the Bayesian bootstrap, Rubin 1981): by subject,
+    since the volumes of one are no independent draws.
+
+    Args:
+        model: a `VolumeRewardModel`, a `SliceRewardModel`, or any network from volumes to scores `[B]`.
+        args: the settings; a refresh needs an `output_dir` of its own, or it resumes the training before.
+        dataset: the reward data; the split by subject is made on it.
+        additional: data that came later. Subjects stay on their side of the split; those validation figures that a
+            training without it has stay on the same volumes, and `added_validation_*` stand beside them.
+
+    Raises:
+        InputError: reward data of one subject, or additional data of which nothing would be trained on.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: RewardConfig, dataset: ScoredVolumes, additional: ScoredVolumes | None = None
+    ):
         self.model, self.args = channels_last(model), args
         self.train_dataset, self.eval_dataset = dataset.split_by_subject(args.validation_fraction, args.seed)
+        self.added_eval_dataset = None
+        if additional is not None:
+            added, self.added_eval_dataset = additional.split_beside(dataset, args.validation_fraction, args.seed)
+            if not len(added):
+                raise InputError(
+                    f"All {len(additional)} additional volumes are of validation subjects; add volumes of others."
+                )
+            self.train_dataset = ScoredVolumes.cat([self.train_dataset, added])
+        config = getattr(model, "config", {})
+        self.num_heads, self.spread_penalty = config.get("num_heads", 1), config.get("spread_penalty", 0.0)
+        self.weights = self._loss_weights()
 
     def train(self) -> dict[str, float]:
         """Run the training; returns the figures of `evaluate()`."""
         args, run = self.args, TrainingRun(self.args, f"reward {type(self.model).__name__}")
+        frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
+        if frozen:
+            self.model.requires_grad_(True)
         optimizer = run.optimizer(self.model.parameters())
         scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         model, optimizer, scheduler = run.accelerator.prepare(self.model, optimizer, scheduler)
@@ -65,7 +167,7 @@ class RewardTrainer:
             volumes = self.train_dataset.pixel_values[rows].to(run.device, torch.float32)
             volumes = augment_volumes(volumes, generator, args.max_shift, args.noise_level)
             with run.accelerator.accumulate(model):
-                loss = F.mse_loss(model(volumes), self.train_dataset.targets[rows].to(run.device))
+                loss = self._loss(model, volumes, rows)
                 run.accelerator.backward(loss)
                 if run.accelerator.sync_gradients:
                     run.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -76,23 +178,62 @@ class RewardTrainer:
             run.record(loss=loss)
         run.finish()
         self.model = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+        if frozen:
+            self.model.requires_grad_(False)
         return self.evaluate()
+
+    def _loss(self, model: nn.Module, volumes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The squared error; of several heads or volumes of unequal weight, the mean over heads of the weighted one."""
+        targets = self.train_dataset.targets[rows].to(volumes.device)
+        if self.weights is None:
+            return F.mse_loss(model(volumes), targets)
+        scores = model(volumes, return_heads=True) if self.num_heads > 1 else model(volumes)[:, None]
+        weights = self.weights[rows].to(volumes.device)
+        errors = (scores - targets[:, None]).square()
+        return ((weights * errors).sum(dim=0) / weights.sum(dim=0)).mean()
+
+    def _loss_weights(self) -> torch.Tensor | None:
+        """Weights `[N, heads]` of the training volumes; None where there is one head and all weigh the same."""
+        data = self.train_dataset
+        if self.num_heads == 1 and data.weights is None:
+            return None
+        weights = torch.ones(len(data)) if data.weights is None else data.weights.float()
+        if self.num_heads == 1 or not self.args.bootstrap_heads:
+            return weights[:, None].repeat(1, self.num_heads)
+        drawn = {
+            subject: torch.empty(self.num_heads).exponential_(
+                generator=generator_for(self.args.seed, "bootstrap heads", subject)
+            )
+            for subject in set(data.subject_ids)
+        }
+        return weights[:, None] * torch.stack([drawn[subject] for subject in data.subject_ids])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and Spearman rank correlation on the validation subjects, and on the training subjects beside them."""
+        """Loss and Spearman rank correlation on the validation subjects, and on the training subjects beside them.
+
+        With additional data, `added_validation_*` are those of its validation subjects, if it has any. Of an ensemble the
+        loss is that of the heads' mean, the correlation that of the score, and `*_spread` the mean deviation of the heads.
+        """
         self.model.eval()
-        results = {}
-        for name, data in (("train", self.train_dataset), ("validation", self.eval_dataset)):
-            scores = score_volumes(self.model, data.pixel_values)
-            results[f"{name}_loss"] = F.mse_loss(scores, data.targets).item()
+        parts, results = {"train": self.train_dataset, "validation": self.eval_dataset}, {}
+        if self.added_eval_dataset is not None and len(self.added_eval_dataset):
+            parts["added_validation"] = self.added_eval_dataset
+        for name, data in parts.items():
+            if self.num_heads > 1:
+                by_head = score_volumes(self.model, data.pixel_values, return_heads=True)
+                results[f"{name}_spread"] = by_head.std(dim=1, correction=0).mean().item()
+            else:
+                by_head = score_volumes(self.model, data.pixel_values)[:, None]
+            scores = pessimistic_score(by_head, self.spread_penalty)
+            results[f"{name}_loss"] = F.mse_loss(by_head.mean(dim=1), data.targets).item()
             results[f"{name}_spearman"] = spearman_corrcoef(scores, data.targets).item()
         return results
 
 
 @torch.no_grad()
-def score_volumes(model: nn.Module, volumes: torch.Tensor, batch_size: int = 32) -> torch.Tensor:
-    """Scores `[N]` of `volumes [N, C, D, H, W]`, on the CPU."""
+def score_volumes(model: nn.Module, volumes: torch.Tensor, batch_size: int = 32, **kwargs) -> torch.Tensor:
+    """Scores `[N]` of `volumes [N, C, D, H, W]`, on the CPU; `kwargs` go to the model."""
     parameter = next(model.parameters())
     batches = (batch.to(parameter.device, parameter.dtype) for batch in volumes.split(batch_size))
-    return torch.cat([model(batch).float().cpu() for batch in batches])
+    return torch.cat([model(batch, **kwargs).float().cpu() for batch in batches])

@@ -1,11 +1,118 @@
 """Watchdogs: figures of a rollout that are logged and never trained on. A reward that rises hides what they show."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..errors import InputError
+from ..plots import plot_samples
 from ..policies import DenoisingPolicy
 from ..rollouts import Rollout, StepTable
+from .base import TrainingRun
+
+
+Watchdog = Callable[[Rollout], float]
+
+
+class Watch:
+    """The figures of every rollout, the limits they must keep, and the rollout whose weights are the best so far.
+
+    What must survive a resume (`best_figure`, `best_step`) is in `run.state`.
+
+    Args:
+        watchdogs: figures of the user's own, by name; beside those of this file.
+        select_by: name of the one of `watchdogs` whose highest value (`"-name"`: lowest) marks the best weights.
+        limits: `{figure: [low, high]}`; the run stops when a figure leaves them.
+        patience: the run stops when the selected figure has not improved for so many rollouts.
+
+    Raises:
+        InputError: `select_by` names no watchdog.
+    """
+
+    def __init__(
+        self,
+        watchdogs: Mapping[str, Watchdog] | None = None,
+        select_by: str | None = None,
+        limits: Mapping[str, Sequence[float]] | None = None,
+        patience: int | None = None,
+    ):
+        self.watchdogs, self.select_by = dict(watchdogs or {}), select_by
+        self.limits, self.patience = dict(limits or {}), patience
+        if select_by is not None and select_by.removeprefix("-") not in self.watchdogs:
+            raise InputError(f"select_by={select_by!r} is no watchdog; there are {sorted(self.watchdogs)}.")
+
+    def figures(
+        self,
+        run: TrainingRun,
+        policy: DenoisingPolicy,
+        table: StepTable,
+        rollout: Rollout,
+        scores: Mapping[str, torch.Tensor],
+        guidance_scale: float,
+    ) -> dict[str, float]:
+        """The figures of a rollout, averaged over processes and logged as `watch/NAME`.
+
+        They are of the weights before this rollout's update. `scores` are its raw rewards by name; `guidance_scale` is
+        that of the policy which is trained.
+        """
+        head = rollout.select(slice(run.args.train_batch_size)).to(run.device)
+        with run.accelerator.autocast():
+            norm = prediction_norm(policy, table, head, guidance_scale)
+        figures = {
+            "prediction_norm": norm,
+            "diversity": sample_diversity(rollout.samples, rollout.conditions),
+            "high_frequency": high_frequency_share(rollout.samples),
+        }
+        if len(scores) > 1:
+            figures["reward_disagreement"] = reward_disagreement(scores)
+        figures.update({name: watchdog(rollout) for name, watchdog in self.watchdogs.items()})
+        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=run.device)
+        figures = dict(zip(figures, run.accelerator.reduce(values, "mean").tolist(), strict=True))
+        run.record(**{f"watch/{name}": value for name, value in figures.items()})
+        return figures
+
+    def judge(self, run: TrainingRun, figures: Mapping[str, float], step: int) -> bool:
+        """Stop the run where limits or patience say so. Returns whether the weights that sampled rollout number `step`
+        are the best so far by `select_by`; keep them then.
+
+        Raises:
+            InputError: a limit on a figure that there is not.
+        """
+        for name, (low, high) in self.limits.items():
+            if name not in figures:
+                raise InputError(f"watch_limits names {name!r}, which is no watchdog; there are {sorted(figures)}.")
+            if not low <= figures[name] <= high:
+                run.stop(f"the watchdog {name} left its limits {low} to {high}")
+        if self.select_by is None:
+            return False
+        figure = figures[self.select_by.removeprefix("-")] * (-1 if self.select_by.startswith("-") else 1)
+        improved = figure > run.state.get("best_figure", float("-inf"))
+        if improved:
+            run.state.update(best_figure=figure, best_step=step)
+        if self.patience is not None and step - run.state["best_step"] >= self.patience:
+            run.stop("the selection figure has not improved")
+        return improved
+
+    @staticmethod
+    def result(run: TrainingRun) -> dict:
+        """The log line of the rollout sampled with the weights that are kept (the last one without a selection), with
+        the reason why the run `stopped` and its number of `rollouts`."""
+        best_step = run.state.get("best_step")
+        chosen = [line for line in run.history if best_step is None or line["step"] <= best_step + 1]
+        return {**(chosen or [{}])[-1], "stopped": run.stopped, "rollouts": run.step}
+
+
+def draw_samples(run: TrainingRun, samples: torch.Tensor, rewards: torch.Tensor, step: int) -> None:
+    """Every `log_samples_steps` rollouts, a picture of `samples [B, C, *S]` with their rewards `[B]`, in
+    `output_dir/samples` and for trackers that take pictures."""
+    every = run.args.log_samples_steps
+    if not every or step % every or not run.is_main:
+        return
+    titles = [f"{reward:+.2f}" for reward in rewards.tolist()]
+    picture = plot_samples(samples, titles, run.output_dir / "samples" / f"rollout-{step:05d}.png")
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": picture[None]}, step=step, dataformats="NHWC")
 
 
 @torch.no_grad()

@@ -1,0 +1,256 @@
+"""Studies of several variants and seeds side by side: run, gathered into figures over seeds, written as JSON and Markdown.
+
+For recipes.py and objectives.py. Every run is a study in a folder of its own below `output_dir`; what several have in common
+is made once, and a benchmark that was killed goes on when it is started again.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from msrl_diffusers.arguments import parse, take_option
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.files import write_json, write_text
+from msrl_diffusers.study import StudyConfig
+from msrl_diffusers.study.command_line import read_study
+from msrl_diffusers.study.report import git_commit, versions
+from msrl_diffusers.study.tables import summary, verdict
+from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
+
+
+Changes = Mapping | Callable[[StudyConfig, int], Mapping]  # of StudyConfig's fields; some depend on the seed
+SAMPLERS = ("best", "rollout")
+ROLES = ("judge", "label")
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is run. `--config FILE` names another base study; every field of StudyConfig is an option too."""
+
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of reward models, tuning and evaluation."}
+    )
+    variants: list[str] | None = field(default=None, metadata={"help": "Only these, by name; all if unset."})
+    output: str = field(
+        default="outputs/benchmark.json", metadata={"help": "The JSON; the table and the figure lie beside it."}
+    )
+
+
+def parse_benchmark(
+    default_config: Path, default_output: str, arguments: Sequence[str] | None = None
+) -> tuple[BenchmarkArguments, StudyConfig]:
+    """The command line of a benchmark.
+
+    Raises:
+        InputError: an unknown field, or a bad value.
+    """
+    path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
+    defaults = {"output": default_output, **read_study(path or default_config)}
+    return parse([BenchmarkArguments, StudyConfig], defaults, rest)
+
+
+def merged(*parts: Mapping) -> dict:
+    """Several changes as one; of sections both are taken."""
+    result = {}
+    for part in parts:
+        for name, value in part.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+            result[name] = {**result[name], **value} if both else value
+    return result
+
+
+def chosen(variants: Mapping[str, Changes], names: Sequence[str] | None) -> dict[str, Changes]:
+    """The variants of these names.
+
+    Raises:
+        InputError: a name that there is not.
+    """
+    unknown = sorted(set(names or ()) - set(variants))
+    if unknown:
+        raise InputError(f"There is no variant {unknown[0]!r}; there are {list(variants)}.")
+    return {name: changes for name, changes in variants.items() if names is None or name in names}
+
+
+def run_all(
+    base: StudyConfig, variants: Mapping[str, Changes], seeds: Sequence[int]
+) -> dict[str, dict[int, dict | str]]:
+    """Reports by variant and seed; the sentence instead, where a run was refused (rewards below their floors, say)."""
+    configs = {
+        name: {
+            seed: changed_config(base, name, seed, changes(base, seed) if callable(changes) else changes)
+            for seed in seeds
+        }
+        for name, changes in variants.items()
+    }
+    run_shared(base)
+    made, reports = [base], {}
+    for name, by_seed in configs.items():
+        reports[name] = {}
+        for seed, config in by_seed.items():
+            try:
+                run_linked(config, made)
+                reports[name][seed] = json.loads((Path(config.output_dir) / "report.json").read_text())
+            except InputError as refusal:
+                reports[name][seed] = str(refusal)
+            made.append(config)
+    return reports
+
+
+def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]], what: str) -> dict:
+    """The content of the JSON: a row of figures per variant, and where they come from."""
+    finished = [report for by_seed in reports.values() for report in by_seed.values() if isinstance(report, dict)]
+    if not finished:
+        sentences = [sentence for by_seed in reports.values() for sentence in by_seed.values()]
+        raise InputError(f"Every run was refused; the first because: {sentences[0]}")
+    first = finished[0]
+    return {
+        "what": what,
+        "dataset": base.dataset,
+        "data_fingerprint": first["data_fingerprint"],
+        "pretrained": first["pretrained"],
+        "n": first["n"],
+        "seeds": sorted({seed for by_seed in reports.values() for seed in by_seed}),
+        "extractors": first["extractors"],
+        "variants": {name: row_of(by_seed) for name, by_seed in reports.items()},
+        "cpu_count": os.cpu_count(),
+        "commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def row_of(by_seed: Mapping[int, dict | str]) -> dict:
+    """Figures of one variant over its seeds. `gap_closed` has its 95 % t interval over seeds."""
+    reports = [report for report in by_seed.values() if isinstance(report, dict)]
+    refused = {str(seed): sentence for seed, sentence in by_seed.items() if isinstance(sentence, str)}
+    if not reports:
+        return {"seeds": [], "refused": refused}
+
+    def over_seeds(figure: Callable[[dict], float | None]) -> dict | None:
+        return summary([figure(report) for report in reports])
+
+    tunings = [report[report["method"]] for report in reports]
+    return {
+        "seeds": [seed for seed, report in by_seed.items() if isinstance(report, dict)],
+        "refused": refused,
+        "method": reports[0]["method"],
+        "gap_closed": {role: _interval([report["gap_closed"][role] for report in reports]) for role in ROLES},
+        "fid": {role: _arms(over_seeds, "fid", role, lambda fid: fid["all"]) for role in ROLES},
+        "kid": {role: _arms(over_seeds, "kid", role, float) for role in ROLES},
+        "judge_by_sampler": {
+            sampler: {
+                "fid": over_seeds(
+                    lambda report, name=f"rl @ {sampler}": report["fid_by_sampler"]["judge"][name]["all"]
+                ),
+                "kid": over_seeds(lambda report, name=f"rl @ {sampler}": report["kid_by_sampler"]["judge"][name]),
+            }
+            for sampler in SAMPLERS
+        },
+        "fid_heldout": over_seeds(lambda report: report["fid_heldout"]["judge"]["rl"]["all"]),
+        "ms_ssim_over_real": over_seeds(_similarity),
+        "copies": {arm: over_seeds(lambda report, arm=arm: _copies(report, arm)) for arm in ("standard", "rl")},
+        "reward_gain": over_seeds(lambda report: report["reward"]["gain"]),
+        "heldout_reward_gain": over_seeds(lambda report: report["reward"]["parts"]["after"]["heldout"]),
+        "auc": over_seeds(lambda report: report["reward_models"]["volume"]["auc"]),
+        "spearman": over_seeds(lambda report: report["reward_models"]["volume"]["spearman"]),
+        "unet_forwards": over_seeds(lambda report: report["unet_forwards"]),
+        "seconds": over_seeds(lambda report: report["seconds"][report["method"]]),
+        "rollouts": [tuning["rollouts"] for tuning in tunings],
+        "kept_after": [tuning["kept_after"] for tuning in tunings],
+        "stopped": [tuning["stopped"] for tuning in tunings],
+        "turning_points": [(report["curve"] or {}).get("turning_point") for report in reports],
+    }
+
+
+def _arms(over_seeds: Callable, figure: str, role: str, value: Callable) -> dict:
+    return {
+        arm: over_seeds(lambda report, arm=arm: value(report[figure][role][arm]))
+        for arm in ("limit", "standard", "rl")
+    }
+
+
+def _interval(values: Sequence[float | None]) -> dict | None:
+    """Mean, interval and values; None where there was no gap to close."""
+    if None in values:
+        return None
+    return {name: figure for name, figure in verdict(values).items() if name != "holds"}
+
+
+def _similarity(report: dict) -> float | None:
+    """MS-SSIM of pairs of tuned volumes over that of real ones: above 1 they are more alike."""
+    tuned, real = report["diversity"]["rl"]["ms_ssim"], report["diversity"]["real"]["ms_ssim"]
+    return tuned["value"] / real["value"] if tuned and real else None
+
+
+def _copies(report: dict, arm: str) -> float | None:
+    return report["memorization"][arm]["share"] if report["memorization"] else None
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "judge gap closed (95 %)": lambda row: shown_interval(row["gap_closed"]["judge"]),
+    "judge distance": lambda row: shown(row["fid"]["judge"]["rl"], ".4f"),
+    "judge KID": lambda row: shown(row["kid"]["judge"]["rl"], ".5f"),
+    "label distance": lambda row: shown(row["fid"]["label"]["rl"], ".4f"),
+    "MS-SSIM over real": lambda row: shown(row["ms_ssim_over_real"], ".3f"),
+    "copies": lambda row: shown(row["copies"]["rl"], ".1%"),
+    "reward gained": lambda row: shown(row["reward_gain"], "+.2f"),
+    "held-out reward": lambda row: shown(row["heldout_reward_gain"], "+.2f"),
+    "denoiser forwards": lambda row: shown(row["unet_forwards"], ",.0f"),
+    "seconds": lambda row: shown(row["seconds"], ",.0f"),
+}
+
+
+def table(content: Mapping, columns: Mapping[str, Callable[[dict], str]] = COLUMNS) -> list[str]:
+    """A Markdown table with a line per variant, and one above for the pretrained model."""
+    rows = content["variants"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    done = {name: row for name, row in rows.items() if row["seeds"]}
+    lines += [f"| {name} | " + " | ".join(cell(row) for cell in columns.values()) + " |" for name, row in done.items()]
+    first = next(iter(done.values()))
+    pretrained = [
+        f"{role} {shown(first['fid'][role]['standard'], '.4f')}, limit {shown(first['fid'][role]['limit'], '.4f')}"
+        for role in ROLES
+    ]
+    lines += ["", f"Pretrained model at its best sampler, distances: {'; '.join(pretrained)}."]
+    for name, row in rows.items():
+        lines += [f"- {name}, seed {seed}, was refused: {sentence}" for seed, sentence in row["refused"].items()]
+    return lines
+
+
+def write_results(content: dict, title: str, lines: Sequence[str], figure: Figure, output: str | Path) -> None:
+    """`output` (JSON), and beside it the page and the figure of the same name."""
+    output = Path(output)
+    page = [
+        f"# {title}",
+        "",
+        f"{content['dataset']} `{content['data_fingerprint']}`, {content['n']['all']} volumes on each side of a distance, "
+        f"{len(content['seeds'])} seeds: means, with deviations over seeds. Not for clinical use.",
+        "",
+        *(f"- {role}: `{one['name']}` `{one['sha256']}`" for role, one in content["extractors"].items()),
+        "",
+        *lines,
+        "",
+        f"![{title}]({output.with_suffix('.png').name})",
+    ]
+    write_text(output.with_suffix(".md"), "\n".join(page) + "\n")
+    figure.savefig(output.with_suffix(".png"), dpi=100)
+    write_json(output, content)
+
+
+def shown(figure: Mapping | None, form: str) -> str:
+    """Mean and deviation over seeds."""
+    if figure is None:
+        return ""
+    return format(figure["mean"], form) + ("" if figure["sd"] is None else f" +- {figure['sd']:{form.lstrip('+')}}")
+
+
+def shown_interval(figure: Mapping | None) -> str:
+    """Mean and 95 % interval over seeds, in percent."""
+    if figure is None:
+        return "no gap"
+    interval = figure["interval"]
+    return f"{figure['mean']:.0%}" + (f" ({interval[0]:.0%} .. {interval[1]:.0%})" if interval else "")

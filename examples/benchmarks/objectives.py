@@ -1,0 +1,118 @@
+"""Beyond PPO: the judge's distance against denoiser forwards and seconds, for every method from the same pipeline.
+
+    python examples/benchmarks/objectives.py --output examples/results/objectives-phantoms.json
+    python examples/benchmarks/objectives.py --config CONFIG --data_dir DIR --variants ppo frechet --seeds 0 1 2
+
+Beside the JSON lie the same as a table and a figure. `share_of_ppo` says of each method how many of PPO's denoiser forwards it
+took, and whether it reached PPO's distance. Every tuned model stands at both samplers: the pretrained model's best and the
+rollouts' own.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from _runs import COLUMNS, chosen, gathered, parse_benchmark, run_all, shown, table, write_results
+from matplotlib.figure import Figure
+
+from msrl_diffusers.errors import sentence_instead_of_traceback
+
+
+CONFIG = Path(__file__).parents[1] / "configs" / "phantoms" / "objectives.yaml"
+VARIANTS: dict[str, dict] = {
+    "ppo": {},  # the recipe of the base
+    "ppo_window": {"ppo": {"sde_window": 4, "policy_loss": "kl_mask", "timestep_fraction": 1.0}},
+    "nft": {"method": "nft"},
+    "awm": {"method": "nft", "nft": {"objective": "awm", "num_updates": 1}},
+    "draft": {"method": "draft"},
+    "draft_lv": {"method": "draft", "draft": {"variant": "draft_lv"}},
+    "refl": {"method": "draft", "draft": {"variant": "refl"}},
+    "frechet": {"method": "frechet"},
+}
+BY_SAMPLER = {
+    f"judge distance, {sampler} sampler": lambda row, sampler=sampler: shown(
+        row["judge_by_sampler"][sampler]["fid"], ".4f"
+    )
+    for sampler in ("best", "rollout")
+}
+
+
+def shares_of_ppo(content: dict) -> dict[str, dict] | None:
+    """Of each method: its denoiser forwards and seconds over those of PPO, and whether its judge distance is at most PPO's;
+    means over seeds. None where PPO was not run."""
+    rows = {name: row for name, row in content["variants"].items() if row["seeds"]}
+    if "ppo" not in rows:
+        return None
+
+    def mean(row: dict, name: str) -> float:
+        return row[name]["mean"]
+
+    ppo = rows["ppo"]
+    return {
+        name: {
+            "forwards": mean(row, "unet_forwards") / mean(ppo, "unet_forwards"),
+            "seconds": mean(row, "seconds") / mean(ppo, "seconds"),
+            "reaches_ppo": row["fid"]["judge"]["rl"]["mean"] <= ppo["fid"]["judge"]["rl"]["mean"],
+        }
+        for name, row in rows.items()
+        if name != "ppo"
+    }
+
+
+def draw(content: dict) -> Figure:
+    """Judge distance, KID and diversity of every method against its cost, a point per seed."""
+    rows = {name: row for name, row in content["variants"].items() if row["seeds"]}
+    costs = {"denoiser forwards": "unet_forwards", "seconds": "seconds"}
+    figures = {
+        "judge distance": lambda row: row["fid"]["judge"]["rl"],
+        "judge KID": lambda row: row["kid"]["judge"]["rl"],
+        "MS-SSIM over real": lambda row: row["ms_ssim_over_real"],
+    }
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(len(costs), len(figures), squeeze=False)
+    for line, (cost_title, cost) in zip(axes, costs.items(), strict=True):
+        for axis, (title, figure_of) in zip(line, figures.items(), strict=True):
+            for name, row in rows.items():
+                found = figure_of(row)
+                if found is not None:
+                    axis.plot(row[cost]["values"], found["values"], "o", markersize=5, label=name)
+            axis.set_xscale("log")
+            axis.set_xlabel(cost_title, fontsize=9)
+            axis.set_title(title, fontsize=10)
+            axis.grid(alpha=0.3)
+    first = next(iter(rows.values()))
+    for line in axes:
+        for axis, name in zip(line, ("fid", "kid"), strict=False):
+            for arm, style in (("standard", "--"), ("limit", ":")):
+                axis.axhline(first[name]["judge"][arm]["mean"], color="tab:gray", linestyle=style, label=arm)
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def lines(content: dict) -> list[str]:
+    """The table, at both samplers, and the costs beside PPO's."""
+    found = table(content, {**COLUMNS, **BY_SAMPLER})
+    if content["share_of_ppo"]:
+        found += [
+            "",
+            "| | forwards, of PPO's | seconds, of PPO's | reaches PPO's judge distance |",
+            "|---|---|---|---|",
+        ]
+        for name, share in content["share_of_ppo"].items():
+            reaches = "yes" if share["reaches_ppo"] else "no"
+            found.append(f"| {name} | {share['forwards']:.2f} | {share['seconds']:.2f} | {reaches} |")
+    return found
+
+
+def main() -> None:
+    args, base = parse_benchmark(CONFIG, "outputs/objectives.json")
+    reports = run_all(base, chosen(VARIANTS, args.variants), args.seeds)
+    content = gathered(base, reports, "One pretrained pipeline tuned by several methods")
+    content["share_of_ppo"] = shares_of_ppo(content)
+    write_results(content, "Objectives", lines(content), draw(content), args.output)
+    sys.stdout.write(json.dumps(content["share_of_ppo"], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with sentence_instead_of_traceback():
+        main()

@@ -1,0 +1,151 @@
+"""The stages score and rewards: sets of reward data, their distances and targets, and the models regressed on them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..data.degradations import degrade_dataset
+from ..data.volumes import VolumeDataset
+from ..errors import InputError
+from ..evaluation.features import extract_features, extractor_identity
+from ..evaluation.set_labels import marginal_targets
+from ..files import write_json
+from ..processes import process_state
+from ..seeding import fold_seed
+from ..trainers.reward_trainer import RewardTrainer, ScoredVolumes
+from ..trajectories import frechet_by_class, set_specs, set_targets
+from .artifacts import REWARD_CLASSES, load_extractors, load_pipeline, load_scores, load_split
+from .config import StudyConfig
+from .stages import load_arm, sample_with
+
+
+def score_trajectories(config: StudyConfig) -> dict:
+    """FID of every set by the label extractor, the reward targets, and the best sampler of the pretrained model."""
+    train = load_split(config, "train")
+    extractor = load_extractors(config)["label"]
+    real = extract_features(extractor, train.pixel_values)
+    fids = {
+        name: frechet_by_class(real, train, extract_features(extractor, volumes.pixel_values), volumes)
+        for name, volumes in tqdm(reward_sets(config, train), desc="score", total=len(reward_set_names(config)))
+    }
+    pipeline, samplers = load_pipeline(config), []
+    for sampler in tqdm(config.samplers, desc="samplers"):
+        sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
+        features = extract_features(extractor, sampled.pixel_values)
+        samplers.append({**sampler, "fid": frechet_by_class(real, train, features, sampled)})
+    scores = {
+        "extractor": extractor_identity(extractor),
+        "n": len(train),
+        "fid": fids,
+        "targets": set_targets(fids, list(train.id2label.values()), config.target_map),
+        "samplers": samplers,
+        "best_sampler": min(range(len(samplers)), key=lambda i: samplers[i]["fid"]["all"]),
+    }
+    write_json(Path(config.output_dir) / "score" / "scores.json", scores)
+    return scores
+
+
+def train_rewards(config: StudyConfig) -> dict:
+    """The two reward models, and a third of another seed and width that only watches."""
+    data, results = reward_data(config), {}
+    for role, model_class in REWARD_CLASSES.items():
+        torch.manual_seed(fold_seed(config.seed_of("rewards"), "init", "reward", role))
+        model = model_class(**{"in_channels": data.pixel_values.shape[1], **getattr(config, f"{role}_reward")})
+        args = config.trainer_config("rewards", role, seed=reward_seed(config, role))
+        results[role] = RewardTrainer(model, args, data).train()
+        if process_state().is_main_process:
+            model.save_pretrained(Path(config.output_dir) / "rewards" / role)
+    return results
+
+
+def reward_seed(config: StudyConfig, role: str) -> int:
+    """The seed of a reward model's training, which also says on which side of its split a subject stands."""
+    return fold_seed(config.seed_of("rewards"), "reward", role) % 2**31
+
+
+def reward_data(config: StudyConfig) -> ScoredVolumes:
+    """All sets of the reward data with the targets of their sets, mixed with each volume's own where the config says so."""
+    train, targets = load_split(config, "train"), load_scores(config)["targets"]
+    if config.marginal_labels:
+        extractor = load_extractors(config)["label"]
+        real = extract_features(extractor, train.pixel_values)
+    parts = []
+    for name, volumes in reward_sets(config, train):
+        values = targets_by_volume(targets, name, volumes)
+        if config.marginal_labels:
+            features = extract_features(extractor, volumes.pixel_values)
+            values = marginal_targets(
+                real, train.class_labels, features, volumes.class_labels, values, config.marginal_labels
+            )
+        parts.append(ScoredVolumes(volumes.pixel_values, values, volumes.subject_ids))
+    return ScoredVolumes.cat(parts)
+
+
+def targets_by_volume(targets: dict, name: str, volumes: VolumeDataset) -> torch.Tensor:
+    """The targets `[N]` of set `name`, of each of its volumes.
+
+    Raises:
+        InputError: a set that was not scored.
+    """
+    if name not in targets:
+        raise InputError(
+            f"The set {name!r} has no target; scored are {sorted(targets)}: give the steps of these, or score anew."
+        )
+    return torch.tensor([targets[name][volumes.id2label[label]] for label in volumes.class_labels.tolist()])
+
+
+def reward_set_names(config: StudyConfig) -> list[str]:
+    """Names of all sets of the reward data."""
+    return [
+        *(spec.name for spec in set_specs(config.synthetic_steps, config.reconstruction_steps)),
+        *(_degraded_name(kind, strength) for kind, strength in _degradations(config)),
+        *(f"policy-{name}" for name in config.policy_anchors),
+    ]
+
+
+def reward_sets(config: StudyConfig, train: VolumeDataset) -> Iterator[tuple[str, VolumeDataset]]:
+    """Every set of the reward data with its name, one at a time: trajectories from their files, degraded training volumes, and
+    samples of earlier policies, as many of each class as there are training volumes: distances of unequal sets say nothing.
+
+    Raises:
+        InputError: a set that can't be read, or with too few volumes of a class.
+    """
+    for spec in set_specs(config.synthetic_steps, config.reconstruction_steps):
+        yield spec.name, VolumeDataset.load(Path(config.output_dir) / "trajectories" / f"{spec.name}.safetensors")
+    for kind, strength in _degradations(config):
+        yield _degraded_name(kind, strength), degrade_dataset(train, kind, strength, config.seed)
+    for name, path in config.policy_anchors.items():
+        yield f"policy-{name}", load_given_set(name, path, train, config, "policy_anchors")
+
+
+def load_given_set(name: str, path: str, train: VolumeDataset, config: StudyConfig, field: str) -> VolumeDataset:
+    """A set that the config names in `field`, of as many volumes of each class as `train` has.
+
+    Raises:
+        InputError: what `load_arm` refuses, or too few volumes.
+    """
+    volumes = load_arm(name, path, train, config, field)
+    if volumes.id2label != train.id2label or volumes.pixel_values.shape[1:] != train.pixel_values.shape[1:]:
+        raise InputError(
+            f"{field}: {path} holds volumes {list(volumes.pixel_values.shape[1:])} of the classes {volumes.id2label}; those of "
+            f"the study are {list(train.pixel_values.shape[1:])} of {train.id2label}."
+        )
+    wanted, found = train.class_counts(), volumes.class_counts()
+    for class_name, count in wanted.items():
+        if found.get(class_name, 0) < count:
+            raise InputError(
+                f"{field}: {path} has {found.get(class_name, 0)} volumes of class {class_name!r}; a distance beside those of "
+                f"the other sets needs {count}, as many as there are training volumes."
+            )
+    return volumes.take_per_class({label: wanted[class_name] for label, class_name in train.id2label.items()})
+
+
+def _degradations(config: StudyConfig) -> list[tuple[str, float]]:
+    anchors = config.degraded_anchors
+    return [(kind, strength) for kind in anchors.get("kinds", ()) for strength in anchors.get("strengths", ())]
+
+
+def _degraded_name(kind: str, strength: float) -> str:
+    return f"degraded-{kind}-{round(100 * strength):03d}"

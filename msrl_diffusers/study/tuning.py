@@ -1,0 +1,120 @@
+"""The stage in which the policy is tuned, by any of the methods; watched alike, and judged by none of what is reported."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..data.volumes import VolumeDataset
+from ..evaluation.features import extract_features
+from ..evaluation.fidelity import frechet_distance
+from ..evaluation.set_labels import SetLabeler
+from ..evaluation.validity import check_validity
+from ..processes import process_state
+from ..rewards import LearnedReward
+from ..rollouts import Rollout
+from ..trainers.frechet_trainer import FrechetTrainer
+from ..trainers.nft_trainer import DiffusionNFTTrainer
+from ..trainers.ppo_trainer import DiffusionPPOTrainer
+from ..trainers.refresh import RewardRefresh
+from ..trainers.reward_backprop_trainer import RewardBackpropTrainer
+from ..trainers.snapshots import SnapshotCallback
+from .artifacts import load_extractors, load_pipeline, load_reward_models, load_split
+from .config import StudyConfig
+from .reward_data import reward_data, reward_seed, reward_sets
+
+
+TRAINED_ON = ("volume", "slice")  # the third reward model only watches
+
+
+def tune(config: StudyConfig) -> dict:
+    """The pipeline tuned by `config.method` on the two rewards, or on the label extractor; watched by the held-out reward and
+    the label FID, which also pick the weights that are kept. The judge has no part in it.
+
+    Raises:
+        InputError: rewards below `validity_floors`.
+    """
+    if config.validity_floors and config.method != "frechet":  # which uses no reward
+        record = Path(config.output_dir) / "validity" / "stage.json"
+        figures = json.loads(record.read_text())["result"]
+        check_validity({role: figures[role] for role in TRAINED_ON}, config.validity_floors)
+    pipeline, models, train = load_pipeline(config), load_reward_models(config), load_split(config, "train")
+    extractor = load_extractors(config)["label"]
+    args = config.trainer_config(config.method)
+    shared = {
+        "watchdogs": watchdogs(models["heldout"], extractor, train),
+        "select_by": config.select_by,
+        "callbacks": [SnapshotCallback(args.output_dir, config.num_curve_points)] if config.num_curve_points else (),
+    }
+    rewards = [LearnedReward(role, models[role]) for role in TRAINED_ON]
+    trainer = _MAKERS[config.method](config, pipeline, rewards, extractor, train, args, shared)
+    figures = trainer.train()
+    if process_state().is_main_process:
+        pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
+    reward = getattr(trainer, "reward", None)
+    return {
+        **figures,
+        # a line of the log is of the weights that sampled its rollout, those before its update
+        "kept_after": figures.get("updates_kept", figures.get("step", 1) - 1),
+        "unet_forwards": trainer.unet_forwards,
+        "scales": {name: vars(scale) for name, scale in reward.scales.items()} if reward is not None else {},
+    }
+
+
+def watchdogs(
+    heldout_model: torch.nn.Module, extractor: torch.nn.Module, train: VolumeDataset
+) -> dict[str, Callable[[Rollout], float]]:
+    """`heldout_reward`, by the model that is never trained on, and `label_fid`, the mean distance over the classes."""
+    heldout = LearnedReward("heldout", heldout_model)
+    real_features = extract_features(extractor, train.pixel_values)
+
+    def heldout_reward(rollout: Rollout) -> float:
+        return heldout(rollout.samples, rollout.conditions).mean().item()
+
+    def label_fid(rollout: Rollout) -> float:
+        features = extract_features(extractor, rollout.samples)
+        distances = []
+        for label in train.id2label:
+            rows = (rollout.conditions == label).nonzero()[:, 0]
+            real_rows = (train.class_labels == label).nonzero()[:, 0]
+            count = min(len(rows), len(real_rows))
+            distances.append(frechet_distance(real_features[real_rows[:count]], features[rows[:count].cpu()]))
+        return sum(distances) / len(distances)
+
+    return {"heldout_reward": heldout_reward, "label_fid": label_fid}
+
+
+def _ppo(config, pipeline, rewards, extractor, train, args, shared):
+    refresh = None
+    if config.refreshes:
+        most = args.samples_per_rollout * process_state().num_processes  # no class of a rollout has more
+        anchors = {name: volumes.take_per_class(most) for name, volumes in reward_sets(config, train)}
+        labeler = SetLabeler(extractor, train, anchors, config.target_map, config.marginal_labels)
+        refresh = RewardRefresh(
+            {reward.name: reward.model for reward in rewards},
+            reward_data(config),
+            labeler,
+            {
+                reward.name: config.trainer_config("refresh", seed=reward_seed(config, reward.name))
+                for reward in rewards
+            },
+        )
+    return DiffusionPPOTrainer(pipeline, rewards, args, refresh=refresh, **shared)
+
+
+def _nft(config, pipeline, rewards, extractor, train, args, shared):
+    return DiffusionNFTTrainer(pipeline, rewards, args, **shared)
+
+
+def _draft(config, pipeline, rewards, extractor, train, args, shared):
+    return RewardBackpropTrainer(pipeline, rewards, args, **shared)
+
+
+def _frechet(config, pipeline, rewards, extractor, train, args, shared):
+    if args.eval_steps:  # it picks by the distance of fresh samples then, which is none of a rollout
+        shared = {**shared, "select_by": None}
+    return FrechetTrainer(pipeline, {"label": extractor}, train, args, **shared)
+
+
+_MAKERS = {"ppo": _ppo, "nft": _nft, "draft": _draft, "frechet": _frechet}

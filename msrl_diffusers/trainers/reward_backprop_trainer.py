@@ -1,0 +1,448 @@
+"""RewardBackpropTrainer: gradients of differentiable rewards through the decoder and the last denoising steps.
+
+DRaFT-K and DRaFT-LV (arXiv 2309.17400) and ReFL (arXiv 2304.05977). What differs from the code in use, or is left open there:
+1. Gradients of the rewards by the latents come first, in batches of `reward_batch_size`; then the denoiser is passed with
+   them. So decoder and reward networks are not in memory together with the denoiser, and one sample's gradient can be clipped.
+2. The denoising steps are replayed from the states of the rollout with its own noise; the rollout keeps no graph.
+3. Rewards are standardized on the first rollout and enter as they are (ReFL: without its map by ReLU, which is for one reward
+   of known range), and the loss of pretraining is not mixed in; the divergence from the pretrained model holds instead.
+4. ReFL finishes its rollouts, since watchdogs look at finished samples, and all samples of a rollout train one late step.
+5. Averaged weights, a held-out figure that picks the weights, budget and limits: a reward that has gradients is exploited
+   within few updates.
+6. Everything random follows from the seed, the rollout's number and a sample's number within it.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
+
+from ..errors import InputError
+from ..functional.backprop import clip_per_sample, late_steps, random_slices, reparametrized, surrogate_loss
+from ..functional.denoising import StepMoments, ddim_moments, gaussian_kl, predict_clean
+from ..functional.forward_process import add_noise
+from ..models.reward_models import SliceRewardModel, non_empty_slices
+from ..policies import Conditioning, DenoisingPolicy, make_policy
+from ..rewards import Reward, WeightedSum
+from ..rollouts import Rollout, StepTable, sample_rollout
+from ..seeding import generator_for, sample_generators
+from .base import TrainingRun
+from .callbacks import Callbacks
+from .conditions import Conditions
+from .lora import save_lora
+from .reward_backprop_config import RewardBackpropConfig
+from .scoring import Scores, Scoring, join_rewards
+from .tuned_weights import LORA_TARGETS, TunedWeights, add_lora
+from .watchdogs import Watch, Watchdog, draw_samples
+
+
+COST_OF_BACKWARD = 2  # in forwards
+WATCHED_SHARE = 8  # of how many samples of a batch one is compared with the reference, where there is no leash
+
+
+class Drawn(NamedTuple):
+    """Which samples these are: `numbers` within the rollout of all processes, and `rows` of their conditions."""
+
+    numbers: list[int]
+    rows: list[int]
+
+    def select(self, places: Sequence[int]) -> "Drawn":
+        return Drawn([self.numbers[place] for place in places], [self.rows[place] for place in places])
+
+
+class RewardBackpropTrainer:
+    """Fine-tunes the denoiser of `pipeline` to raise differentiable rewards, by their own gradients.
+
+    Logged are the rewards of the rollout, the watchdogs, and `draft/*`, whatever the variant: `loss`; `trained_reward`, that of
+    the samples which had gradients; `reward_grad_norm`, of a sample's standardized reward by its latents, before clipping;
+    `grad_norm`; and `kl`. The last one is the closed-form Gaussian divergence per step and element from the pretrained model, at
+    the states that were trained, if all steps that may be trained have noise (`args.min_std`); otherwise the mean squared
+    difference of the predictions. `train()` says which, as `kl_form`. The reference is a constant in its gradient.
+
+    With `args.fuse_lora=False` the adapter stays in the pipeline, and is in `output_dir/pytorch_lora_weights.safetensors`:
+    `pipeline.set_adapters("default", 0.5)` is half way between the pretrained and the tuned model.
+
+    Args:
+        pipeline: any pipeline that has a policy (`policies.POLICIES`) whose `decode` passes gradients.
+        reward_funcs: one differentiable reward or several, in any form `rewards.as_reward` knows; they are standardized on the
+            first rollout and summed by `args.reward_weights`.
+        args: settings.
+        train_conditions: class labels or prompts, taken in turn; all classes of the pipeline by default.
+        train_dataset: instead of `train_conditions`, a `datasets.Dataset` with a column `prompt`, `label` or `class_label`;
+            its other columns are metadata.
+        watchdogs: figures of a rollout that are logged and never trained on, by name; beside those of `watchdogs.py`.
+        select_by: name of the watchdog whose highest value (`"-name"`: lowest) picks the weights kept at the end, and
+            against which `args.patience` counts; the last weights are kept if not given. A held-out reward is the usual one.
+        callbacks: `transformers.TrainerCallback` objects or classes.
+
+    Raises:
+        InputError: a reward that is not differentiable, no conditions, an unknown `select_by`, `num_slices` without a reward of
+            slices, or `decode: pre_quantization` without a quantizer.
+    """
+
+    def __init__(
+        self,
+        pipeline,
+        reward_funcs: Reward | Callable | str | Sequence,
+        args: RewardBackpropConfig | None = None,
+        train_conditions: Sequence | None = None,
+        train_dataset=None,
+        watchdogs: Mapping[str, Watchdog] | None = None,
+        select_by: str | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    ):
+        self.pipeline, self.args = pipeline, args or RewardBackpropConfig()
+        args = self.args
+        self.reward = join_rewards(reward_funcs, args.reward_weights)
+        stiff = [part.name for part in self.reward.rewards if not part.differentiable]
+        if stiff:
+            raise InputError(
+                f"The rewards {stiff} are not differentiable: leave them out, or tune by DiffusionPPOTrainer."
+            )
+        if args.num_slices is not None and not any(map(_sees_slices, self.reward.rewards)):
+            raise InputError(
+                f"num_slices={args.num_slices} is for a SliceRewardModel, and no reward is one: unset it."
+            )
+        if args.decode == "pre_quantization" and not hasattr(_autoencoder(pipeline), "quantize"):
+            raise InputError(
+                f"decode: pre_quantization needs an autoencoder that quantizes, and that of {type(pipeline).__name__} does "
+                "not; leave decode at straight_through."
+            )
+        self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
+        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience)
+        self.callbacks = callbacks
+        self.unet_forwards = 0
+        if args.use_lora:
+            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
+        if args.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+        self.policy = make_policy(pipeline)
+
+    def train(self) -> dict:
+        """Run the training; the pipeline holds the chosen weights afterwards. Returns that rollout's figures, and `kl_form`."""
+        args = self.args
+        run = TrainingRun(args, "draft", gradient_accumulation_steps=args.samples_per_rollout // args.train_batch_size)
+        self.pipeline.to(run.device)
+        table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std, run.device)
+        self._steps = GradientSteps(self.policy, table, args)
+        run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None
+        weights = SwitchableWeights(run, self.pipeline, self.policy, args.max_steps)
+        run.resume()
+        scoring = Scoring(run, self.reward, self.conditions)
+        self.unet_forwards = run.state.get("unet_forwards", 0)
+
+        with _only_denoiser_trained(self.pipeline), _checkpointed_decoder(self.pipeline, args.decoder_checkpointing):
+            for step in run.steps():
+                rollout, drawn, scores = self._sample(run, scoring, table, step)
+                rewards = scoring.combine(scores)
+                scoring.record(rewards, scores, rollout.conditions)
+                figures = self.watch.figures(run, self.policy, table, rollout, scores, args.guidance_scale)
+                if self.watch.judge(run, figures, step):
+                    weights.save_best()
+                draw_samples(run, rollout.samples, rewards, step)
+                self._settle(run, self._update(run, weights, rollout, drawn, step))
+                run.record(epoch=step + 1)
+                run.state["unet_forwards"] = self.unet_forwards
+
+        weights.finish(best="best_step" in run.state)
+        weights.push_to_hub()
+        run.finish()
+        return {**self.watch.result(run), "kl_form": self._steps.kl_form}
+
+    def _sample(
+        self, run: TrainingRun, scoring: Scoring, table: StepTable, step: int
+    ) -> tuple[Rollout, Drawn, Scores]:
+        """This process' samples of rollout number `step`, which they are, and their raw rewards; without gradients."""
+        args, parts, scored, drawn = self.args, [], [], Drawn([], [])
+        with scoring.submitter() as submit:
+            for numbers, rows in scoring.batches(step):
+                with run.accelerator.autocast():
+                    part = sample_rollout(
+                        self.policy,
+                        self.conditions.take(rows),
+                        table,
+                        sample_generators(args.seed, f"rollout {step}", numbers),
+                        args.guidance_scale,
+                        vocabulary=self.conditions.values,
+                    )
+                scored.append(submit(part.samples, rows))
+                parts.append(part.to("cpu") if args.offload_rollouts else part)
+                drawn = Drawn(drawn.numbers + numbers, drawn.rows + rows)
+            scores = scoring.collect(scored)
+        self._count(run, len(drawn.numbers) * len(table))
+        return Rollout.cat(parts), drawn, scores
+
+    # ------------------------------------------------------------------------------------------------------- updates
+
+    def _update(
+        self, run: TrainingRun, weights: TunedWeights, rollout: Rollout, drawn: Drawn, step: int
+    ) -> dict[str, list[torch.Tensor]]:
+        """One optimizer update, its gradient accumulated over micro-batches. Returns what to log."""
+        args, accelerator, noted = self.args, run.accelerator, defaultdict(list)
+        held = args.kl_coef > 0 or args.kl_budget is not None
+        for number, rows in enumerate(torch.arange(len(rollout)).split(args.train_batch_size)):
+            batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
+            which = drawn.select(rows.tolist())
+            # without a leash the divergence is only watched, on a few samples per rollout: the reference costs forwards
+            watched = -(-len(batch) // WATCHED_SHARE) if number == 0 else 0
+            measured = len(batch) if held else watched
+            with accelerator.accumulate(weights.denoiser):
+                with accelerator.autocast():
+                    scored, visits = VARIANTS[args.variant](self._steps, batch, which, step)
+                gradients, rewards = self._reward_gradients(run, scored, which, step)
+                gradients, norms = clip_per_sample(gradients, args.reward_grad_clip)
+                loss = args.reward_loss_coef * surrogate_loss(scored.flatten(0, 1), gradients)
+                value = -args.reward_loss_coef * rewards.mean()
+                if measured:
+                    with accelerator.autocast():
+                        kl = self._steps.divergence(visits, batch.conditioning, measured)
+                    loss, value = loss + args.kl_coef * kl, value + args.kl_coef * kl
+                    noted["kl"].append(kl.detach())
+                norm = weights.backward(loss)
+            if norm is not None:
+                run.record(**{"draft/grad_norm": norm})
+            noted["loss"].append(value.detach())
+            noted["trained_reward"].append(rewards.mean())
+            noted["reward_grad_norm"].append(norms.mean())
+            passes = 1 + COST_OF_BACKWARD + args.gradient_checkpointing
+            self._count(run, len(visits) * (len(batch) * passes + measured))
+        weights.end_update()
+        return noted
+
+    def _reward_gradients(
+        self, run: TrainingRun, scored: torch.Tensor, drawn: Drawn, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients `[N * B, C, *S]` of the standardized rewards of `scored [N, B, C, *S]` by these latents, and the rewards
+        `[N * B]`.
+
+        Raises:
+            InputError: a reward that passes no gradient, or gradients that are not finite.
+        """
+        latents, draws = scored.detach().flatten(0, 1), len(scored)
+        rows, gradients, rewards = drawn.rows * draws, [], []
+        keys = [(number, draw) for draw in range(draws) for number in drawn.numbers]
+        size = self.args.reward_batch_size or len(drawn.rows)
+        for start in range(0, len(latents), size):
+            part = slice(start, start + size)
+            leaf = latents[part].requires_grad_()
+            combined = self.reward.combine(self._rewards(run, self._decode(run, leaf), rows[part], keys[part], step))
+            gradients += torch.autograd.grad(combined.sum(), leaf)
+            rewards.append(combined.detach())
+        gradients = torch.cat(gradients)
+        wrong = (~torch.isfinite(gradients.flatten(1)).all(dim=1)).sum().item()
+        if wrong:
+            raise InputError(
+                f"The rewards' gradient is not finite for {wrong} of {len(gradients)} samples of rollout {step}; look for a "
+                "division or a root at zero in the rewards."
+            )
+        return gradients, torch.cat(rewards)
+
+    def _decode(self, run: TrainingRun, latents: torch.Tensor) -> torch.Tensor:
+        """Samples `[B, C, *S]` in [-1, 1], with gradients to `latents`."""
+        full = run.accelerator.mixed_precision == "fp16"  # gradients would underflow: no loss scale is in force here
+        with nullcontext() if full else run.accelerator.autocast():
+            if self.args.decode == "pre_quantization":
+                return decode_unquantized(self.pipeline, latents)
+            return self.policy.decode(latents)
+
+    def _rewards(
+        self, run: TrainingRun, samples: torch.Tensor, rows: list[int], keys: Sequence[tuple[int, int]], step: int
+    ) -> Scores:
+        """Raw rewards `{name: [B]}` with gradients to `samples`; a slice reward sees the random slices that `keys` (number of
+        the sample and of its draw) give."""
+        args, found = self.args, {}
+        for reward in self.reward.rewards:
+            seen = samples
+            if args.num_slices is not None and _sees_slices(reward):
+                generators = [generator_for(args.seed, "slices", step, *key) for key in keys]
+                random = torch.stack([torch.rand(samples.shape[2], generator=generator) for generator in generators])
+                counting = non_empty_slices(samples, reward.model.config.empty_threshold)
+                seen = random_slices(samples, counting, random.to(samples.device), args.num_slices)
+            found |= Scoring(run, WeightedSum([reward]), self.conditions).raw(seen, rows)
+            if not found[reward.name].requires_grad:
+                raise InputError(
+                    f"Reward {reward.name!r} says it is differentiable, but no gradient passes from its value to the samples; "
+                    "look for no_grad or detach in it, or tune by DiffusionPPOTrainer."
+                )
+        return found
+
+    def _settle(self, run: TrainingRun, noted: Mapping[str, list[torch.Tensor]]) -> None:
+        """Log the means over micro-batches and processes of what was noted in the update; stop the run over its budget."""
+        means = torch.stack([torch.stack(values).float().mean() for values in noted.values()])
+        figures = dict(zip(noted, run.accelerator.reduce(means, "mean").tolist(), strict=True))
+        run.record(**{f"draft/{name}": value for name, value in figures.items()})
+        if self.args.kl_budget is not None and figures["kl"] > self.args.kl_budget:
+            run.stop(f"the divergence from the pretrained model passed kl_budget={self.args.kl_budget}")
+
+    def _count(self, run: TrainingRun, predictions: int) -> None:
+        cost = 1 if self.args.guidance_scale == 1.0 else 2
+        self.unet_forwards += predictions * run.accelerator.num_processes * cost
+
+
+# ---------------------------------------------------------------------------------------------------- steps and variants
+
+
+class Visit(NamedTuple):
+    """The denoiser's `output [B, C, *S]`, with gradients, for `state [B, C, *S]` at denoising step number `step`."""
+
+    step: int
+    state: torch.Tensor
+    output: torch.Tensor
+
+
+class GradientSteps:
+    """Denoising steps with gradients, and their divergence from the pretrained model.
+
+    Attributes:
+        trained: the steps that the variant may train.
+        kl_form: `"gaussian"` if all of them have noise, otherwise `"prediction"`.
+    """
+
+    def __init__(self, policy: DenoisingPolicy, table: StepTable, args: RewardBackpropConfig):
+        self.policy, self.table, self.args = policy, table, args
+        last = range(len(table) - args.gradient_steps, len(table))
+        self.trained = late_steps(len(table), args.late_fraction) if args.variant == "refl" else last
+        self.kl_form = "gaussian" if set(self.trained) <= set(table.stochastic) else "prediction"
+
+    def visit(self, step: int, state: torch.Tensor, conditioning: Conditioning) -> Visit:
+        """A prediction, with gradients if they are enabled."""
+        output = self.policy.predict(state, self.table.timesteps[step], conditioning, self.args.guidance_scale)
+        return Visit(step, state, output.float())
+
+    def moments(self, visit: Visit) -> StepMoments:
+        """The sampler's step that follows from a prediction."""
+        table, step = self.table, visit.step
+        grid = (table.alpha_prods[step], table.alpha_prods_prev[step], table.etas[step])
+        return ddim_moments(visit.output, visit.state, *grid, self.policy.scheduler.config.prediction_type)
+
+    def divergence(self, visits: Sequence[Visit], conditioning: Conditioning, measured: int) -> torch.Tensor:
+        """The mean divergence `[]` of the first `measured` samples over `visits`; gradients to the trained model's part."""
+        few, found = slice(measured), []
+        for visit in visits:
+            own = Visit(visit.step, visit.state[few], visit.output[few])
+            with torch.no_grad(), self.policy.reference():
+                reference = self.visit(visit.step, own.state, conditioning.select(few))
+            if self.kl_form == "gaussian":
+                mean, std = self.moments(own)
+                with torch.no_grad():
+                    pretrained = self.moments(reference).mean
+                found.append(gaussian_kl(mean, pretrained, std).mean())
+            else:
+                found.append(F.mse_loss(own.output, reference.output))
+        return torch.stack(found).mean()
+
+
+Scored = tuple[
+    torch.Tensor, list[Visit]
+]  # latents to score `[N, B, C, *S]`, N of each sample; the predictions they stem from
+
+
+def draft(steps: GradientSteps, batch: Rollout, drawn: Drawn, step: int) -> Scored:
+    """Final latents, with gradients through the last K steps (DRaFT-K, arXiv 2309.17400, algorithm 1)."""
+    visits, state = [], batch.latents[:, steps.trained.start]
+    for number in steps.trained:
+        visits.append(steps.visit(number, state, batch.conditioning))
+        state = reparametrized(steps.moments(visits[-1]).mean, batch.latents[:, number + 1])
+    return state[None], visits
+
+
+def draft_lv(steps: GradientSteps, batch: Rollout, drawn: Drawn, step: int) -> Scored:
+    """As `draft` of the last step, and the finished sample noised to it and denoised again several times: a gradient of lower
+    variance, whose steps cost less than new samples (DRaFT-LV, arXiv 2309.17400, algorithm 1)."""
+    scored, visits = draft(steps, batch, drawn, step)
+    (last,) = steps.trained
+    found, clean = [scored[0]], batch.latents[:, -1]
+    generators = sample_generators(steps.args.seed, f"last step {step}", drawn.numbers)
+    for _ in range(steps.args.num_noise_draws):
+        noise = randn_tensor(clean.shape, generators, clean.device)
+        noisy = add_noise(clean, noise, steps.table.alpha_prods[last])
+        visits.append(steps.visit(last, noisy, batch.conditioning))
+        found.append(steps.moments(visits[-1]).mean)
+    return torch.stack(found), visits
+
+
+def refl(steps: GradientSteps, batch: Rollout, drawn: Drawn, step: int) -> Scored:
+    """The clean latents predicted at a late step, one for the whole rollout (ReFL, arXiv 2304.05977, algorithm 1)."""
+    generator = generator_for(steps.args.seed, "late step", step)
+    number = steps.trained[torch.randint(len(steps.trained), (1,), generator=generator).item()]
+    visit = steps.visit(number, batch.latents[:, number], batch.conditioning)
+    prediction_type = steps.policy.scheduler.config.prediction_type
+    clean, _ = predict_clean(visit.output, visit.state, steps.table.alpha_prods[number], prediction_type)
+    return clean[None], [visit]
+
+
+VARIANTS = {"draft": draft, "draft_lv": draft_lv, "refl": refl}
+
+
+# --------------------------------------------------------------------------------------------- weights, networks, rewards
+
+
+class SwitchableWeights(TunedWeights):
+    """`TunedWeights` that may leave the adapter apart from the weights beside it, so that its scale can be chosen."""
+
+    def finish(self, best: bool) -> None:
+        """As that of `TunedWeights`; with `args.fuse_lora=False` the adapter stays in the pipeline and is saved."""
+        if self.args.fuse_lora:
+            super().finish(best)
+            return
+        self.args = copy.copy(self.args)
+        self.args.use_lora = False  # there is nothing to fuse
+        super().finish(best)
+        if self.run.is_main:
+            save_lora(self.pipeline, self.run.output_dir)
+
+
+def decode_unquantized(pipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Volumes `[B, C, D, H, W]` in [-1, 1] of `latents`, as `MedVolumePipeline.decode_latents` but without the quantizer."""
+    config = pipeline.vqvae.config
+    latents = latents.to(pipeline.vqvae.dtype) / config.scaling_factor + config.shift_factor
+    return pipeline.vqvae.decode(latents, force_not_quantize=True).sample.float().clamp(-1, 1)
+
+
+def _autoencoder(pipeline) -> nn.Module:
+    return pipeline.vqvae if hasattr(pipeline, "vqvae") else pipeline.vae
+
+
+def _sees_slices(reward: Reward) -> bool:
+    return isinstance(getattr(reward, "model", None), SliceRewardModel)
+
+
+@contextmanager
+def _only_denoiser_trained(pipeline) -> Iterator[None]:
+    """Within it no network but the denoiser keeps gradients, and all are in evaluation mode (as samplers use them; a codebook
+    that learns would move)."""
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    others = [network for network in networks if network is not pipeline.unet]
+    frozen = [value for network in others for value in network.parameters() if value.requires_grad]
+    for network in networks:
+        network.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed_decoder(pipeline, enabled: bool) -> Iterator[None]:
+    """Within it, if `enabled`, the decoder keeps what passes between its layers, and recomputes the rest in the backward pass."""
+    decoder = _autoencoder(pipeline).decoder
+    layers = list(getattr(decoder, "layers", None) or decoder.up_blocks) if enabled else []
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

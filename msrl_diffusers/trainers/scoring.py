@@ -1,0 +1,128 @@
+"""Scoring: the rewards of a rollout, from samples to advantages, over micro-batches, threads and processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from ..functional.advantages import normalize_advantages
+from ..rewards import Reward, WeightedSum, as_reward
+from ..rewards.base import Scale
+from ..seeding import generator_for
+from .base import TrainingRun
+from .conditions import Conditions
+
+
+Scores = dict[str, torch.Tensor]
+
+
+def join_rewards(
+    reward_funcs: Reward | Callable | str | Sequence, weights: Sequence[float] | None = None
+) -> WeightedSum:
+    """One reward or several, in any form `rewards.as_reward` knows, as one weighted sum (kept if it is one already).
+
+    Raises:
+        InputError: something that is no reward.
+        ValueError: not one weight per reward, or two rewards of one name.
+    """
+    if isinstance(reward_funcs, WeightedSum):
+        return reward_funcs
+    several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
+    sources = list(reward_funcs) if several else [reward_funcs]
+    return WeightedSum([as_reward(source) for source in sources], weights)
+
+
+class Scoring:
+    """Rewards of this process' samples, whose conditions are given by their rows in `conditions`.
+
+    Make it after `run.resume()`: the scales that the first rollout gave are taken from `run.state`, if they are there.
+
+    Args:
+        run: the training; its `args` are an `OnlineConfig`.
+        reward: the weighted sum that is trained on.
+        conditions: what samples are made of, with the metadata that goes to rewards.
+    """
+
+    def __init__(self, run: TrainingRun, reward: WeightedSum, conditions: Conditions):
+        self.run, self.args, self.reward, self.conditions = run, run.args, reward, conditions
+        if "scales" in run.state:
+            reward.scales = {name: Scale(**scale) for name, scale in run.state["scales"].items()}
+
+    def batches(self, step: int, num_parts: int = 1) -> Iterator[tuple[list[int], list[int]]]:
+        """This process' part of rollout number `step` in batches of `rollout_batch_size`: numbers of samples within
+        the rollout of all processes, and rows of their conditions, which are taken in turn over rollouts.
+
+        Each of `num_parts` updates gets the same samples, whatever the number of processes.
+        """
+        args, num_processes = self.args, self.run.accelerator.num_processes
+        total = args.samples_per_rollout * num_processes
+        order = torch.randperm(total, generator=generator_for(args.seed, "order", step))
+        mine = torch.cat([self.run.shard(part) for part in order.chunk(num_parts)])
+        for batch in mine.split(args.rollout_batch_size):
+            numbers = batch.tolist()
+            yield numbers, [(step * total + number) % len(self.conditions) for number in numbers]
+
+    @contextmanager
+    def submitter(self) -> Iterator[Callable[[torch.Tensor, Sequence[int]], Future]]:
+        """A function `(samples, rows) -> Future[Scores]` that runs `score`: with `async_rewards` in a thread of its
+        own, while the next batch is denoised, else at once. Call `collect` within."""
+        if self.args.async_rewards:
+            with ThreadPoolExecutor(max_workers=1) as executor:
+                yield lambda samples, rows: executor.submit(self.score, samples, rows)
+        else:
+
+            def run_now(samples: torch.Tensor, rows: Sequence[int]) -> Future:
+                future = Future()
+                future.set_result(self.score(samples, rows))
+                return future
+
+            yield run_now
+
+    @staticmethod
+    def collect(futures: Sequence[Future]) -> Scores:
+        """The scores of all batches, one after the other; an error in a reward is raised here."""
+        return _cat([future.result() for future in futures])
+
+    @torch.no_grad()
+    def score(self, samples: torch.Tensor, rows: Sequence[int]) -> Scores:
+        """Raw rewards `{name: [B]}` of `samples [B, C, *S]` made of these rows of the conditions, in micro-batches."""
+        size = self.args.reward_batch_size or len(samples)
+        starts = range(0, len(samples), size)
+        return _cat([self.raw(samples[start : start + size], rows[start : start + size]) for start in starts])
+
+    def raw(self, samples: torch.Tensor, rows: Sequence[int]) -> Scores:
+        """Raw rewards of one batch, with gradients to `samples` where a reward has them."""
+        conditions = self.conditions.take(rows)
+        if all(isinstance(condition, int) for condition in conditions):
+            conditions = torch.tensor(conditions, device=samples.device)
+        return self.reward.parts(samples, conditions, self.conditions.metadata_of(rows))
+
+    def combine(self, scores: Scores) -> torch.Tensor:
+        """The standardized, weighted reward `[B]`. The first rollout, the reference policy's, gives the scales."""
+        if not self.reward.scales:
+            self.reward.fit({name: self.run.accelerator.gather(values) for name, values in scores.items()})
+            self.run.state["scales"] = {name: vars(scale) for name, scale in self.reward.scales.items()}
+        return self.reward.combine(scores)
+
+    def record(self, rewards: torch.Tensor, scores: Scores, groups: torch.Tensor) -> None:
+        """Log the combined reward, the raw ones, and the share of groups whose rewards are all equal: a group-wise
+        advantage learns nothing from those. `groups [B]` numbers the condition of each sample."""
+        gather = self.run.accelerator.gather
+        rewards, groups = gather(rewards), gather(groups.to(rewards.device))
+        spreads = [rewards[groups == group].std(correction=0) for group in groups.unique()]
+        means = {f"reward/{name}": gather(values).mean() for name, values in scores.items()}
+        self.run.record(**{"reward/mean": rewards.mean(), "reward/std": rewards.std(), **means})
+        self.run.record(**{"reward/frac_zero_std": torch.stack([spread == 0 for spread in spreads]).float().mean()})
+
+    def advantages(self, rewards: torch.Tensor, groups: torch.Tensor, clip: float) -> torch.Tensor:
+        """Advantages `[B]` of this process' samples, with statistics over all processes (`normalize_advantages`)."""
+        accelerator = self.run.accelerator
+        groups = groups.to(rewards.device)
+        advantages = normalize_advantages(accelerator.gather(rewards), accelerator.gather(groups), clip)
+        mine = advantages.reshape(accelerator.num_processes, -1)[accelerator.process_index]
+        return mine.cpu() if self.args.offload_rollouts else mine
+
+
+def _cat(parts: Sequence[Scores]) -> Scores:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,160 @@
+"""TunedWeights: the denoiser of a policy in training, from its optimizer to the weights the pipeline ends with."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import DistributedType
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from ..errors import InputError
+from ..policies import DenoisingPolicy
+from .base import TrainingRun, channels_last
+
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+BEST_WEIGHTS = "best.safetensors"
+
+
+def add_lora(denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str] = LORA_TARGETS) -> None:
+    """Freeze `denoiser` and inject a LoRA adapter (arXiv 2106.09685) of scale 1, the only part that is trained then.
+
+    A policy looks for the adapter when it is made, so this comes before `make_policy`.
+    """
+    denoiser.requires_grad_(False)
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules)))
+
+
+class TunedWeights:
+    """The trained parameters of `pipeline.unet`, their optimizer, learning rate and exponential average.
+
+    Making it puts the denoiser that accelerate wrapped into `policy.denoiser`; `finish` gives the plain one back to
+    the pipeline. Make it before `run.resume()`, which then loads weights, optimizer, learning rate and average.
+
+    Args:
+        run: the training; its `args` are an `OnlineConfig`.
+        pipeline: has the denoiser, as `unet`, and is pushed to the Hub at the end where the config asks for it.
+        policy: the policy of this pipeline.
+        num_updates: optimizer updates of the whole training.
+
+    Attributes:
+        denoiser: the wrapped denoiser, for `Accelerator.accumulate`.
+        trainable: the trained parameters by name.
+
+    Raises:
+        InputError: LoRA or an average where the weights are sharded (FSDP).
+    """
+
+    def __init__(self, run: TrainingRun, pipeline, policy: DenoisingPolicy, num_updates: int):
+        args = run.args
+        self.run, self.args, self.pipeline, self.policy = run, args, pipeline, policy
+        self._sharded = run.accelerator.distributed_type == DistributedType.FSDP
+        if self._sharded and (args.use_lora or args.ema_decay is not None):
+            raise InputError("With FSDP all weights are trained, without averages: unset use_lora and ema_decay.")
+        denoiser = pipeline.unet if self._sharded else channels_last(pipeline.unet)  # FSDP wants them contiguous
+        optimizer = run.optimizer([value for value in denoiser.parameters() if value.requires_grad])
+        scheduler = run.lr_scheduler(optimizer, num_updates)
+        self.denoiser, self._optimizer, self._scheduler = run.accelerator.prepare(denoiser, optimizer, scheduler)
+        policy.denoiser = self.denoiser
+        inner = run.accelerator.unwrap_model(self.denoiser)  # sharding has put other parameters into it
+        self.trainable = {name: value for name, value in inner.named_parameters() if value.requires_grad}
+        self._average = None
+        if args.ema_decay is not None:
+            parameters = list(self.trainable.values())
+            self._average = _Average(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+            run.accelerator.register_for_checkpointing(self._average)
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor | None:
+        """Add the gradient of one micro-batch; with the last one of an update, clip it and step.
+
+        Call it within `Accelerator.accumulate(weights.denoiser)`. Returns the norm before clipping if it stepped.
+        """
+        accelerator, norm = self.run.accelerator, None
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(self.trainable.values(), self.args.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def end_update(self) -> None:
+        """Move the learning rate and the average on, once per optimizer update."""
+        self._scheduler.step()
+        if self._average is not None:
+            self._average.step(self.trainable.values())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the denoiser has its averaged weights, if there are any."""
+        if self._average is None:
+            yield
+            return
+        parameters = list(self.trainable.values())
+        self._average.store(parameters)
+        self._average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._average.restore(parameters)
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """What is trained, put together from all processes where it is sharded (FSDP); a copy, on the CPU.
+
+        All processes must call it.
+        """
+        whole = {}
+        for name, value in self.trainable.items():
+            value = value.detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            whole[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+        return whole
+
+    def save_best(self) -> None:
+        """Keep the present weights (averaged, if there is an average) for `finish(best=True)`, also after a resume."""
+        with self.averaged():
+            weights = self.whole()
+        if self.run.is_main:
+            path = self.run.output_dir / BEST_WEIGHTS
+            save_file(weights, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        self.run.accelerator.wait_for_everyone()
+
+    def finish(self, best: bool) -> None:
+        """Give the pipeline its denoiser back, unwrapped, with a LoRA adapter fused into it.
+
+        Its weights are those of the last `save_best` if `best`, else the averaged or the last ones.
+        """
+        if best:
+            weights = load_file(self.run.output_dir / BEST_WEIGHTS)
+        else:
+            with self.averaged():
+                weights = self.whole()
+        unet = self.run.accelerator.unwrap_model(self.denoiser, keep_fp32_wrapper=False)
+        if self._sharded:
+            unet = self.policy.frozen_copy()  # the same network in one piece
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                if name in weights:
+                    parameter.copy_(weights[name])
+        if self.args.use_lora:
+            unet.fuse_lora()
+            unet.unload_lora()
+        self.pipeline.unet = self.policy.denoiser = unet.requires_grad_(True).eval()
+
+    def push_to_hub(self) -> None:
+        """Push the pipeline to its repository on the Hub, if the config asks for it; after `finish`."""
+        if self.args.push_to_hub and self.run.is_main:
+            repository = self.args.hub_model_id or self.run.output_dir.resolve().name
+            self.pipeline.push_to_hub(repository, private=self.args.hub_private_repo)
+
+
+class _Average(EMAModel):
+    """Stays on its device when it is loaded; accelerate reads checkpoints of such objects to the CPU."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        device = self.shadow_params[0].device
+        super().load_state_dict(state_dict)
+        self.to(device)

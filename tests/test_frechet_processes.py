@@ -1,0 +1,149 @@
+"""A Frechet run that is killed, and one that is split over two processes, end where an undisturbed one does.
+
+Killed: bit for bit. Split: gradients to 1e-3 of their largest element, for sums over samples come in another order.
+Run as a script this file is such a run: `test_frechet_processes.py OUTPUT_DIR [--lora] [--processes N] [--kill_after N]`.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import differing, tiny_phantoms, tiny_pipeline
+
+from msrl_diffusers import SliceFeatureExtractor
+from msrl_diffusers.trainers.base import checkpoints, read_log
+from msrl_diffusers.trainers.frechet_config import FrechetConfig
+from msrl_diffusers.trainers.frechet_trainer import FrechetTrainer
+
+
+pytestmark = pytest.mark.slow
+SAMPLES, STEPS = 8, 4
+FORWARDS_PER_STEP = (
+    3 + 2 + 2 * 3 * 2 + 2 * (2 + 2)
+)  # a rollout; the watchdog; divergence and update, in two parts each
+
+
+class Recording(FrechetTrainer):
+    """Keeps the gradient of every update, before clipping."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.gradients = {}
+
+    def _update(self, run, weights, table, rollout, numbers, pulls, step):
+        clip = run.accelerator.clip_grad_norm_
+
+        def record(parameters, max_norm):
+            for name, parameter in weights.trainable.items():
+                self.gradients[f"{step}.{name}"] = parameter.grad.clone(memory_format=torch.contiguous_format)
+            return clip(parameters, max_norm)
+
+        with patch.object(run.accelerator, "clip_grad_norm_", record):
+            super()._update(run, weights, table, rollout, numbers, pulls, step)
+
+
+def kill_after(count: int) -> None:
+    """Make this process kill itself at the `count`-th forward of the denoiser."""
+    unet = type(tiny_pipeline().unet)
+    forward = unet.forward
+
+    def counted(*arguments, **keywords):
+        nonlocal count
+        count -= 1
+        if count <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(*arguments, **keywords)
+
+    unet.forward = counted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output_dir")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--kill_after", type=int)
+    options = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    if options.kill_after:
+        kill_after(options.kill_after)
+    share = SAMPLES // options.processes
+    args = FrechetConfig(
+        output_dir=options.output_dir, report_to="none", max_steps=STEPS, learning_rate=1e-3, rollout_batch_size=share,
+        train_batch_size=share // 2, num_inference_steps=3, gradient_steps=2, queue_batches=2, eval_steps=2,
+        eval_batches=1, prior_weight=1.0, kl_budget=1e6, ema_decay=0.9, save_steps=1, resume_from_checkpoint="latest",
+        use_lora=options.lora, lora_rank=2,
+    )  # fmt: skip
+    pipeline = tiny_pipeline()
+    torch.manual_seed(0)
+    extractor = SliceFeatureExtractor(block_out_channels=(8, 8), num_features=3, num_slices=3)
+    trainer = Recording(pipeline, {"label": extractor}, tiny_phantoms(4), args)
+    trainer.train()
+    rank = os.environ.get("RANK", "0")
+    save_file(trainer.gradients, f"{options.output_dir}/gradients-{rank}.safetensors")
+    if rank == "0":
+        weights = {name: value.contiguous() for name, value in pipeline.unet.state_dict().items()}
+        save_file(weights, f"{options.output_dir}/final.safetensors")
+
+
+def launch(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
+    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(distributed if processes > 1 else []), __file__, *map(str, arguments)]
+    if processes > 1:
+        command += ["--processes", str(processes)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+
+
+@pytest.fixture(scope="module", params=[[], ["--lora"]], ids=["full", "lora"])
+def runs(request, tmp_path_factory):
+    """Folders of the same run by one process, by two, and by one that is killed twice."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, processes in (("one", 1), ("two", 2)):
+        done = launch(folder / name, *request.param, processes=processes)
+        assert done.returncode == 0, done.stderr
+    before_steps = 2 * (2 + 1) * 3  # two queues of two batches, and one batch that is judged
+    for count in (before_steps + FORWARDS_PER_STEP + 5, FORWARDS_PER_STEP + 9):
+        killed = launch(folder / "killed", *request.param, "--kill_after", count)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert checkpoints(folder / "killed")
+    done = launch(folder / "killed", *request.param)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_give_the_distances_and_gradients_of_one(runs):
+    one, two = (read_log(runs / name) for name in ("one", "two"))
+    assert len(one) == len(two) == STEPS
+    for figure in ("frechet/loss", "frechet/label", "frechet/kl", "frechet/prior", "watch/high_frequency"):
+        expected = pytest.approx([line[figure] for line in one], rel=1e-3, abs=1e-5)
+        assert [line[figure] for line in two] == expected, figure
+    assert two[3]["watch/fresh_frechet"] == pytest.approx(one[3]["watch/fresh_frechet"], rel=1e-3)
+    single = load_file(runs / "one/gradients-0.safetensors")
+    ranks = [load_file(runs / f"two/gradients-{rank}.safetensors") for rank in (0, 1)]
+    assert differing(*ranks) == []
+    for parameter, gradient in single.items():
+        atol = 1e-6 + 1e-3 * gradient.abs().max().item()
+        torch.testing.assert_close(ranks[0][parameter], gradient, rtol=1e-3, atol=atol, msg=parameter)
+
+
+def test_a_run_that_was_killed_ends_with_the_same_weights(runs):
+    weights = [load_file(runs / name / "final.safetensors") for name in ("one", "killed")]
+    assert differing(*weights) == []
+    logs = [
+        [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(runs / name)]
+        for name in ("one", "killed")
+    ]
+    assert logs[0] == logs[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""A run of DiffusionNFT that is killed, and one that is split over processes, end where an undisturbed one does.
+
+Killed: bit for bit. Split: gradients to 1e-3 of their largest element, for sums over samples come in another order;
+the learning rate is small, lest that turn a code of the quantizer.
+
+The runs are made by this file itself, as a script:
+
+    python test_nft_processes.py OUTPUT_DIR [--lora] [--awm] [--kill_at MOMENT COUNT] [--processes N]
+
+It writes `OUTPUT_DIR/final.safetensors` and, per process, `OUTPUT_DIR/gradients-RANK.safetensors` of every update.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pytest
+import torch
+from ppo_run import die_at
+from safetensors.torch import load_file, save_file
+from tiny import Brightness, differing, tiny_pipeline
+
+from msrl_diffusers.trainers.base import checkpoints, read_log
+from msrl_diffusers.trainers.nft_config import DiffusionNFTConfig
+from msrl_diffusers.trainers.nft_trainer import DiffusionNFTTrainer
+
+
+pytestmark = pytest.mark.slow
+SAMPLES, KILLS = 8, 6
+FORWARDS_PER_STEP = 2 * 3 + 2 * 2 * 3 + 2  # sampling; two batches at two levels, by three policies; the watchdog
+
+
+class Recording(DiffusionNFTTrainer):
+    """Keeps the gradient of every update, before clipping."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.gradients, self.num_recorded = {}, 0
+
+    def _update(self, run, weights, rollout, numbers, step):
+        clip = run.accelerator.clip_grad_norm_
+
+        def record(parameters, max_norm):
+            for name, parameter in weights.trainable.items():
+                gradient = parameter.grad.clone(memory_format=torch.contiguous_format)
+                self.gradients[f"{self.num_recorded}.{name}"] = gradient
+            self.num_recorded += 1
+            return clip(parameters, max_norm)
+
+        with patch.object(run.accelerator, "clip_grad_norm_", record):
+            return super()._update(run, weights, rollout, numbers, step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output_dir")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--awm", action="store_true")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--kill_at", nargs=2)
+    options = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    if options.kill_at:
+        die_at(options.kill_at[0], int(options.kill_at[1]))
+    share = SAMPLES // options.processes
+    args = DiffusionNFTConfig(
+        output_dir=options.output_dir, report_to="none", max_steps=options.steps, learning_rate=1e-4, kl_coef=0.1,
+        rollout_batch_size=share // 2, num_rollout_batches=2, train_batch_size=share // 2,
+        num_updates=1 if options.awm else 2, num_inference_steps=3, num_train_timesteps_per_sample=2, eta=1.0,
+        noise_group_size=2, old_decay_rate=0.3, save_steps=1, resume_from_checkpoint="latest", use_lora=options.lora,
+        lora_rank=2, ema_decay=0.9, mixed_precision="no", objective="awm" if options.awm else "nft",
+    )  # fmt: skip
+    pipeline = tiny_pipeline()
+    trainer = Recording(
+        pipeline, Brightness(), args, watchdogs={"bright": lambda rollout: rollout.samples.mean().item()},
+        select_by="bright",
+    )  # fmt: skip
+    trainer.train()
+    rank = os.environ.get("RANK", "0")
+    save_file(trainer.gradients, f"{options.output_dir}/gradients-{rank}.safetensors")
+    if rank == "0":
+        weights = {name: value.contiguous() for name, value in pipeline.unet.state_dict().items()}
+        save_file(weights, f"{options.output_dir}/final.safetensors")
+
+
+def launch(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
+    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(distributed if processes > 1 else []), __file__, *map(str, arguments)]
+    if processes > 1:
+        command += ["--processes", str(processes)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
+def test_a_run_killed_several_times_ends_with_the_same_weights(lora, tmp_path):
+    whole = launch(tmp_path / "whole", *lora)
+    assert whole.returncode == 0, whole.stderr
+    draw = random.Random(0)
+    for number in range(KILLS):
+        moment = ("forward", "forward", "saving")[number % 3]
+        count = draw.randint(1, 2 * FORWARDS_PER_STEP) if moment == "forward" else 1
+        killed = launch(tmp_path / "killed", *lora, "--kill_at", moment, count)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoints(tmp_path / "killed")
+    last = launch(tmp_path / "killed", *lora)
+    assert last.returncode == 0, last.stderr
+    weights = [load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed")]
+    assert differing(*weights) == []
+    logs = [
+        [{name: value for name, value in line.items() if name != "seconds"} for line in read_log(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1]
+    assert [line["epoch"] for line in logs[1]] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("variant", [[], ["--lora"], ["--awm"]], ids=["full", "lora", "awm"])
+def test_two_processes_give_the_rewards_figures_and_gradients_of_one(variant, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        done = launch(tmp_path / name, "--steps", 3, *variant, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    figures = {name for name in one[0] if name.startswith(("reward/", "nft/"))} | {"watch/bright"}
+    assert {
+        "nft/loss",
+        "nft/kl",
+        "nft/grad_norm",
+        "nft/old_kl" if variant == ["--awm"] else "nft/deviation",
+    } <= figures
+    for figure in figures:
+        expected = pytest.approx([line[figure] for line in one], rel=1e-3, abs=1e-4)
+        assert [line[figure] for line in two] == expected, figure
+    single = load_file(tmp_path / "one/gradients-0.safetensors")
+    ranks = [load_file(tmp_path / f"two/gradients-{rank}.safetensors") for rank in (0, 1)]
+    assert differing(*ranks) == []
+    for parameter, gradient in single.items():
+        atol = 1e-6 + 1e-3 * gradient.abs().max().item()
+        torch.testing.assert_close(ranks[0][parameter], gradient, rtol=1e-3, atol=atol, msg=parameter)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""benchmarks/recipes.py and objectives.py on studies of seconds, as a user runs them."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_release import released_study, write_tiny_release
+
+from msrl_diffusers import StudyConfig
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.study.command_line import read_study
+from msrl_diffusers.study.variants import changed_config
+
+
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+RECIPES = BENCHMARKS.parent / "configs" / "phantoms" / "recipes"
+METHOD = {
+    "rollout_batch_size": 4, "num_rollout_batches": 1, "train_batch_size": 4, "num_inference_steps": 3,
+    "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The folder's modules can be imported, as when one of its scripts is run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def base_config(tmp_path: Path, **changes) -> str:
+    """A study that trains reward models on a tiny prior, as a file."""
+    release = write_tiny_release(tmp_path / "release")
+    fields = released_study(tmp_path / "runs", release, pretrained_rewards=False, **changes)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(fields))
+    return str(tmp_path / "base.yaml")
+
+
+def run(script: str, *arguments: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+
+
+def records(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/*/stage.json")}
+
+
+def test_the_default_recipe_is_the_plain_one_with_its_remedies(benchmarks):
+    import recipes
+
+    paper, default = (read_study(RECIPES / f"{name}.yaml") for name in ("paper", "default"))
+    made = changed_config(StudyConfig(**paper), "default", 0, recipes.VARIANTS["default"])
+    wanted = StudyConfig(**default)
+    for name in StudyConfig.__dataclass_fields__:
+        if name not in ("output_dir", "rl_seed"):
+            assert getattr(made, name) == getattr(wanted, name), name
+    assert set(recipes.RECIPE) <= set(recipes.REMEDIES)
+
+
+def test_every_variant_is_a_study(benchmarks, tmp_path):
+    import objectives
+    import recipes
+
+    for module, path in ((recipes, RECIPES / "paper.yaml"), (objectives, RECIPES.parent / "objectives.yaml")):
+        base = StudyConfig(**{**read_study(path), "output_dir": str(tmp_path)})
+        seen = set()
+        for name, changes in module.VARIANTS.items():
+            config = changed_config(base, name, 3, changes(base, 3) if callable(changes) else changes)
+            assert config.output_dir == str(tmp_path / f"{name}-seed3")
+            seen.add(str({key: value for key, value in vars(config).items() if key != "output_dir"}))
+        assert len(seen) == len(module.VARIANTS)  # no two are the same
+    with pytest.raises(InputError, match="Variant 'odd' changes the unknown field 'sead'"):
+        changed_config(base, "odd", 0, {"sead": 3})
+
+
+def test_rows_and_tables_of_reports(benchmarks):
+    import _runs
+
+    def report(judge, method="ppo"):
+        arms = {arm: {"all": value} for arm, value in (("limit", 1.0), ("standard", 3.0), ("rl", judge))}
+        return {
+            "method": method, method: {"rollouts": 4, "kept_after": 2, "stopped": None}, "curve": None,
+            "fid": {"judge": arms, "label": arms}, "fid_heldout": {"judge": arms},
+            "kid": {role: {arm: value["all"] / 10 for arm, value in arms.items()} for role in ("judge", "label")},
+            "gap_closed": dict.fromkeys(("judge", "label"), (3.0 - judge) / 2.0),
+            "fid_by_sampler": {"judge": {"rl @ best": arms["rl"], "rl @ rollout": arms["standard"]}},
+            "kid_by_sampler": {"judge": {"rl @ best": 0.1, "rl @ rollout": 0.2}},
+            "diversity": {"real": {"ms_ssim": {"value": 0.5}}, "rl": {"ms_ssim": {"value": 0.6}}},
+            "memorization": {"standard": {"share": 0.0}, "rl": {"share": 0.25}},
+            "reward": {"gain": 1.5, "parts": {"after": {"heldout": 0.5}}},
+            "reward_models": {"volume": {"auc": 0.9, "spearman": 0.6}},
+            "unet_forwards": 1000, "seconds": {method: 60.0},
+        }  # fmt: skip
+
+    row = _runs.row_of({0: report(1.0), 1: report(2.0), 2: "Reward 'volume' is no good."})
+    assert row["seeds"] == [0, 1]
+    assert row["refused"] == {"2": "Reward 'volume' is no good."}
+    closed = row["gap_closed"]["judge"]
+    assert (closed["mean"], closed["values"]) == (0.75, [1.0, 0.5])
+    low, high = closed["interval"]
+    assert high - 0.75 == pytest.approx(12.706 * 0.5 / 2, rel=1e-3) == 0.75 - low  # Student's t of two values
+    assert row["ms_ssim_over_real"]["mean"] == pytest.approx(1.2)
+    assert row["copies"]["rl"]["mean"] == 0.25
+    assert row["judge_by_sampler"]["rollout"]["kid"]["mean"] == 0.2
+    lines = _runs.table({"variants": {"a": row, "b": {"seeds": [], "refused": {"0": "No."}}}})
+    assert lines[2].startswith("| a | 75% (")
+    assert "- b, seed 0, was refused: No." in lines
+    assert _runs.row_of({0: "No."}) == {"seeds": [], "refused": {"0": "No."}}
+    assert _runs.merged({"ppo": {"a": 1}}, {"ppo": {"b": 2}, "x": 1}) == {"ppo": {"a": 1, "b": 2}, "x": 1}
+
+
+@pytest.mark.slow
+def test_recipes_run_and_resume(benchmarks, tmp_path, monkeypatch, capsys):
+    config = base_config(tmp_path, num_curve_points=2, curve_per_class=3)
+    output = tmp_path / "results" / "recipes.json"
+    arguments = [
+        "--config", config, "--output", str(output), "--seeds", "0", "1",
+        "--variants", "paper", "default", "refresh", "gated_kl", "hard_data", "policy_anchors",
+    ]  # fmt: skip
+    run("recipes.py", *arguments, monkeypatch=monkeypatch)
+    content = json.loads(output.read_text())
+    assert list(content["variants"]) == arguments[-6:]
+    for name, row in content["variants"].items():
+        assert sorted([*row["seeds"], *map(int, row["refused"])]) == [0, 1], name
+        assert all("a policy would game it" in sentence for sentence in row["refused"].values())
+    paper = content["variants"]["paper"]
+    assert len(paper["fid"]["judge"]["rl"]["values"]) == 2
+    assert paper["unet_forwards"]["sd"] == 0
+    for name in ("paper", "refresh", "gated_kl", "hard_data", "policy_anchors"):
+        assert content["variants"][name]["seeds"] == [0, 1]
+    page = output.with_suffix(".md").read_text()
+    assert "| paper |" in page
+    assert "![Recipes](recipes.png)" in page
+    assert output.with_suffix(".png").stat().st_size > 5000
+    runs = tmp_path / "runs"
+    # the gate and the leash are no part of reward models: they are trained once per seed
+    assert (runs / "gated_kl-seed1" / "rewards").resolve() == (runs / "paper-seed1" / "rewards").resolve()
+    assert (runs / "hard_data-seed1" / "rewards").resolve() != (runs / "paper-seed1" / "rewards").resolve()
+    before = records(runs)
+    capsys.readouterr()
+    run("recipes.py", *arguments, monkeypatch=monkeypatch)
+    assert records(runs) == before
+    assert set(json.loads(capsys.readouterr().out)) >= {"paper", "gated_kl"}
+    with pytest.raises(SystemExit):
+        run("recipes.py", "--config", config, "--variants", "magic", monkeypatch=monkeypatch)
+    assert "There is no variant 'magic'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
+    config = base_config(
+        tmp_path, nft=METHOD, draft=METHOD,
+        frechet={**METHOD, "queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]},
+    )  # fmt: skip
+    output = tmp_path / "objectives.json"
+    run("objectives.py", "--config", config, "--output", str(output), "--seeds", "0", monkeypatch=monkeypatch)
+    content = json.loads(output.read_text())
+    names = ["ppo", "ppo_window", "nft", "awm", "draft", "draft_lv", "refl", "frechet"]
+    assert list(content["variants"]) == names
+    assert {name: row["method"] for name, row in content["variants"].items() if name == row["method"]}.keys() == {
+        "ppo", "nft", "draft", "frechet",
+    }  # fmt: skip
+    assert set(content["share_of_ppo"]) == set(names) - {"ppo"}
+    assert json.loads(capsys.readouterr().out) == content["share_of_ppo"]
+    for row in content["variants"].values():
+        for sampler in ("best", "rollout"):
+            assert row["judge_by_sampler"][sampler]["fid"]["values"]
+    assert "| frechet |" in output.with_suffix(".md").read_text()
+    assert output.with_suffix(".png").stat().st_size > 5000

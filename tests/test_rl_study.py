@@ -1,0 +1,369 @@
+"""The options of a study's last stages: validity gate, refresh, curve, methods, and further sets of reward data."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import copied, differing, tiny_phantoms
+from tiny_release import released_study, write_tiny_release
+
+from msrl_diffusers import MedVolumePipeline, StudyConfig, run_study
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.study.artifacts import load_pipeline, load_reward_models, load_split
+from msrl_diffusers.study.chain import STAGES, enabled_stages, fingerprint, study_chain
+from msrl_diffusers.study.command_line import parse_study, read_study
+from msrl_diffusers.study.curve import turning_point
+from msrl_diffusers.study.reward_data import reward_data, reward_set_names, reward_sets
+from msrl_diffusers.study.sections import METHODS
+from msrl_diffusers.study.validity import measure_validity
+from msrl_diffusers.trainers.snapshots import read_snapshots
+
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs" / "phantoms"
+LOW = {"auc": 0.0, "spearman": -1.0}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return write_tiny_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def finished(release, tmp_path_factory):
+    """Config of a finished study with every option of method PPO; not to be written to."""
+    quiet = {"report_to": "none"}
+    settings = released_study(
+        tmp_path_factory.mktemp("study"), release, max_steps=3, validity_floors=LOW, num_curve_points=2, curve_per_class=3,
+        refresh={"every": 1, "train_batch_size": 4, **quiet}, marginal_labels=0.4, select_by="-label_fid",
+        ppo={"kl_gate_quantile": 0.5, "reference_update_steps": 2, "antithetic": True, "learning_rate": 1e-3},
+    )  # fmt: skip
+    config = StudyConfig(**settings)
+    run_study(config)
+    return config
+
+
+@pytest.fixture
+def study(finished, tmp_path):
+    """A copy of it."""
+    folder = shutil.copytree(finished.output_dir, tmp_path / "study")
+    return replace(finished, output_dir=str(folder))
+
+
+def stage(config: StudyConfig, name: str) -> dict:
+    return json.loads((Path(config.output_dir) / name / "stage.json").read_text())["result"]
+
+
+def report_of(config: StudyConfig) -> dict:
+    return json.loads((Path(config.output_dir) / "report.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------ the chain
+
+
+def test_a_study_has_the_stages_it_uses(finished, release, tmp_path):
+    assert enabled_stages(finished) == [
+        "prepare", "trajectories", "validity", "ppo", "curve", "evaluate", "report",
+    ]  # fmt: skip
+    assert {path.parent.name for path in Path(finished.output_dir).glob("*/stage.json")} == set(
+        enabled_stages(finished)
+    )
+    plain = StudyConfig(**released_study(tmp_path, release))
+    assert enabled_stages(plain) == ["prepare", "ppo", "evaluate", "report"]
+    assert not {"validity", "curve"} & set(STAGES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_stage_of_tuning_has_the_name_of_its_method(method):
+    chain = study_chain(StudyConfig(method=method))
+    assert set(METHODS) & set(chain.stages) == {method}
+    for name in ("evaluate", "report"):
+        assert method in chain.up_to(name)
+
+
+def test_options_that_are_not_used_change_no_fingerprint():
+    base = StudyConfig()
+    marks = {name: fingerprint(base, name) for name in STAGES}
+    same = StudyConfig(
+        curve_per_class=5, keep_snapshots=False, nft={"max_steps": 5},
+        degraded_anchors={}, marginal_labels=0.0,
+    )  # fmt: skip
+    assert {name: fingerprint(same, name) for name in STAGES} == marks
+    changed = {
+        "marginal_labels": ({"marginal_labels": 0.5}, "rewards"),
+        "degraded_anchors": ({"degraded_anchors": {"kinds": ["blur"], "strengths": [0.5]}}, "score"),
+        "policy_anchors": ({"policy_anchors": {"a": "nowhere"}}, "score"),
+        "refresh": ({"refresh": {"every": 2}}, "ppo"),
+        "validity_floors": ({"validity_floors": LOW}, "ppo"),
+    }
+    names = list(STAGES)
+    for option, (fields, first) in changed.items():
+        other = StudyConfig(**fields)
+        found = [name for name in names if fingerprint(other, name) != marks[name]]
+        assert found[0] == first, option
+        assert found == names[names.index(first) :], option
+
+
+def test_a_given_file_counts_by_what_it_holds(tmp_path):
+    path = tmp_path / "samples.safetensors"
+    tiny_phantoms().save(path)
+    config = StudyConfig(policy_anchors={"a": str(path)})
+    before = fingerprint(config, "score")
+    tiny_phantoms(4).save(path)
+    assert fingerprint(config, "score") != before
+
+
+# --------------------------------------------------------------------------------------------------------- the curve
+
+
+def test_the_curve_has_its_start_its_end_and_what_was_kept(finished):
+    curve = json.loads((Path(finished.output_dir) / "curve" / "curve.json").read_text())
+    assert curve == stage(finished, "curve")
+    points = curve["points"]
+    assert (points[0]["rollout"], points[0]["sqrt_kl"]) == (0, 0.0)
+    assert points[-1]["rollout"] == 3
+    assert 0 < points[-1]["sqrt_kl"] < 1
+    taken = {snapshot.rollout for snapshot in read_snapshots(Path(finished.output_dir) / "ppo")}
+    assert {point["rollout"] for point in points[1:]} <= taken
+    assert len(points) in (3, 4)  # two steps of the divergence, the start, and perhaps the end apart
+    assert points[0]["reward"]["mean"] == pytest.approx(0, abs=1e-5)
+    for point in points:
+        assert set(point["reward"]) == {"mean", "volume", "slice", "heldout"}
+        assert set(point["fid"]) == set(point["kid"]) == {"label", "judge"}
+        assert point["diversity"] > 0
+        assert 0 < point["high_frequency"] < 1
+        assert 0 <= point["nearest"]["distance"] <= 2**0.5
+    assert curve["kept"]["rollout"] == stage(finished, "ppo")["kept_after"]
+    assert curve["n"] == 6
+    assert {role: value["sha256"] for role, value in curve["extractors"].items()} == {
+        role: value["sha256"] for role, value in report_of(finished)["extractors"].items()
+    }
+
+
+def test_points_move_with_the_weights(finished):
+    points = stage(finished, "curve")["points"]
+    values = [(point["fid"]["judge"], point["reward"]["mean"]) for point in points]
+    assert len(set(values)) == len(values)
+
+
+def test_the_curve_is_in_the_report(finished):
+    report, folder = report_of(finished), Path(finished.output_dir)
+    assert report["curve"] == stage(finished, "curve")
+    page = (folder / "report.md").read_text()
+    for point in report["curve"]["points"]:
+        assert f"| {point['sqrt_kl']:.4f} |" in page
+    assert "figures/over_optimization.png" in page
+    assert (folder / "figures" / "over_optimization.png").stat().st_size > 10_000
+
+
+def test_a_killed_curve_goes_on_and_snapshots_can_be_removed(study):
+    folder = Path(study.output_dir)
+    before = stage(study, "curve")
+    (folder / "curve" / "stage.json").unlink()
+    kept = folder / "curve" / "points" / "rollout-00000.json"
+    time = kept.stat().st_mtime_ns
+    (folder / "curve" / "points" / "rollout-00003.json").unlink()
+    run_study(replace(study, keep_snapshots=False), ["curve"])
+    assert stage(study, "curve") == before
+    assert kept.stat().st_mtime_ns == time
+    assert list((folder / "ppo" / "snapshots").iterdir()) == []
+    shutil.rmtree(folder / "curve")
+    with pytest.raises(InputError, match=r"holds no snapshots; remove .*ppo to tune again"):
+        run_study(study, ["curve"])
+
+
+def test_where_a_curve_turns():
+    def point(rollout, judge, reward):
+        return {"rollout": rollout, "sqrt_kl": rollout / 10, "fid": {"judge": judge}, "reward": {"mean": reward}}
+
+    turning = turning_point([point(0, 3.0, 0.0), point(1, 2.0, 1.0), point(2, 4.0, 2.0)])
+    assert turning == {"rollout": 1, "sqrt_kl": 0.1, "reward_rose_after_it": True}
+    assert not turning_point([point(0, 2.0, 0.0), point(1, 3.0, -1.0)])["reward_rose_after_it"]
+    assert turning_point([point(0, 3.0, 0.0), point(1, 2.0, 1.0)]) is None
+
+
+# ----------------------------------------------------------------------------------------------------- validity, refresh
+
+
+def test_figures_of_the_gate_are_those_of_the_report(finished):
+    report = report_of(finished)
+    assert report["reward_models"] == stage(finished, "validity") == measure_validity(finished)
+    assert {"auc", "spearman", "set_spearman", "ece", "slope", "mean_by_set", "n"} <= set(
+        report["reward_models"]["volume"]
+    )
+
+
+def test_no_policy_is_tuned_by_a_reward_below_the_floors(study):
+    shutil.rmtree(Path(study.output_dir) / "ppo")
+    config = replace(study, validity_floors={"auc": 1.01})
+    with pytest.raises(InputError, match=r"Reward 'volume' has auc .* \(at least 1\.01\).* a policy would game it"):
+        run_study(config)
+    assert not (Path(study.output_dir) / "ppo" / "log.jsonl").exists()
+    run_study(study, ["ppo"])
+    assert (Path(study.output_dir) / "ppo" / "pipeline").is_dir()
+
+
+def test_rewards_were_refreshed_and_the_first_ones_stay(finished, release):
+    folder = Path(finished.output_dir) / "ppo" / "refresh"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "00000", "00001", "reference.safetensors", "training",
+    ]  # fmt: skip
+    targets = load_file(folder / "00001" / "samples.safetensors")["targets"]
+    assert targets.std() > 0  # each volume has its own share
+    model = load_reward_models(finished)["volume"]
+    assert differing(copied(model), load_file(folder / "00001" / "volume.safetensors"))
+
+
+def test_unseen_sets_are_checked_too(study, release, tmp_path):
+    train = load_split(study, "train")
+    train.save(tmp_path / "copies.safetensors")
+    config = replace(study, unseen_sets={"copies": str(tmp_path / "copies.safetensors")})
+    found = measure_validity(config)
+    for figures in found.values():
+        assert figures["unseen"]["n"] == len(train)
+        assert figures["unseen"]["mean_by_set"].keys() == {"copies"}
+    assert measure_validity(study)["volume"]["auc"] == found["volume"]["auc"]
+
+
+# ------------------------------------------------------------------------------------------------------- reward data
+
+
+@pytest.fixture(scope="module")
+def own_rewards(release, tmp_path_factory):
+    """A study that trains reward models on all kinds of sets."""
+    folder = tmp_path_factory.mktemp("own")
+    tiny_phantoms(4).save(folder / "earlier.safetensors")
+    config = StudyConfig(
+        **released_study(
+            folder / "study", release, pretrained_rewards=False, marginal_labels=0.5,
+            degraded_anchors={"kinds": ["blur", "gamma"], "strengths": [0.5]},
+            policy_anchors={"earlier": str(folder / "earlier.safetensors")},
+            volume_reward={"block_out_channels": [8, 8], "num_heads": 2, "spread_penalty": 0.5},
+        )
+    )  # fmt: skip
+    run_study(config, ["prepare", "trajectories", "score", "rewards"])
+    return config
+
+
+def test_degraded_volumes_and_earlier_policies_are_sets_like_others(own_rewards):
+    names = [*reward_set_names(own_rewards)]
+    assert names[-3:] == ["degraded-blur-050", "degraded-gamma-050", "policy-earlier"]
+    scores = stage(own_rewards, "score")
+    assert list(scores["fid"]) == list(scores["targets"]) == names
+    train = load_split(own_rewards, "train")
+    sets = dict(reward_sets(own_rewards, train))
+    assert list(sets) == names
+    assert all(len(volumes) == len(train) for volumes in sets.values())
+    assert sets["degraded-blur-050"].subject_ids == train.subject_ids
+    assert not torch.equal(sets["degraded-blur-050"].pixel_values, train.pixel_values)
+    # the phantoms of both are those of one seed: no set is nearer to the real ones
+    assert scores["fid"]["policy-earlier"]["HGG"] == pytest.approx(0, abs=1e-6)
+    assert scores["targets"]["policy-earlier"] == {"HGG": 1.0, "LGG": 1.0}
+
+
+def test_marginal_labels_mix_the_set_with_the_volume(own_rewards):
+    mixed, plain = reward_data(own_rewards), reward_data(replace(own_rewards, marginal_labels=0.0))
+    assert torch.equal(mixed.pixel_values, plain.pixel_values)
+    assert ((mixed.targets - 0.5 * plain.targets) >= 0).all()
+    assert ((mixed.targets - 0.5 * plain.targets) <= 0.5 + 1e-6).all()
+    count = len(load_split(own_rewards, "train"))
+    assert (mixed.targets[:count] - 0.5 * plain.targets[:count]).std() > 0
+    assert load_reward_models(own_rewards)["volume"].config.num_heads == 2
+
+
+def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path):
+    tiny_phantoms(2).save(tmp_path / "few.safetensors")
+    config = replace(own_rewards, policy_anchors={"few": str(tmp_path / "few.safetensors")})
+    with pytest.raises(
+        InputError, match=r"has 2 volumes of class 'HGG'; .* needs 4, as many as there are training volumes"
+    ):
+        dict(reward_sets(config, load_split(own_rewards, "train")))
+    other = replace(tiny_phantoms(4), id2label={0: "LGG", 1: "HGG"})
+    other.save(tmp_path / "turned.safetensors")
+    config = replace(own_rewards, policy_anchors={"turned": str(tmp_path / "turned.safetensors")})
+    with pytest.raises(InputError, match="of the classes"):
+        dict(reward_sets(config, load_split(own_rewards, "train")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "magic"}, r"method must be one of \['ppo', 'nft', 'draft', 'frechet'\], got 'magic'"),
+        ({"marginal_labels": 1.5}, r"marginal_labels must lie in \[0, 1\], got 1.5"),
+        ({"num_curve_points": -1}, "num_curve_points must be 0 or more, got -1"),
+        ({"degraded_anchors": {"kinds": ["blur"]}}, "needs two lists, kinds and strengths"),
+        ({"degraded_anchors": {"kinds": ["smear"], "strengths": [0.5]}}, "kind 'smear' is unknown; choose of"),
+        ({"degraded_anchors": {"kinds": ["blur"], "strengths": [0.0]}}, r"a strength must lie in \(0, 1\], got 0.0"),
+        ({"policy_anchors": {"a": 3}}, "policy_anchors must name a folder or file for 'a', got 3"),
+        ({"validity_floors": {"accuracy": 0.5}}, "validity_floors names 'accuracy'; figures are"),
+        ({"validity_floors": {"auc": "high"}}, "validity_floors: auc must be a number, got 'high'"),
+        ({"validity_floors": {"unseen.auc": 0.6}}, "unseen.auc needs unseen_sets"),
+        ({"refresh": {"every": 0}}, "every must be positive, got 0"),
+        ({"draft": {"use_lora": True, "fuse_lora": False}}, "fuse_lora must be true in a study"),
+    ],
+)
+def test_options_that_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        StudyConfig(**fields)
+
+
+def test_data_of_rewards_that_are_given_can_t_be_changed(release):
+    for fields in ({"marginal_labels": 0.5}, {"degraded_anchors": {"kinds": ["blur"], "strengths": [0.5]}}):
+        with pytest.raises(InputError, match="set pretrained_rewards: false"):
+            StudyConfig(pretrained=release, **fields)
+        StudyConfig(pretrained=release, pretrained_rewards=False, **fields)
+    StudyConfig(pretrained=release, marginal_labels=0.5, refresh={"every": 2})
+
+
+# ------------------------------------------------------------------------------------------------------------ methods
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_study_by_another_method(method, release, tmp_path):
+    section = {
+        "rollout_batch_size": 4, "num_rollout_batches": 1, "train_batch_size": 4, "num_inference_steps": 4,
+        "report_to": "none", "learning_rate": 1e-3,
+    }  # fmt: skip
+    extra = {
+        "nft": {},
+        "draft": {},
+        "frechet": {"queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]},
+    }
+    config = StudyConfig(
+        **released_study(tmp_path, release, method=method, num_curve_points=2, curve_per_class=3, **{method: {**section, **extra[method]}})
+    )  # fmt: skip
+    run_study(config)
+    report = report_of(config)
+    assert report["method"] == method
+    assert report[method]["rollouts"] == 2
+    assert report["unet_forwards"] == report[method]["unet_forwards"] > 0
+    assert report["curve"]["points"][-1]["rollout"] == 2
+    assert f"figures/{method}.png" in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "ppo").exists()
+    tuned = MedVolumePipeline.from_pretrained(tmp_path / "pipeline_rl").unet
+    assert differing(copied(tuned), copied(load_pipeline(config).unet)) or report[method]["kept_after"] == 0
+
+
+def test_a_section_of_a_method_makes_it_the_study_s(tmp_path):
+    (tmp_path / "a.yaml").write_text("method: ppo\nnum_per_class: 5\n")
+    assert parse_study("ppo", tmp_path / "a.yaml", []).method == "ppo"
+    for method in METHODS:
+        assert parse_study(method, tmp_path / "a.yaml", []).method == method
+    (tmp_path / "b.yaml").write_text("method: nft\n")
+    assert parse_study("rewards", tmp_path / "b.yaml", []).method == "nft"
+
+
+def test_the_recipes_say_what_they_are():
+    """objectives.yaml is the default recipe with sections for other methods; paper.yaml is it without the remedies."""
+    default, objectives, paper = (
+        read_study(CONFIGS / name) for name in ("recipes/default.yaml", "objectives.yaml", "recipes/paper.yaml")
+    )
+    assert {name: value for name, value in objectives.items() if name not in METHODS[1:]} == {
+        **default, "output_dir": "outputs/objectives",
+    }  # fmt: skip
+    for name in ("rewards", "heldout_reward", "num_per_class", "samplers", "num_curve_points"):
+        assert paper[name] == default[name]
+    assert not {"refresh", "marginal_labels", "validity_floors", "degraded_anchors"} & set(paper)
