@@ -18,7 +18,7 @@ from msrl_diffusers.study.variants import changed_config
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 RECIPES = BENCHMARKS.parent / "configs" / "phantoms" / "recipes"
 METHOD = {
-    "rollout_batch_size": 4, "num_rollout_batches": 1, "train_batch_size": 4, "num_inference_steps": 3,
+    "rollout_batch_size": 4, "num_rollout_batches": 1, "train_batch_size": 4, "num_inference_steps": 4,
     "report_to": "none",
 }  # fmt: skip
 
