@@ -155,6 +155,7 @@ def test_the_adapter_loads_in_plain_diffusers_and_gives_the_images_of_the_report
     assert str(study) not in json.dumps(facts)
 
 
+@pytest.mark.slow
 def test_all_weights_can_be_tuned_instead(study):
     ppo = {**tiny_text_to_image_study()["ppo"], "use_lora": False}
     whole = config(study, ppo=ppo, select_by="last", augmentation={})
@@ -195,6 +196,7 @@ def test_other_settings_run_what_depends_on_them_again(finished):
         assert [name for name in STAGES if before[name] != after[name]] == stages, field
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_to_the_same_result(study):
     """Killed in PPO after its first checkpoint; what follows was never begun."""
     expected = json.loads((study / "report.json").read_text())
@@ -223,6 +225,7 @@ def test_images_of_a_killed_evaluation_are_kept(study):
 # ------------------------------------------------------------------------------------------------------ given models
 
 
+@pytest.mark.slow
 def test_given_models_are_used_and_not_trained(finished, tmp_path):
     given = config(
         tmp_path / "out",

@@ -35,13 +35,12 @@ from .conditions import Conditions
 from .denoising_loss import denoising_target
 from .feature_population import FeatureQueue, Features, RealSide, Representations
 from .frechet_config import FrechetConfig
+from .leash import WATCHED_SHARE
 from .scoring import Scoring
-from .tuned_weights import LORA_TARGETS, TunedWeights, add_lora
+from .tuned_weights import COST_OF_BACKWARD, LORA_TARGETS, TunedWeights, add_lora
 from .watchdogs import Watch, Watchdog, draw_samples
 
 
-COST_OF_BACKWARD = 2  # in forwards
-WATCHED_SHARE = 8  # of how many samples one is compared with the reference, where no budget asks for all
 KL_STEPS = 4  # denoising steps at which they are compared, evenly spaced
 KL_MIN_STD = 0.01  # as that of PPO: where there is hardly any noise the divergence is no measure
 FRESH = "fresh_frechet"  # the figure by which weights are picked

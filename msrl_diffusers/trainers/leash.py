@@ -16,6 +16,9 @@ from .tuned_weights import TunedWeights
 from .uncertainty import reward_uncertainty
 
 
+WATCHED_SHARE = 8  # of how many samples of a batch one is compared with the reference, where nothing asks for all
+
+
 class Leash:
     """What a `DiffusionPPOConfig` says about the KL divergence: its weight, whom it holds, what to, and when the run ends.
 

@@ -48,11 +48,10 @@ from ..seeding import generator_for, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
-from .leash import MovingReference
+from .leash import WATCHED_SHARE, MovingReference
 from .nft_config import DiffusionNFTConfig
-from .ppo_trainer import COST_OF_BACKWARD, WATCHED_SHARE
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import LORA_TARGETS, TunedWeights, add_lora
+from .tuned_weights import COST_OF_BACKWARD, LORA_TARGETS, TunedWeights, add_lora
 from .watchdogs import Watch, Watchdog, draw_samples
 
 

@@ -38,15 +38,12 @@ from ..seeding import generator_for, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
+from .leash import WATCHED_SHARE
 from .lora import save_lora
 from .reward_backprop_config import RewardBackpropConfig
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import LORA_TARGETS, TunedWeights, add_lora
+from .tuned_weights import COST_OF_BACKWARD, LORA_TARGETS, TunedWeights, add_lora
 from .watchdogs import Watch, Watchdog, draw_samples
-
-
-COST_OF_BACKWARD = 2  # in forwards
-WATCHED_SHARE = 8  # of how many samples of a batch one is compared with the reference, where there is no leash
 
 
 class Drawn(NamedTuple):

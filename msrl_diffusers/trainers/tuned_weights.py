@@ -17,6 +17,7 @@ from .base import TrainingRun, channels_last
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 BEST_WEIGHTS = "best.safetensors"
+COST_OF_BACKWARD = 2  # in forwards
 
 
 def add_lora(denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str] = LORA_TARGETS) -> None:
