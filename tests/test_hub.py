@@ -32,7 +32,7 @@ from msrl_diffusers.cli import push as push_verb
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.hub import NO_AUDIT, inspect_folder, push_folder
 from msrl_diffusers.hub.push import TRIES
-from msrl_diffusers.hub.remote_code import plain_index, remote_index
+from msrl_diffusers.pipelines.remote_code import plain_index, remote_index
 
 
 # Warnings are errors here; these are of diffusers and huggingface_hub about each other.

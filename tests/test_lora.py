@@ -13,7 +13,7 @@ from tiny import tiny_pipeline
 
 from msrl_diffusers import MedVolumePipeline, UNet3DModel
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.trainers.ppo_trainer import LORA_TARGETS
+from msrl_diffusers.trainers.tuned_weights import LORA_TARGETS
 
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -14,7 +14,7 @@ from msrl_diffusers import (
     VQModel3D,
 )
 from msrl_diffusers.models.layers import Conv3d, channels_to_voxels, voxels_to_channels
-from msrl_diffusers.trainers.ppo_trainer import LORA_TARGETS
+from msrl_diffusers.trainers.tuned_weights import LORA_TARGETS
 
 
 VOLUMES = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

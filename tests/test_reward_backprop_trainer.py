@@ -29,7 +29,6 @@ from msrl_diffusers.trainers.reward_backprop_trainer import (
     GradientSteps,
     RewardBackpropTrainer,
     Visit,
-    decode_unquantized,
 )
 
 
@@ -198,7 +197,7 @@ def test_the_gradient_is_that_of_the_rewards(settings, tmp_path):
     joined.fit(joined.parts(rollout.samples, rollout.conditions))
     latents = clean_ending(policy, table, rollout, settings).flatten(0, 1)
     unquantized = settings.get("decode") == "pre_quantization"
-    samples = decode_unquantized(pipeline, latents) if unquantized else policy.decode(latents)
+    samples = pipeline.decode_latents(latents, force_not_quantize=True) if unquantized else policy.decode(latents)
     reward = joined(samples, None).mean()
     (-settings.get("reward_loss_coef", 1.0) * reward).backward()
     assert log[0]["draft/trained_reward"] == pytest.approx(reward.item(), abs=1e-4)
@@ -322,7 +321,7 @@ def test_forwards_are_counted(settings, per_sample, compared, tmp_path):
         nonlocal counted
         counted += len(inputs[0])
 
-    make_policy_of = "msrl_diffusers.trainers.reward_backprop_trainer.make_policy"
+    make_policy_of = "msrl_diffusers.trainers.tuned_weights.make_policy"
     with patch(make_policy_of, lambda pipeline: hooked(make_policy(pipeline), count)):
         _, trainer, _, _ = train(tmp_path, pipeline, max_steps=1, **settings)
     factor = 2 if "guidance_scale" in settings else 1

@@ -9,8 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from safetensors import safe_open
 
 from ..errors import InputError
+from ..pipelines.remote_code import PIPELINE
 from .contents import Contents, inspect_folder
-from .remote_code import PIPELINE
 
 
 NO_AUDIT = "Memorization has not been audited."

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
-from .remote_code import CODE_FILES, PIPELINE, plain_index
+from ..pipelines.remote_code import CODE_FILES, PIPELINE, plain_index
 
 
 WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([.-][\w.-]+)?\.safetensors")

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import InputError
+from ..pipelines.remote_code import remote_index
 from .cards import (
     NO_AUDIT,
     audit_source,
@@ -28,7 +29,6 @@ from .cards import (
     render_card,
 )
 from .contents import Contents, inspect_folder, read_json, shared_json
-from .remote_code import remote_index
 
 
 logger = logging.getLogger(__name__)

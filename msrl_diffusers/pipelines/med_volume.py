@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
 from .lora import VolumeLoraLoaderMixin
+from .remote_code import plain_index
 from .schedulers import set_last_timesteps, set_timesteps, step_arguments
 
 
@@ -74,13 +75,7 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
     def _dict_from_json_file(cls, json_file) -> dict:
         """An index as `save_pretrained` writes it, also of a repository by `msrl push`: that one names files of its own, which
         diffusers runs with `trust_remote_code`. Who calls this class has the package, so they need not be trusted."""
-        index = super()._dict_from_json_file(json_file)
-        for name, value in index.items():
-            if name == "_class_name" and isinstance(value, list):
-                index[name] = value[-1]
-            elif isinstance(value, list) and value[:1] == ["msrl_components"]:
-                index[name] = ["msrl_diffusers", *value[1:]]
-        return index
+        return plain_index(super()._dict_from_json_file(json_file))
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -130,11 +125,12 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         volumes = volumes.to(self._execution_device, self.vqvae.dtype)
         return (self.vqvae.encode(volumes).latents - config.shift_factor) * config.scaling_factor
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Volumes `[B, C, D, H, W]`, float32, clipped to [-1, 1], of latents (quantized on the way)."""
+    def decode_latents(self, latents: torch.Tensor, force_not_quantize: bool = False) -> torch.Tensor:
+        """Volumes `[B, C, D, H, W]`, float32, clipped to [-1, 1], of latents (quantized on the way, unless
+        `force_not_quantize`)."""
         config = self.vqvae.config
         latents = latents.to(self._execution_device, self.vqvae.dtype) / config.scaling_factor + config.shift_factor
-        return self.vqvae.decode(latents).sample.float().clamp(-1, 1)
+        return self.vqvae.decode(latents, force_not_quantize=force_not_quantize).sample.float().clamp(-1, 1)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As diffusers' own (`variant`, `max_shard_size`, `push_to_hub`, ...).

@@ -8,13 +8,13 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 
 from ..data.volumes import VolumeDataset
-from ..errors import InputError
 from ..pipelines.med_volume import MedVolumePipeline
 from ..seeding import batch_indices, generator_for
 from .base import TrainingRun, channels_last
+from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .diffusion_config import LatentDiffusionConfig
 
 
@@ -52,9 +52,9 @@ class LatentDiffusionTrainer:
             noisy = scheduler.add_noise(clean, noise, timesteps)
             with accelerator.accumulate(unet):
                 (prediction,) = unet(noisy, timesteps, classes, return_dict=False)
-                target = self._target(clean, noise, timesteps)
+                target = denoising_target(scheduler, clean, noise, timesteps)
                 losses = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
-                loss = (losses * self._weights(timesteps)).mean()
+                loss = (losses * min_snr_weights(scheduler, timesteps, args.snr_gamma)).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
@@ -90,29 +90,5 @@ class LatentDiffusionTrainer:
         """Noise, timesteps and dropped classes of the whole batch, so processes can't change them."""
         generator = generator_for(self.args.seed, "diffusion", step)
         noise = torch.randn(batch_size, *shape, generator=generator)
-        num_timesteps = self.pipeline.scheduler.config.num_train_timesteps
-        # one timestep from each of `batch_size` equal parts: less variance between batches
-        positions = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-        timesteps = (positions[torch.randperm(batch_size, generator=generator)] * num_timesteps).long()
+        timesteps = even_timesteps(batch_size, self.pipeline.scheduler.config.num_train_timesteps, generator)
         return noise, timesteps, torch.rand(batch_size, generator=generator) < self.args.class_dropout
-
-    def _target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        scheduler = self.pipeline.scheduler
-        prediction_type = scheduler.config.prediction_type
-        if prediction_type == "epsilon":
-            return noise
-        if prediction_type == "v_prediction":
-            return scheduler.get_velocity(clean, noise, timesteps)
-        if prediction_type == "sample":
-            return clean
-        raise InputError(f"prediction_type {prediction_type!r} can't be trained; use epsilon, v_prediction or sample.")
-
-    def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """min-SNR weights (arXiv 2303.09556, section 3.4) in the scheduler's prediction type; ones if not asked."""
-        if self.args.snr_gamma is None:
-            return torch.ones_like(timesteps, dtype=torch.float32)
-        snr = compute_snr(self.pipeline.scheduler, timesteps)
-        clipped = snr.clamp(max=self.args.snr_gamma)
-        return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[
-            self.pipeline.scheduler.config.prediction_type
-        ]

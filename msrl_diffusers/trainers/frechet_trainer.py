@@ -13,8 +13,7 @@ FD-loss (arXiv 2604.28190): the statistics are those of a population, the gradie
 7. Everything random follows from the seed, the rollout's number and a sample's number within it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..errors import InputError
+from ..functional.backprop import reparametrized
 from ..functional.denoising import gaussian_kl
-from ..policies import Conditioning, DenoisingPolicy, make_policy
+from ..policies import Conditioning, DenoisingPolicy
 from ..rollouts import Rollout, StepTable, sample_rollout, step_moments
 from ..seeding import batch_indices, sample_generators
 from .base import TrainingRun
@@ -37,7 +37,7 @@ from .feature_population import FeatureQueue, Features, RealSide, Representation
 from .frechet_config import FrechetConfig
 from .leash import WATCHED_SHARE
 from .scoring import Scoring
-from .tuned_weights import COST_OF_BACKWARD, LORA_TARGETS, TunedWeights, add_lora
+from .tuned_weights import COST_OF_BACKWARD, TunedWeights, only_denoiser_trained, tunable_policy
 from .watchdogs import Watch, Watchdog, draw_samples
 
 
@@ -97,11 +97,7 @@ class FrechetTrainer:
         self._fresh = Watch({FRESH: None}, f"-{FRESH}" if self._picks else None, fresh_limits, args.patience)
         self._etas = list(dict.fromkeys(args.samplers))
         self.unet_forwards = 0
-        if args.use_lora:
-            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
-        if args.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        self.policy = make_policy(pipeline)
+        self.policy = tunable_policy(pipeline, args)
 
     def train(self) -> dict:
         """Run the training; the pipeline holds the chosen weights afterwards.
@@ -116,7 +112,7 @@ class FrechetTrainer:
         self.pipeline.to(run.device)
         run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None
         weights = TunedWeights(run, self.pipeline, self.policy, args.max_steps)
-        with _frozen(self.pipeline, self.representations.networks):
+        with only_denoiser_trained(self.pipeline, self.representations.networks):
             self._set_up(run)
             run.resume()
             self._begin(run, weights)
@@ -418,30 +414,10 @@ def replay(
     latents = rollout.latents[:, first]
     for step in range(first, len(table)):
         mean, _ = step_moments(policy, table, step, latents, rollout.conditioning, guidance_scale)
-        latents = mean + (rollout.latents[:, step + 1] - mean).detach()
+        latents = reparametrized(mean, rollout.latents[:, step + 1])
     return latents
 
 
 def _lengths(pulls: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """How hard the loss pulls at each sample, `[B]`."""
     return sum(pull.flatten(1).square().sum(dim=1) for pull in pulls.values()).sqrt()
-
-
-@contextmanager
-def _frozen(pipeline, extractors: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it no part but the denoiser has gradients of its own, and all are in evaluation mode (as samplers use them; a
-    codebook that learns would move)."""
-    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    for module in (*modules, *extractors):
-        module.eval()
-    others = [module for module in modules if module is not pipeline.unet]
-    parameters = [
-        parameter for module in (*others, *extractors) for parameter in module.parameters() if parameter.requires_grad
-    ]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

@@ -41,7 +41,7 @@ from ..functional.forward_process import (
     prediction_divergence,
 )
 from ..pipelines.schedulers import set_timesteps, step_arguments
-from ..policies import DenoisingPolicy, make_policy
+from ..policies import DenoisingPolicy
 from ..rewards import Reward
 from ..rollouts import Rollout, StepTable, condition_numbers
 from ..seeding import generator_for, sample_generators
@@ -51,7 +51,7 @@ from .conditions import Conditions
 from .leash import WATCHED_SHARE, MovingReference
 from .nft_config import DiffusionNFTConfig
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import COST_OF_BACKWARD, LORA_TARGETS, TunedWeights, add_lora
+from .tuned_weights import COST_OF_BACKWARD, TunedWeights, tunable_policy
 from .watchdogs import Watch, Watchdog, draw_samples
 
 
@@ -101,11 +101,7 @@ class DiffusionNFTTrainer:
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience)
         self.callbacks = callbacks
         self.unet_forwards = 0
-        if args.use_lora:
-            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
-        if args.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        self.policy = make_policy(pipeline)
+        self.policy = tunable_policy(pipeline, args)
         self.sampler = FinalSampler(self.policy, args)
 
     def train(self) -> dict[str, float]:

@@ -25,7 +25,6 @@ from transformers import TrainerCallback
 from ..errors import InputError
 from ..functional.denoising import StepMoments, gaussian_kl, gaussian_log_prob
 from ..functional.objectives import kl_mask_loss, ppo_clip_loss, scaled_clip_range
-from ..policies import make_policy
 from ..rewards import Reward
 from ..rollouts import Rollout, StepTable, sample_rollout, step_moments
 from ..seeding import generator_for, sample_generators
@@ -36,7 +35,7 @@ from .leash import WATCHED_SHARE, Leash
 from .ppo_config import DiffusionPPOConfig
 from .refresh import RewardRefresh
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import COST_OF_BACKWARD, LORA_TARGETS, TunedWeights, add_lora
+from .tuned_weights import COST_OF_BACKWARD, TunedWeights, tunable_policy
 from .uncertainty import check_can_be_unsure
 from .watchdogs import Watch, Watchdog, draw_samples
 
@@ -86,11 +85,7 @@ class DiffusionPPOTrainer:
             check_can_be_unsure(self.reward)
         if refresh is not None and not all(isinstance(value, int) for value in self.conditions.values):
             raise InputError("A reward refresh needs class labels as conditions: numbers, not names or prompts.")
-        if args.use_lora:
-            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
-        if args.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        self.policy = make_policy(pipeline)
+        self.policy = tunable_policy(pipeline, args)
         num_elements = math.prod(self.policy.latent_shape)
         self._clip_range = scaled_clip_range(args.clip_shift, num_elements, args.log_prob_reduction)
 

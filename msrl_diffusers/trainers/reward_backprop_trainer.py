@@ -31,7 +31,7 @@ from ..functional.backprop import clip_per_sample, late_steps, random_slices, re
 from ..functional.denoising import StepMoments, ddim_moments, gaussian_kl, predict_clean
 from ..functional.forward_process import add_noise
 from ..models.reward_models import SliceRewardModel, non_empty_slices
-from ..policies import Conditioning, DenoisingPolicy, make_policy
+from ..policies import Conditioning, DenoisingPolicy
 from ..rewards import Reward, WeightedSum
 from ..rollouts import Rollout, StepTable, sample_rollout
 from ..seeding import generator_for, sample_generators
@@ -42,7 +42,7 @@ from .leash import WATCHED_SHARE
 from .lora import save_lora
 from .reward_backprop_config import RewardBackpropConfig
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import COST_OF_BACKWARD, LORA_TARGETS, TunedWeights, add_lora
+from .tuned_weights import COST_OF_BACKWARD, TunedWeights, only_denoiser_trained, tunable_policy
 from .watchdogs import Watch, Watchdog, draw_samples
 
 
@@ -118,11 +118,7 @@ class RewardBackpropTrainer:
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience)
         self.callbacks = callbacks
         self.unet_forwards = 0
-        if args.use_lora:
-            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
-        if args.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        self.policy = make_policy(pipeline)
+        self.policy = tunable_policy(pipeline, args)
 
     def train(self) -> dict:
         """Run the training; the pipeline holds the chosen weights afterwards. Returns that rollout's figures, and `kl_form`."""
@@ -137,7 +133,7 @@ class RewardBackpropTrainer:
         scoring = Scoring(run, self.reward, self.conditions)
         self.unet_forwards = run.state.get("unet_forwards", 0)
 
-        with _only_denoiser_trained(self.pipeline), _checkpointed_decoder(self.pipeline, args.decoder_checkpointing):
+        with only_denoiser_trained(self.pipeline), _checkpointed_decoder(self.pipeline, args.decoder_checkpointing):
             for step in run.steps():
                 rollout, drawn, scores = self._sample(run, scoring, table, step)
                 rewards = scoring.combine(scores)
@@ -248,7 +244,7 @@ class RewardBackpropTrainer:
         full = run.accelerator.mixed_precision == "fp16"  # gradients would underflow: no loss scale is in force here
         with nullcontext() if full else run.accelerator.autocast():
             if self.args.decode == "pre_quantization":
-                return decode_unquantized(self.pipeline, latents)
+                return self.pipeline.decode_latents(latents, force_not_quantize=True)
             return self.policy.decode(latents)
 
     def _rewards(
@@ -398,37 +394,12 @@ class SwitchableWeights(TunedWeights):
             save_lora(self.pipeline, self.run.output_dir)
 
 
-def decode_unquantized(pipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Volumes `[B, C, D, H, W]` in [-1, 1] of `latents`, as `MedVolumePipeline.decode_latents` but without the quantizer."""
-    config = pipeline.vqvae.config
-    latents = latents.to(pipeline.vqvae.dtype) / config.scaling_factor + config.shift_factor
-    return pipeline.vqvae.decode(latents, force_not_quantize=True).sample.float().clamp(-1, 1)
-
-
 def _autoencoder(pipeline) -> nn.Module:
     return pipeline.vqvae if hasattr(pipeline, "vqvae") else pipeline.vae
 
 
 def _sees_slices(reward: Reward) -> bool:
     return isinstance(getattr(reward, "model", None), SliceRewardModel)
-
-
-@contextmanager
-def _only_denoiser_trained(pipeline) -> Iterator[None]:
-    """Within it no network but the denoiser keeps gradients, and all are in evaluation mode (as samplers use them; a codebook
-    that learns would move)."""
-    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    others = [network for network in networks if network is not pipeline.unet]
-    frozen = [value for network in others for value in network.parameters() if value.requires_grad]
-    for network in networks:
-        network.eval()
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError
-from ..policies import DenoisingPolicy
+from ..policies import DenoisingPolicy, make_policy
 from .base import TrainingRun, channels_last
+from .online_config import OnlineConfig
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
@@ -27,6 +28,38 @@ def add_lora(denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str]
     """
     denoiser.requires_grad_(False)
     denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules)))
+
+
+def tunable_policy(pipeline, args: OnlineConfig) -> DenoisingPolicy:
+    """The policy of a pipeline, after its denoiser got the adapter and the checkpointing that the config asks for."""
+    if args.use_lora:
+        add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    return make_policy(pipeline)
+
+
+@contextmanager
+def only_denoiser_trained(pipeline, others: Sequence[torch.nn.Module] = ()) -> Iterator[None]:
+    """Within it no network of the pipeline but the denoiser, and none of `others`, keeps gradients of its own, and all are in
+    evaluation mode (as samplers use them; a codebook that learns would move)."""
+    networks = [*(part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)), *others]
+    frozen = [
+        value
+        for network in networks
+        if network is not pipeline.unet
+        for value in network.parameters()
+        if value.requires_grad
+    ]
+    for network in networks:
+        network.eval()
+    for value in frozen:
+        value.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for value in frozen:
+            value.requires_grad_(True)
 
 
 class TunedWeights:
