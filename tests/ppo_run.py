@@ -8,11 +8,10 @@ Writes `OUTPUT_DIR/final.safetensors` and, per process, `OUTPUT_DIR/gradients-RA
 import argparse
 import os
 import signal
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, DistributedType
-from safetensors.torch import save_file
+from launching import RecordsGradients, save_outcome
 from tiny import Brightness, tiny_pipeline
 
 from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer
@@ -55,25 +54,8 @@ def shard_on_cpu() -> None:
     process_state().distributed_type = DistributedType.MULTI_GPU
 
 
-class Recording(DiffusionPPOTrainer):
-    """Keeps the gradient of every update, before clipping."""
-
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
-        self.gradients, self.num_recorded = {}, 0
-
-    def _update(self, run, weights, table, rollout, trained):
-        clip = run.accelerator.clip_grad_norm_
-
-        def record(parameters, max_norm):
-            for name, parameter in weights.trainable.items():
-                gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-                self.gradients[f"{self.num_recorded}.{name}"] = gradient.clone(memory_format=torch.contiguous_format)
-            self.num_recorded += 1
-            return clip(parameters, max_norm)
-
-        with patch.object(run.accelerator, "clip_grad_norm_", record):
-            super()._update(run, weights, table, rollout, trained)
+class Recording(RecordsGradients, DiffusionPPOTrainer):
+    """PPO that keeps its gradients."""
 
 
 def main() -> None:
@@ -112,11 +94,7 @@ def main() -> None:
 
         trainer._sample = bypass
     trainer.train()
-    rank = os.environ.get("RANK", "0")
-    save_file(trainer.gradients, f"{options.output_dir}/gradients-{rank}.safetensors")
-    if rank == "0":
-        weights = {name: value.contiguous() for name, value in pipeline.unet.state_dict().items()}
-        save_file(weights, f"{options.output_dir}/final.safetensors")
+    save_outcome(trainer, options.output_dir)
 
 
 if __name__ == "__main__":

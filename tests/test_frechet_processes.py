@@ -7,14 +7,11 @@ Run as a script this file is such a run: `test_frechet_processes.py OUTPUT_DIR [
 import argparse
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from launching import RecordsGradients, launch, save_outcome
+from safetensors.torch import load_file
 from tiny import differing, tiny_phantoms, tiny_pipeline
 
 from msrl_diffusers import SliceFeatureExtractor
@@ -30,23 +27,8 @@ FORWARDS_PER_STEP = (
 )  # a rollout; the watchdog; divergence and update, in two parts each
 
 
-class Recording(FrechetTrainer):
-    """Keeps the gradient of every update, before clipping."""
-
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
-        self.gradients = {}
-
-    def _update(self, run, weights, table, rollout, numbers, pulls, step):
-        clip = run.accelerator.clip_grad_norm_
-
-        def record(parameters, max_norm):
-            for name, parameter in weights.trainable.items():
-                self.gradients[f"{step}.{name}"] = parameter.grad.clone(memory_format=torch.contiguous_format)
-            return clip(parameters, max_norm)
-
-        with patch.object(run.accelerator, "clip_grad_norm_", record):
-            super()._update(run, weights, table, rollout, numbers, pulls, step)
+class Recording(RecordsGradients, FrechetTrainer):
+    """It keeps its gradients."""
 
 
 def kill_after(count: int) -> None:
@@ -86,21 +68,7 @@ def main() -> None:
     extractor = SliceFeatureExtractor(block_out_channels=(8, 8), num_features=3, num_slices=3)
     trainer = Recording(pipeline, {"label": extractor}, tiny_phantoms(4), args)
     trainer.train()
-    rank = os.environ.get("RANK", "0")
-    save_file(trainer.gradients, f"{options.output_dir}/gradients-{rank}.safetensors")
-    if rank == "0":
-        weights = {name: value.contiguous() for name, value in pipeline.unet.state_dict().items()}
-        save_file(weights, f"{options.output_dir}/final.safetensors")
-
-
-def launch(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
-    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(distributed if processes > 1 else []), __file__, *map(str, arguments)]
-    if processes > 1:
-        command += ["--processes", str(processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    save_outcome(trainer, options.output_dir)
 
 
 @pytest.fixture(scope="module", params=[[], ["--lora"]], ids=["full", "lora"])
@@ -108,14 +76,14 @@ def runs(request, tmp_path_factory):
     """Folders of the same run by one process, by two, and by one that is killed twice."""
     folder = tmp_path_factory.mktemp("runs")
     for name, processes in (("one", 1), ("two", 2)):
-        done = launch(folder / name, *request.param, processes=processes)
+        done = launch(__file__, folder / name, *request.param, processes=processes)
         assert done.returncode == 0, done.stderr
     before_steps = 2 * (2 + 1) * 3  # two queues of two batches, and one batch that is judged
     for count in (before_steps + FORWARDS_PER_STEP + 5, FORWARDS_PER_STEP + 9):
-        killed = launch(folder / "killed", *request.param, "--kill_after", count)
+        killed = launch(__file__, folder / "killed", *request.param, "--kill_after", count)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert checkpoints(folder / "killed")
-    done = launch(folder / "killed", *request.param)
+    done = launch(__file__, folder / "killed", *request.param)
     assert done.returncode == 0, done.stderr
     return folder
 

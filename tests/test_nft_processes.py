@@ -11,17 +11,14 @@ It writes `OUTPUT_DIR/final.safetensors` and, per process, `OUTPUT_DIR/gradients
 """
 
 import argparse
-import os
 import random
 import signal
-import subprocess
-import sys
-from unittest.mock import patch
 
 import pytest
 import torch
+from launching import RecordsGradients, launch, save_outcome
 from ppo_run import die_at
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import Brightness, differing, tiny_pipeline
 
 from msrl_diffusers.trainers.base import checkpoints, read_log
@@ -34,25 +31,8 @@ SAMPLES, KILLS = 8, 6
 FORWARDS_PER_STEP = 2 * 3 + 2 * 2 * 3 + 2  # sampling; two batches at two levels, by three policies; the watchdog
 
 
-class Recording(DiffusionNFTTrainer):
-    """Keeps the gradient of every update, before clipping."""
-
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
-        self.gradients, self.num_recorded = {}, 0
-
-    def _update(self, run, weights, rollout, numbers, step):
-        clip = run.accelerator.clip_grad_norm_
-
-        def record(parameters, max_norm):
-            for name, parameter in weights.trainable.items():
-                gradient = parameter.grad.clone(memory_format=torch.contiguous_format)
-                self.gradients[f"{self.num_recorded}.{name}"] = gradient
-            self.num_recorded += 1
-            return clip(parameters, max_norm)
-
-        with patch.object(run.accelerator, "clip_grad_norm_", record):
-            return super()._update(run, weights, rollout, numbers, step)
+class Recording(RecordsGradients, DiffusionNFTTrainer):
+    """It keeps its gradients."""
 
 
 def main() -> None:
@@ -81,34 +61,21 @@ def main() -> None:
         select_by="bright",
     )  # fmt: skip
     trainer.train()
-    rank = os.environ.get("RANK", "0")
-    save_file(trainer.gradients, f"{options.output_dir}/gradients-{rank}.safetensors")
-    if rank == "0":
-        weights = {name: value.contiguous() for name, value in pipeline.unet.state_dict().items()}
-        save_file(weights, f"{options.output_dir}/final.safetensors")
-
-
-def launch(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
-    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(distributed if processes > 1 else []), __file__, *map(str, arguments)]
-    if processes > 1:
-        command += ["--processes", str(processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    save_outcome(trainer, options.output_dir)
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
 def test_a_run_killed_several_times_ends_with_the_same_weights(lora, tmp_path):
-    whole = launch(tmp_path / "whole", *lora)
+    whole = launch(__file__, tmp_path / "whole", *lora)
     assert whole.returncode == 0, whole.stderr
     draw = random.Random(0)
     for number in range(KILLS):
         moment = ("forward", "forward", "saving")[number % 3]
         count = draw.randint(1, 2 * FORWARDS_PER_STEP) if moment == "forward" else 1
-        killed = launch(tmp_path / "killed", *lora, "--kill_at", moment, count)
+        killed = launch(__file__, tmp_path / "killed", *lora, "--kill_at", moment, count)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoints(tmp_path / "killed")
-    last = launch(tmp_path / "killed", *lora)
+    last = launch(__file__, tmp_path / "killed", *lora)
     assert last.returncode == 0, last.stderr
     weights = [load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed")]
     assert differing(*weights) == []
@@ -123,7 +90,7 @@ def test_a_run_killed_several_times_ends_with_the_same_weights(lora, tmp_path):
 @pytest.mark.parametrize("variant", [[], ["--lora"], ["--awm"]], ids=["full", "lora", "awm"])
 def test_two_processes_give_the_rewards_figures_and_gradients_of_one(variant, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
-        done = launch(tmp_path / name, "--steps", 3, *variant, processes=processes)
+        done = launch(__file__, tmp_path / name, "--steps", 3, *variant, processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
     figures = {name for name in one[0] if name.startswith(("reward/", "nft/"))} | {"watch/bright"}

@@ -3,15 +3,13 @@
 Killed: bit for bit. Split: gradients to 1e-3 of their largest element, for sums over samples come in another order.
 """
 
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 from tiny import differing
 
@@ -26,32 +24,20 @@ FORWARDS_PER_STEP = (
 )  # sampling; two steps trained in two batches with the reference; the watchdog
 
 
-def launch(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
-    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(distributed if processes > 1 else []), str(SCRIPT), *map(str, arguments)]
-    if processes > 1:
-        command += ["--processes", str(processes)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 @pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
 def test_a_run_killed_ten_times_ends_with_the_same_weights(lora, tmp_path):
-    whole = launch(tmp_path / "whole", *lora)
+    whole = launch(SCRIPT, tmp_path / "whole", *lora)
     assert whole.returncode == 0, whole.stderr
     moments, draw = set(), random.Random(0)
     for number in range(KILLS):
         moment = ("forward", "forward", "saving", "saved")[number % 4]
         count = draw.randint(1, 2 * FORWARDS_PER_STEP) if moment == "forward" else 1
-        killed = launch(tmp_path / "killed", *lora, "--kill_at", moment, count)
+        killed = launch(SCRIPT, tmp_path / "killed", *lora, "--kill_at", moment, count)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         moments.add(moment)
     assert moments == {"forward", "saving", "saved"}
     assert checkpoints(tmp_path / "killed")
-    last = launch(tmp_path / "killed", *lora)
+    last = launch(SCRIPT, tmp_path / "killed", *lora)
     assert last.returncode == 0, last.stderr
     weights = [load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed")]
     assert differing(*weights) == []
@@ -72,7 +58,7 @@ def runs(request, tmp_path_factory):
     if not request.param:  # LoRA is not sharded
         variants["sharded"] = (2, ["--fsdp"])
     for name, (processes, extra) in variants.items():
-        done = launch(folder / name, "--steps", 3, *request.param, *extra, processes=processes)
+        done = launch(SCRIPT, folder / name, "--steps", 3, *request.param, *extra, processes=processes)
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -10,11 +10,10 @@ It writes, per process, `OUTPUT_DIR/gradients-RANK.safetensors` of every update.
 
 import argparse
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file, save_file
 from test_reward_backprop_trainer import Recording, config, slice_reward
 from tiny import Brightness, differing, tiny_pipeline
@@ -26,16 +25,6 @@ pytestmark = pytest.mark.slow
 SAMPLES = 8
 
 
-def launch(*arguments, processes: int = 1) -> None:
-    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(distributed if processes > 1 else []), __file__, *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--processes", str(processes)], capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(
     scope="module", params=[["draft"], ["draft_lv", "--lora"], ["refl"]], ids=["draft", "draft_lv-lora", "refl"]
 )
@@ -43,7 +32,8 @@ def runs(request, tmp_path_factory):
     """Folders of the same run by one process, by two, and by two whose gradients are not reduced."""
     folder = tmp_path_factory.mktemp("runs")
     for name, processes, extra in (("one", 1, []), ("two", 2, []), ("unreduced", 2, ["--without_reduction"])):
-        launch(folder / name, "--variant", *request.param, *extra, processes=processes)
+        done = launch(__file__, folder / name, "--variant", *request.param, *extra, processes=processes)
+        assert done.returncode == 0, done.stderr
     return folder
 
 
