@@ -5,6 +5,9 @@ OUT/diffusion/pipeline:
 
     accelerate launch examples/train_text_to_image.py --output_dir OUT
 
+With `--release DIR` the classifiers too are trained, and all models are written to DIR as one folder for the Hub, from which
+`train_ppo_text_to_image.py` can start.
+
 Stable Diffusion 1.5 and its kin, from a folder or the Hub, on a folder of images with a metadata.csv: of attributes,
 from which the prompts are built, or of captions (`--caption_column text`); writes OUT/pipeline, or with `--use_lora`
 the adapter:
@@ -18,7 +21,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msrl_diffusers.arguments import parse
+from msrl_diffusers.arguments import parse, take_option
 from msrl_diffusers.data.dermoscopy import load_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset, load_image_folder
 from msrl_diffusers.errors import sentence_instead_of_traceback
@@ -28,6 +31,7 @@ from msrl_diffusers.text_to_image import CHAIN
 from msrl_diffusers.text_to_image.artifacts import load_stable_diffusion
 from msrl_diffusers.text_to_image.command_line import parse_text_to_image
 from msrl_diffusers.text_to_image.data import load_captioned_folder
+from msrl_diffusers.text_to_image.release import write_release
 from msrl_diffusers.trainers.lora import LORA_FILE
 from msrl_diffusers.trainers.text_to_image_config import TextToImageConfig
 from msrl_diffusers.trainers.text_to_image_trainer import TextToImageTrainer, pipeline_image_size
@@ -54,10 +58,13 @@ def main() -> None:
     if any(argument.split("=")[0] == "--pretrained_model_name_or_path" for argument in sys.argv[1:]):
         fine_tune(*parse([FineTuneArguments, TextToImageConfig]))
     else:
-        config = parse_text_to_image("diffusion", DEFAULT_CONFIG)
-        CHAIN.run(config, CHAIN.up_to("diffusion"))
+        release, arguments = take_option("release", sys.argv[1:])
+        config = parse_text_to_image("diffusion", DEFAULT_CONFIG, arguments)
+        CHAIN.run(config, [*CHAIN.up_to("diffusion"), *(["classifiers"] if release else [])])
         if process_state().is_main_process:
-            print(f"{Path(config.output_dir) / 'diffusion/pipeline'} written")
+            if release:
+                write_release(config, release)
+            print(f"{release or Path(config.output_dir) / 'diffusion/pipeline'} written")
 
 
 def fine_tune(script_args: FineTuneArguments, args: TextToImageConfig) -> None:

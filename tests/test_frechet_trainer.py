@@ -16,12 +16,11 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.functional.frechet import frechet_loss
-from msrl_diffusers.policies import make_policy
-from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trainers.base import checkpoints, read_log
 from msrl_diffusers.trainers.frechet_config import FrechetConfig
-from msrl_diffusers.trainers.frechet_trainer import FrechetTrainer, replay
+from msrl_diffusers.trainers.frechet_trainer import FrechetTrainer
+from msrl_diffusers.trainers.gradient_steps import GradientSteps
 
 
 REAL = tiny_phantoms(6)
@@ -63,39 +62,14 @@ def timeless(history):
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_replay_has_the_gradient_of_the_sampler_with_its_noise_fixed(eta):
-    pipeline = tiny_pipeline()
-    policy, table = make_policy(pipeline), StepTable.of(pipeline.scheduler, 3, eta, 1e-6)
-
-    def sampled():
-        return sample_rollout(policy, [0, 1], table, sample_generators(0, "replay", [0, 1]))
-
-    rollout, weight = sampled(), pipeline.unet.conv_out.weight
-    for num_steps in (1, 3):
-        assert torch.equal(replay(policy, table, rollout, num_steps, 1.0), rollout.latents[:, -1])
-    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    probe = torch.randn(rollout.latents[:, -1].shape, generator=torch.Generator().manual_seed(1))
-    (gradient,) = torch.autograd.grad((replay(policy, table, rollout, 3, 1.0) * probe).sum(), weight)
-    moved = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight.add_(sign * 1e-3 * direction)
-            moved.append((sampled().latents[:, -1] * probe).sum().item())
-            weight.sub_(sign * 1e-3 * direction)
-    slope = (moved[0] - moved[1]) / 2e-3
-    assert (gradient * direction).sum().item() == pytest.approx(slope, rel=2e-2)
-    (last_step,) = torch.autograd.grad((replay(policy, table, rollout, 1, 1.0) * probe).sum(), weight)
-    assert not torch.allclose(last_step, gradient, rtol=1e-2)
-
-
 class Recording(FrechetTrainer):
     """Keeps the gradient of the first update, and works it out in one graph, without a cache or parts."""
 
     def _update(self, run, weights, table, rollout, numbers, pulls, step):
         if step == 0:
             parameters = list(weights.trainable.values())
-            latents = replay(self.policy, table, rollout, self.args.gradient_steps, self.args.guidance_scale)
+            last = range(len(table) - self.args.gradient_steps, len(table))
+            latents, _ = GradientSteps(self.policy, table, self.args.guidance_scale, last).replay(rollout)
             queue = self._queue.population(0)
             found = self.representations.extract(self.policy.decode(latents))
             groups = torch.cat([queue.groups, rollout.conditions])

@@ -11,8 +11,9 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.policies import make_policy
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trainers.base import checkpoints, read_log
+from msrl_diffusers.trainers.final_sampler import FinalSampler
 from msrl_diffusers.trainers.nft_config import DiffusionNFTConfig
-from msrl_diffusers.trainers.nft_trainer import DiffusionNFTTrainer, FinalSampler
+from msrl_diffusers.trainers.nft_trainer import DiffusionNFTTrainer
 
 
 def config(output_dir, **settings):
@@ -102,7 +103,7 @@ def test_the_anchor_of_awm_holds(tmp_path):
     settings = {
         "objective": "awm",
         "max_steps": 4,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-3,
         "old_decay_rate": 1.0,
         "old_decay_max": 0.99,
     }

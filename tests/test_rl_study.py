@@ -333,11 +333,13 @@ def test_a_study_by_another_method(method, release, tmp_path):
         "frechet": {"queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]},
     }
     config = StudyConfig(
-        **released_study(tmp_path, release, method=method, num_curve_points=2, curve_per_class=3, **{method: {**section, **extra[method]}})
+        **released_study(tmp_path, release, method=method, num_curve_points=2, curve_per_class=3, evaluation_per_class=3,
+            **{method: {**section, **extra[method]}})
     )  # fmt: skip
     run_study(config)
     report = report_of(config)
     assert report["method"] == method
+    assert report["n"] == {"all": 6, "HGG": 3, "LGG": 3}
     assert report[method]["rollouts"] == 2
     assert report["unet_forwards"] == report[method]["unet_forwards"] > 0
     assert report["curve"]["points"][-1]["rollout"] == 2

@@ -108,7 +108,12 @@ def make_phantom(index: int, label: int, image_size: int = 64, seed: int = 0) ->
 
 
 def load_phantoms(num_per_class: int, image_size: int = 64, seed: int = 0, first_index: int = 0) -> VolumeDataset:
-    """`num_per_class` phantoms of each class, indices from `first_index` on; every phantom is its own subject."""
+    """`num_per_class` phantoms of each class, `[N, 1, image_size, image_size, image_size]`, indices from `first_index` on;
+    every phantom is its own subject.
+
+    Raises:
+        InputError: fewer than 8 voxels along an edge.
+    """
     volumes, labels, subjects = [], [], []
     for index in range(first_index, first_index + num_per_class):
         for label, name in ID2LABEL.items():
@@ -140,7 +145,7 @@ def write_phantoms(output_dir: str | Path, num_per_class: int, image_size: int =
 
 def _draw_parameters(rng: np.random.Generator, index: int, label: int) -> PhantomParameters:
     size = rng.uniform(1.03, 1.14)
-    radius = rng.uniform(0.20, 0.30)
+    radius = rng.uniform(0.26, 0.36)
     side = rng.choice([-1, 1])
     center = (rng.uniform(-0.05, 0.32), rng.uniform(-0.42, 0.42), side * rng.uniform(0.22, 0.36))
     return PhantomParameters(
@@ -153,7 +158,7 @@ def _draw_parameters(rng: np.random.Generator, index: int, label: int) -> Phanto
         ventricle_size=rng.uniform(0.075, 0.15),
         tumor_center=tuple(float(value) for value in center),
         tumor_radius=float(radius),
-        ring_thickness=rng.uniform(0.08, 0.11),
+        ring_thickness=rng.uniform(0.10, 0.14),
         oedema_width=rng.uniform(0.08, 0.17),
         contrast=rng.uniform(0.88, 1.0),
         bias_strength=rng.uniform(0.02, 0.08),

@@ -41,11 +41,20 @@ FOLDERS = {
     "reward_heldout": "reward model of another seed and width: a watchdog, never trained on",
     "extractor_label": "feature extractor that labels and selects",
     "extractor_judge": "feature extractor that only judges",
+    "vae": "autoencoder",
+    "text_encoder": "text encoder",
+    "classifier_reward": "classifier of attributes that rewards",
+    "classifier_judge": "classifier of attributes that only judges",
+    "classifier_features": "classifier of attributes whose features give the Frechet distances",
 }
 DATA_SETS = {  # title; terms
     "phantoms": (
         "Phantoms",
         "Synthetic brains, computed by the package `msrl_diffusers`: no person's data, no terms.",
+    ),
+    "dermoscopy": (
+        "Drawn dermoscopy images",
+        "Images drawn by the package `msrl_diffusers`: no person's data, no terms.",
     ),
     "brats2019": (
         "BraTS 2019",
@@ -58,6 +67,7 @@ DATA_SETS = {  # title; terms
         "before you use or pass on these weights.",
     ),
 }
+COMPUTED = ("phantoms", "dermoscopy")  # of no person
 OWN_TITLES = {"bids": "a BIDS data set", "datalist": "a data set with a JSON list"}
 UNKNOWN_TERMS = "The terms of these data were not stated; ask whoever shared this model before you use it."
 AUDIT_KEYS = {"n_generated", "n_train", "n_copies", "interval", "expected_false_positives"}
@@ -84,7 +94,7 @@ def render_card(
         arm: which one of the report's the folder holds, `"rl"` or `"standard"`. By default told from the names
             `pipeline_rl` and `pipeline_standard`.
         name: repository or folder it is loaded from; the folder's name by default.
-        license: of the weights; by default Apache-2.0 for phantoms and `unknown` for other data.
+        license: of the weights; by default Apache-2.0 where the data were computed and `unknown` elsewhere.
         data_terms: a sentence on the terms of the training data.
         base_model: Hub repository that was fine-tuned or that an adapter belongs to.
 
@@ -182,7 +192,7 @@ def _values(
     scores, source = contents.read_json("scores.json") or {}, audit_source(audit, report)
     arm = find_arm(contents, (report, source), arm)
     dataset = report.get("dataset")
-    license = stated["license"] or ("apache-2.0" if dataset == "phantoms" else "unknown")  # an id of the Hub's
+    license = stated["license"] or ("apache-2.0" if dataset in COMPUTED else "unknown")  # an id of the Hub's
     generates = contents.kind != "model" or contents.class_name in GENERATORS
     return {
         "name": name or contents.folder.resolve().name,

@@ -107,7 +107,8 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         "evaluate": Stage(
             evaluate,
             ("prepare", "extractors", "diffusion", "score", "rewards", method, *validity),
-            ("num_validity_subjects", *config.changed("unseen_sets"), "bootstrap_draws", "rl_seed", *_SAMPLING),
+            ("num_validity_subjects", *config.changed("unseen_sets", "evaluation_per_class"), "bootstrap_draws",
+             "rl_seed", *_SAMPLING),
         ),
         "downstream": Stage(
             stages.train_classifiers,

@@ -156,6 +156,10 @@ class StudyConfig:
         default_factory=dict,
         metadata={"help": "{name: folder of NIfTI or .safetensors}: other generators' volumes for stage downstream."},
     )
+    evaluation_per_class: int | None = field(
+        default=None,
+        metadata={"help": "Volumes per class on either side of the reported distances; all there are if unset."},
+    )
     bootstrap_draws: int = field(default=200, metadata={"help": "Bootstrap draws of the intervals."})
 
     def __post_init__(self):
@@ -174,8 +178,9 @@ class StudyConfig:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
             raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
-        if self.max_steps is not None:
-            check_positive(self, "max_steps")
+        for name in ("max_steps", "evaluation_per_class"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
         for sampler in self.samplers:
             if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
                 raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")

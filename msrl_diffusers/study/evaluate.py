@@ -47,6 +47,7 @@ def evaluate(config: StudyConfig) -> dict:
     counts = {
         label: int(min((split.class_labels == label).sum() for split in (train, heldout))) for label in train.id2label
     }
+    counts = {label: min(count, config.evaluation_per_class or count) for label, count in counts.items()}
     train, heldout = train.take_per_class(counts), heldout.take_per_class(counts)  # distances need sets of equal size
     extractors, samplers = load_extractors(config), _samplers(config)
     rewards = {role: LearnedReward(role, model) for role, model in load_reward_models(config).items()}

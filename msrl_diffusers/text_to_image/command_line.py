@@ -11,6 +11,7 @@ from .config import TRAINER_CONFIGS, TextToImageStudyConfig, trainer_defaults
 
 
 GENERAL_FIELDS = ("output_dir", "seed", "mixed_precision")
+MODELS = ("pretrained_model_name_or_path", "reward_classifier", "judge_classifier", "fid_extractor")
 
 
 @dataclass
@@ -44,7 +45,7 @@ def parse_text_to_image(
     """
     path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
     path = path or default_config
-    study = read_yaml(path) if path else {}
+    study = _with_places(read_yaml(path), Path(path).parent) if path else {}
     own = study.get(section, {})
     if not isinstance(own, dict):
         raise InputError(f"TextToImageStudyConfig: {section} must be dict, got {own!r}.")
@@ -65,3 +66,9 @@ def parse_text_to_image(
     if unknown:
         raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
     return TextToImageStudyConfig(**{**study, **general, **changed, section: fields})
+
+
+def _with_places(study: dict, folder: Path) -> dict:
+    """The fields of a YAML file in `folder`, in which a model's place that is a folder is relative to the file."""
+    found = {name: folder / study[name] for name in MODELS if isinstance(study.get(name), str)}
+    return {**study, **{name: str(path.resolve()) for name, path in found.items() if path.is_dir()}}

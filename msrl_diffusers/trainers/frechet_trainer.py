@@ -24,10 +24,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..errors import InputError
-from ..functional.backprop import reparametrized
-from ..functional.denoising import gaussian_kl
-from ..policies import Conditioning, DenoisingPolicy
-from ..rollouts import Rollout, StepTable, sample_rollout, step_moments
+from ..policies import Conditioning
+from ..rollouts import Rollout, StepTable, sample_rollout
 from ..seeding import batch_indices, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
@@ -35,6 +33,7 @@ from .conditions import Conditions
 from .denoising_loss import denoising_target
 from .feature_population import FeatureQueue, Features, RealSide, Representations
 from .frechet_config import FrechetConfig
+from .gradient_steps import GradientSteps
 from .leash import WATCHED_SHARE
 from .scoring import Scoring
 from .tuned_weights import COST_OF_BACKWARD, TunedWeights, only_denoiser_trained, tunable_policy
@@ -255,12 +254,13 @@ class FrechetTrainer:
         args, accelerator = self.args, run.accelerator
         # accelerate divides by the number of micro-batches, and averages over processes
         parts = args.samples_per_rollout // args.train_batch_size * accelerator.num_processes
-        priors = []
+        last = range(len(table) - args.gradient_steps, len(table))
+        steps, priors = GradientSteps(self.policy, table, args.guidance_scale, last), []
         for rows in torch.arange(len(rollout)).split(args.train_batch_size):
             batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
             with accelerator.accumulate(weights.denoiser):
                 with accelerator.autocast():
-                    latents = replay(self.policy, table, batch, args.gradient_steps, args.guidance_scale)
+                    latents, _ = steps.replay(batch)
                 features = self._decoded_features(run, latents)
                 loss = parts * sum((values * pulls[name][rows]).sum() for name, values in features.items())
                 if args.prior_weight:
@@ -330,29 +330,17 @@ class FrechetTrainer:
         args, policy, table = self.args, self.policy, self._kl_table
         measured = len(rollout) if args.kl_budget is not None else -(-len(rollout) // WATCHED_SHARE)
         places = table.stochastic or range(len(table))
-        steps = [
-            places[i] for i in torch.linspace(0, len(places) - 1, min(KL_STEPS, len(places))).round().int().tolist()
-        ]
+        even = torch.linspace(0, len(places) - 1, min(KL_STEPS, len(places))).round().int().tolist()
+        steps = GradientSteps(policy, table, args.guidance_scale, [places[number] for number in even])
         divergences = []
         for rows in torch.arange(measured).split(args.train_batch_size):
             batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
-            for step in steps:
-                inputs = batch.latents[:, step], batch.conditioning, args.guidance_scale
-                with run.accelerator.autocast():
-                    if table.stochastic:
-                        mean, std = step_moments(policy, table, step, *inputs)
-                        with policy.reference():
-                            reference, _ = step_moments(policy, table, step, *inputs)
-                        divergences.append(gaussian_kl(mean, reference, std))
-                    else:
-                        latents, *rest = inputs
-                        prediction = policy.predict(latents, table.timesteps[step], *rest)
-                        with policy.reference():
-                            reference = policy.predict(latents, table.timesteps[step], *rest)
-                        divergences.append((prediction - reference).float().square().flatten(1).mean(dim=1))
+            with run.accelerator.autocast():
+                visits = [steps.visit(step, batch.latents[:, step], batch.conditioning) for step in steps.trained]
+                divergences.append(steps.divergence(visits, batch.conditioning, len(batch)))
         kl = run.accelerator.reduce(torch.cat(divergences).mean(), "mean").item()
         run.record(**{"frechet/kl": kl})
-        self.unet_forwards += 2 * measured * len(steps) * self._cost * run.accelerator.num_processes
+        self.unet_forwards += 2 * measured * len(steps.trained) * self._cost * run.accelerator.num_processes
         if args.kl_budget is not None and kl > args.kl_budget:
             run.stop(f"the divergence from the pretrained model passed kl_budget={args.kl_budget}")
 
@@ -400,22 +388,6 @@ class FrechetTrainer:
     def _cost_of_gradient(self) -> int:
         """Forwards that one prediction with its gradient is worth."""
         return 1 + COST_OF_BACKWARD + self.args.gradient_checkpointing
-
-
-def replay(
-    policy: DenoisingPolicy, table: StepTable, rollout: Rollout, num_steps: int, guidance_scale: float
-) -> torch.Tensor:
-    """Final latents `[B, C, *S]` of a rollout, with gradients through its last `num_steps` steps.
-
-    Values are the recorded states; the noise of a step is what lies between its mean and the state that followed, and is a
-    constant (the reparametrised sampling of DRaFT, arXiv 2309.17400).
-    """
-    first = len(table) - num_steps
-    latents = rollout.latents[:, first]
-    for step in range(first, len(table)):
-        mean, _ = step_moments(policy, table, step, latents, rollout.conditioning, guidance_scale)
-        latents = reparametrized(mean, rollout.latents[:, step + 1])
-    return latents
 
 
 def _lengths(pulls: Mapping[str, torch.Tensor]) -> torch.Tensor:

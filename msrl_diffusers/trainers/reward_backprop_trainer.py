@@ -17,43 +17,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from ..errors import InputError
-from ..functional.backprop import clip_per_sample, late_steps, random_slices, reparametrized, surrogate_loss
-from ..functional.denoising import StepMoments, ddim_moments, gaussian_kl, predict_clean
-from ..functional.forward_process import add_noise
+from ..functional.backprop import clip_per_sample, late_steps, random_slices, surrogate_loss
 from ..models.reward_models import SliceRewardModel, non_empty_slices
-from ..policies import Conditioning, DenoisingPolicy
 from ..rewards import Reward, WeightedSum
 from ..rollouts import Rollout, StepTable, sample_rollout
 from ..seeding import generator_for, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
+from .gradient_steps import GradientSteps
 from .leash import WATCHED_SHARE
 from .lora import save_lora
 from .reward_backprop_config import RewardBackpropConfig
+from .reward_backprop_variants import VARIANTS, Drawn
 from .scoring import Scores, Scoring, join_rewards
 from .tuned_weights import COST_OF_BACKWARD, TunedWeights, only_denoiser_trained, tunable_policy
 from .watchdogs import Watch, Watchdog, draw_samples
-
-
-class Drawn(NamedTuple):
-    """Which samples these are: `numbers` within the rollout of all processes, and `rows` of their conditions."""
-
-    numbers: list[int]
-    rows: list[int]
-
-    def select(self, places: Sequence[int]) -> "Drawn":
-        return Drawn([self.numbers[place] for place in places], [self.rows[place] for place in places])
 
 
 class RewardBackpropTrainer:
@@ -126,7 +112,9 @@ class RewardBackpropTrainer:
         run = TrainingRun(args, "draft", gradient_accumulation_steps=args.samples_per_rollout // args.train_batch_size)
         self.pipeline.to(run.device)
         table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std, run.device)
-        self._steps = GradientSteps(self.policy, table, args)
+        last = range(len(table) - args.gradient_steps, len(table))
+        trained = late_steps(len(table), args.late_fraction) if args.variant == "refl" else last
+        self._steps = GradientSteps(self.policy, table, args.guidance_scale, trained)
         run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None
         weights = SwitchableWeights(run, self.pipeline, self.policy, args.max_steps)
         run.resume()
@@ -190,14 +178,14 @@ class RewardBackpropTrainer:
             measured = len(batch) if held else watched
             with accelerator.accumulate(weights.denoiser):
                 with accelerator.autocast():
-                    scored, visits = VARIANTS[args.variant](self._steps, batch, which, step)
+                    scored, visits = VARIANTS[args.variant](self._steps, batch, which, step, args)
                 gradients, rewards = self._reward_gradients(run, scored, which, step)
                 gradients, norms = clip_per_sample(gradients, args.reward_grad_clip)
                 loss = args.reward_loss_coef * surrogate_loss(scored.flatten(0, 1), gradients)
                 value = -args.reward_loss_coef * rewards.mean()
                 if measured:
                     with accelerator.autocast():
-                        kl = self._steps.divergence(visits, batch.conditioning, measured)
+                        kl = self._steps.divergence(visits, batch.conditioning, measured).mean()
                     loss, value = loss + args.kl_coef * kl, value + args.kl_coef * kl
                     noted["kl"].append(kl.detach())
                 norm = weights.backward(loss)
@@ -279,101 +267,6 @@ class RewardBackpropTrainer:
     def _count(self, run: TrainingRun, predictions: int) -> None:
         cost = 1 if self.args.guidance_scale == 1.0 else 2
         self.unet_forwards += predictions * run.accelerator.num_processes * cost
-
-
-# ---------------------------------------------------------------------------------------------------- steps and variants
-
-
-class Visit(NamedTuple):
-    """The denoiser's `output [B, C, *S]`, with gradients, for `state [B, C, *S]` at denoising step number `step`."""
-
-    step: int
-    state: torch.Tensor
-    output: torch.Tensor
-
-
-class GradientSteps:
-    """Denoising steps with gradients, and their divergence from the pretrained model.
-
-    Attributes:
-        trained: the steps that the variant may train.
-        kl_form: `"gaussian"` if all of them have noise, otherwise `"prediction"`.
-    """
-
-    def __init__(self, policy: DenoisingPolicy, table: StepTable, args: RewardBackpropConfig):
-        self.policy, self.table, self.args = policy, table, args
-        last = range(len(table) - args.gradient_steps, len(table))
-        self.trained = late_steps(len(table), args.late_fraction) if args.variant == "refl" else last
-        self.kl_form = "gaussian" if set(self.trained) <= set(table.stochastic) else "prediction"
-
-    def visit(self, step: int, state: torch.Tensor, conditioning: Conditioning) -> Visit:
-        """A prediction, with gradients if they are enabled."""
-        output = self.policy.predict(state, self.table.timesteps[step], conditioning, self.args.guidance_scale)
-        return Visit(step, state, output.float())
-
-    def moments(self, visit: Visit) -> StepMoments:
-        """The sampler's step that follows from a prediction."""
-        table, step = self.table, visit.step
-        grid = (table.alpha_prods[step], table.alpha_prods_prev[step], table.etas[step])
-        return ddim_moments(visit.output, visit.state, *grid, self.policy.scheduler.config.prediction_type)
-
-    def divergence(self, visits: Sequence[Visit], conditioning: Conditioning, measured: int) -> torch.Tensor:
-        """The mean divergence `[]` of the first `measured` samples over `visits`; gradients to the trained model's part."""
-        few, found = slice(measured), []
-        for visit in visits:
-            own = Visit(visit.step, visit.state[few], visit.output[few])
-            with torch.no_grad(), self.policy.reference():
-                reference = self.visit(visit.step, own.state, conditioning.select(few))
-            if self.kl_form == "gaussian":
-                mean, std = self.moments(own)
-                with torch.no_grad():
-                    pretrained = self.moments(reference).mean
-                found.append(gaussian_kl(mean, pretrained, std).mean())
-            else:
-                found.append(F.mse_loss(own.output, reference.output))
-        return torch.stack(found).mean()
-
-
-Scored = tuple[
-    torch.Tensor, list[Visit]
-]  # latents to score `[N, B, C, *S]`, N of each sample; the predictions they stem from
-
-
-def draft(steps: GradientSteps, batch: Rollout, drawn: Drawn, step: int) -> Scored:
-    """Final latents, with gradients through the last K steps (DRaFT-K, arXiv 2309.17400, algorithm 1)."""
-    visits, state = [], batch.latents[:, steps.trained.start]
-    for number in steps.trained:
-        visits.append(steps.visit(number, state, batch.conditioning))
-        state = reparametrized(steps.moments(visits[-1]).mean, batch.latents[:, number + 1])
-    return state[None], visits
-
-
-def draft_lv(steps: GradientSteps, batch: Rollout, drawn: Drawn, step: int) -> Scored:
-    """As `draft` of the last step, and the finished sample noised to it and denoised again several times: a gradient of lower
-    variance, whose steps cost less than new samples (DRaFT-LV, arXiv 2309.17400, algorithm 1)."""
-    scored, visits = draft(steps, batch, drawn, step)
-    (last,) = steps.trained
-    found, clean = [scored[0]], batch.latents[:, -1]
-    generators = sample_generators(steps.args.seed, f"last step {step}", drawn.numbers)
-    for _ in range(steps.args.num_noise_draws):
-        noise = randn_tensor(clean.shape, generators, clean.device)
-        noisy = add_noise(clean, noise, steps.table.alpha_prods[last])
-        visits.append(steps.visit(last, noisy, batch.conditioning))
-        found.append(steps.moments(visits[-1]).mean)
-    return torch.stack(found), visits
-
-
-def refl(steps: GradientSteps, batch: Rollout, drawn: Drawn, step: int) -> Scored:
-    """The clean latents predicted at a late step, one for the whole rollout (ReFL, arXiv 2304.05977, algorithm 1)."""
-    generator = generator_for(steps.args.seed, "late step", step)
-    number = steps.trained[torch.randint(len(steps.trained), (1,), generator=generator).item()]
-    visit = steps.visit(number, batch.latents[:, number], batch.conditioning)
-    prediction_type = steps.policy.scheduler.config.prediction_type
-    clean, _ = predict_clean(visit.output, visit.state, steps.table.alpha_prods[number], prediction_type)
-    return clean[None], [visit]
-
-
-VARIANTS = {"draft": draft, "draft_lv": draft_lv, "refl": refl}
 
 
 # --------------------------------------------------------------------------------------------- weights, networks, rewards

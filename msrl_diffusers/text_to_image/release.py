@@ -1,0 +1,26 @@
+"""The models of a study before reinforcement learning as one folder, fit for the Hub and for a later study to start from."""
+
+from pathlib import Path
+
+from ..files import write_text
+from ..hub import render_card
+from ..models.image_classifiers import load_image_classifier, save_image_classifier
+from ..study.report import git_commit, versions
+from .artifacts import load_base
+from .config import CLASSIFIERS, TextToImageStudyConfig
+
+
+def write_release(config: TextToImageStudyConfig, path: str | Path) -> None:
+    """Write the fine-tuned Stable Diffusion to `path`, and the trained classifiers to `path/classifier_ROLE`, all in float16,
+    with a card. The stages up to `classifiers` must be done."""
+    path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
+    pipeline = load_base(config).to("cpu")
+    for name in ("vae", "unet", "text_encoder"):
+        getattr(pipeline, name).half()
+    pipeline.save_pretrained(path)
+    for role in CLASSIFIERS:
+        model, processor = load_image_classifier(Path(config.output_dir) / "classifiers" / role)
+        save_image_classifier(model.half(), processor, path / f"classifier_{role}")
+    dataset = "dermoscopy" if config.data_dir is None else "image_folder"
+    facts = {"dataset": dataset, "seed": config.seed, "commit": commit, "versions": versions()}
+    write_text(path / "README.md", render_card(facts, path, arm="standard"))
