@@ -1,34 +1,46 @@
 """msrl_diffusers: train a 3D generator of medical volumes, fine-tune it by reinforcement learning from rewards nobody had
 to label, prove that it got better, share it. Not for clinical use.
 
-Importing the package registers its classes with diffusers, so that `DiffusionPipeline.from_pretrained` loads a
-`MedVolumePipeline` and `model_index.json` names `["msrl_diffusers", "VQModel3D"]`. Diffusers never imports a module that a
-repository names, and looks for `ModelMixin` and `SchedulerMixin` in its namespace; hence the eager imports below.
+Importing the package registers it with diffusers, so that `DiffusionPipeline.from_pretrained` loads a
+`MedVolumePipeline` and `model_index.json` names `["msrl_diffusers", "VQModel3D"]`. It imports nothing that
+`import diffusers` has not: every name is imported when first used.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import diffusers
-from diffusers import ModelMixin, SchedulerMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from .models.autoencoder_vq_3d import VQModel3D
-from .models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
-from .models.reward_models import SliceRewardModel, VolumeRewardModel
-from .models.unet_3d import UNet3DModel
-from .pipelines.med_volume import MedVolumePipeline, MedVolumePipelineOutput
+from .pipelines.registration import register
+
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from .models.autoencoder_vq_3d import VQModel3D
+    from .models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
+    from .models.reward_models import SliceRewardModel, VolumeRewardModel
+    from .models.unet_3d import UNet3DModel
+    from .pipelines.med_volume import MedVolumePipeline, MedVolumePipelineOutput
 
 
 __version__ = "0.1.0"
 
-LOADABLE_CLASSES[__name__] = {
-    "ModelMixin": ["save_pretrained", "from_pretrained"],
-    "SchedulerMixin": ["save_pretrained", "from_pretrained"],
-}
-diffusers.MedVolumePipeline = MedVolumePipeline
+register()
+
+# Diffusers looks for these base classes of its own in the namespace of every library that it loads components from.
+_OF_DIFFUSERS = ("ModelMixin", "SchedulerMixin")
 
 # Public names that are imported when first used: where they live, under this package.
 _LAZY = {
+    "MedVolumePipeline": "pipelines.med_volume",
+    "MedVolumePipelineOutput": "pipelines.med_volume",
+    "SliceFeatureExtractor": "models.feature_extractors",
+    "SliceRewardModel": "models.reward_models",
+    "UNet3DModel": "models.unet_3d",
+    "VQModel3D": "models.autoencoder_vq_3d",
+    "VolumeFeatureExtractor": "models.feature_extractors",
+    "VolumeRewardModel": "models.reward_models",
     "ImageDataset": "data.image_folder",
     "PromptBuilder": "data.prompts",
     "VolumeDataset": "data.volumes",
@@ -95,24 +107,14 @@ _LAZY = {
     "TextToImageStudyConfig": "text_to_image",
 }
 
-__all__ = [
-    "MedVolumePipeline",
-    "MedVolumePipelineOutput",
-    "ModelMixin",
-    "SchedulerMixin",
-    "SliceFeatureExtractor",
-    "SliceRewardModel",
-    "UNet3DModel",
-    "VQModel3D",
-    "VolumeFeatureExtractor",
-    "VolumeRewardModel",
-    *_LAZY,
-]
+__all__ = [*_OF_DIFFUSERS, *_LAZY]
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _OF_DIFFUSERS:
+        return getattr(diffusers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

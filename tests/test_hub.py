@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
@@ -566,7 +566,7 @@ def test_metadata_that_can_t_be_read(hub, folder):
 def inject_adapter(folder):
     unet = UNet3DModel.from_pretrained(folder / "unet")
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    unet.save_pretrained(folder / "unet")
+    ModelMixin.save_pretrained(unet, folder / "unet")  # the class' own refuses
 
 
 def lose_component(folder):

@@ -9,11 +9,20 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_pipeline
+from tiny import Brightness, tiny_pipeline
 
-from msrl_diffusers import MedVolumePipeline, UNet3DModel
+from msrl_diffusers import (
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    DiffusionPPOConfig,
+    DiffusionPPOTrainer,
+    MedVolumePipeline,
+    RewardBackpropConfig,
+    RewardBackpropTrainer,
+    UNet3DModel,
+)
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.trainers.tuned_weights import LORA_TARGETS
+from msrl_diffusers.trainers.tuned_weights import LORA_TARGETS, add_lora, tunable_policy
 
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -339,3 +348,73 @@ def test_names_of_adapters(pipeline, folder, tmp_path):
         with pytest.raises(InputError, match=f"^'{name}' can't name an adapter"):
             pipeline.load_lora_weights(folder, adapter_name=name)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_denoiser_with_an_adapter_is_not_saved_either(tmp_path):
+    unet = with_adapter(name="one").unet
+    sentence = (
+        r"^The denoiser carries the LoRA adapter one and can't .*save_lora_adapter\(FOLDER\), or .*unload_lora\(\)\.$"
+    )
+    with pytest.raises(InputError, match=sentence):
+        unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(InputError, match=sentence):
+        unet.push_to_hub("somebody/unet", token="hf_none")
+    assert not (tmp_path / "unet").exists()
+    unet.fuse_lora()
+    unet.unload_lora()
+    unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    loaded = UNet3DModel.from_pretrained(tmp_path / "unet", variant="fp16")
+    assert all(torch.equal(value, unet.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+TRAINERS = [
+    (DiffusionPPOTrainer, DiffusionPPOConfig),
+    (DiffusionNFTTrainer, DiffusionNFTConfig),
+    (RewardBackpropTrainer, RewardBackpropConfig),
+]
+
+
+@pytest.mark.parametrize(("trainer", "config"), TRAINERS)
+def test_no_training_on_top_of_an_adapter(pipeline, folder, tmp_path, trainer, config):
+    """Its reference is the denoiser without adapters, and what it leaves has them all mixed."""
+
+    def made(use_lora):
+        args = config(output_dir=str(tmp_path), report_to="none", use_lora=use_lora)
+        return trainer(pipeline, [Brightness()], args, train_conditions=[0, 1])
+
+    def refused(names):
+        for use_lora in (True, False):
+            sentence = (
+                rf"^The denoiser carries the LoRA adapter {names}, .*fuse_lora\(\), then unload_lora_weights\(\)"
+            )
+            with pytest.raises(InputError, match=sentence):
+                made(use_lora)
+
+    pipeline.load_lora_weights(folder, adapter_name="tuned")
+    refused("tuned")
+    pipeline.disable_lora()
+    refused("tuned")
+    pipeline.enable_lora()
+    pipeline.fuse_lora()
+    refused("tuned")
+    pipeline.unfuse_lora()
+    pipeline.delete_adapters("tuned")
+    refused(r"\(deleted\)")
+    pipeline.unload_lora_weights()
+    assert made(use_lora=True).pipeline.get_list_adapters() == {"unet": ["default"]}
+
+
+def test_an_adapter_that_has_learned_nothing_may_be_trained(pipeline):
+    add_lora(pipeline.unet, rank=2)
+    policy = tunable_policy(pipeline, DiffusionPPOConfig(output_dir="unused", report_to="none"))
+    assert policy.denoiser is pipeline.unet
+    trained = [name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    with pytest.raises(InputError, match=r"^The denoiser carries the LoRA adapter default, and a second would"):
+        add_lora(pipeline.unet, rank=2)
+    with torch.no_grad():
+        dict(pipeline.unet.named_parameters())[trained[-1]].fill_(0.1)  # a single B of many
+    with pytest.raises(InputError, match=r"which the reference that training is held to would lack"):
+        tunable_policy(pipeline, DiffusionPPOConfig(output_dir="unused", report_to="none"))

@@ -57,6 +57,7 @@ class VolumeDataset:
 
     @property
     def num_classes(self) -> int:
+        """Classes of the data set, also those without a volume here."""
         return len(self.id2label)
 
     def batch(self, indices: Sequence[int] | torch.Tensor, device: torch.device | str = "cpu") -> dict:

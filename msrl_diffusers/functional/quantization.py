@@ -19,15 +19,19 @@ def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor, chunk_size: int 
 
 
 def straight_through(continuous: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The value of `quantized` with the gradient of `continuous` (arXiv 1711.00937, section 3.2)."""
+    """The value of `quantized` with the gradient of `continuous`, all `[B, C, *S]` (arXiv 1711.00937, section 3.2)."""
     return continuous + (quantized - continuous).detach()
 
 
 def finite_scalar_quantize(latents: torch.Tensor, num_levels: int) -> torch.Tensor:
-    """Round every element of `latents`, clamped to [-1, 1], to one of `num_levels` values (FSQ, arXiv 2309.15505, eq. 1).
+    """Round every element of `latents [B, C, *S]`, clamped to [-1, 1], to one of `num_levels` values there (FSQ, arXiv
+    2309.15505, eq. 1).
 
     The encoder bounds its output by tanh; the clamp is for latents from elsewhere (a diffusion model). The gradient
     is straight through the rounding.
+
+    Raises:
+        ValueError: fewer than two levels.
     """
     if num_levels < 2:
         raise ValueError(f"num_levels must be at least 2, got {num_levels}.")
@@ -37,12 +41,12 @@ def finite_scalar_quantize(latents: torch.Tensor, num_levels: int) -> torch.Tens
 
 
 def scalar_indices(quantized: torch.Tensor, num_levels: int) -> torch.Tensor:
-    """The level (0 .. num_levels - 1) of every element of an output of `finite_scalar_quantize`, int64."""
+    """The level (0 .. num_levels - 1) of every element of an output `[B, C, *S]` of `finite_scalar_quantize`, int64."""
     return ((quantized + 1) / 2 * (num_levels - 1)).round().long()
 
 
 def code_perplexity(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """exp of the entropy of code use, from 1 (collapsed) to `num_codes` (uniform)."""
+    """exp of the entropy of the use of codes by `indices [B, *S]`: `[]`, from 1 (collapsed) to `num_codes` (uniform)."""
     use = torch.bincount(indices.flatten(), minlength=num_codes).float()
     probabilities = use / use.sum()
     return torch.exp(-torch.special.xlogy(probabilities, probabilities).sum())

@@ -308,20 +308,20 @@ class VQModel3D(ModelMixin, AutoencoderMixin, ConfigMixin):
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
     def quantize(self, latents: torch.Tensor) -> QuantizerOutput:
-        """Quantized latents, their indices, the commitment loss and the perplexity of code use."""
+        """Quantized latents `[B, C, d, h, w]`, their indices, the commitment loss `[]` and the perplexity of code use `[]`."""
         return self.quantization(latents)
 
     @apply_forward_hook
     def decode(
         self, latents: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Volumes of latents (quantized first, unless `force_not_quantize`)."""
+        """Volumes `[B, C, D, H, W]` of latents `[B, C, d, h, w]`, quantized first, unless `force_not_quantize`."""
         quantized = latents if force_not_quantize else self.quantize(latents).latents
         sample = self._in_pieces(self._decode, self.decoder, quantized, self.downsample_factor)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> VQModel3DOutput | tuple[torch.Tensor, ...]:
-        """Encode, quantize and decode volumes."""
+        """Encode, quantize and decode volumes `[B, C, D, H, W]` in [-1, 1], to the same shape."""
         quantized = self.quantize(self.encode(sample).latents)
         decoded = self.decode(quantized.latents, force_not_quantize=True).sample
         output = VQModel3DOutput(sample=decoded, loss=quantized.loss, perplexity=quantized.perplexity)

@@ -1,6 +1,8 @@
 """UNet3DModel: the class-conditional denoiser for volumes or their latents."""
 
+import os
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from .adapters import refuse_to_save
 from .layers import Conv3d, Downsample3D, ResnetBlock, SpatialAttention3D, Upsample3D
 
 
@@ -168,6 +171,25 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
 
         output = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return UNet3DOutput(sample=output) if return_dict else (output,)
+
+    @wraps(ModelMixin.save_pretrained, assigned=())  # a pipeline that is saved looks at the signature
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As diffusers' own (`variant`, `max_shard_size`, `push_to_hub`, ...).
+
+        Raises:
+            InputError: a LoRA adapter is in it.
+        """
+        refuse_to_save(self, "save_lora_adapter", "unload_lora")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args, **kwargs) -> str:
+        """As diffusers' own (`private`, `variant`, `commit_message`, ...).
+
+        Raises:
+            InputError: a LoRA adapter is in it; no repository is made then.
+        """
+        refuse_to_save(self, "save_lora_adapter", "unload_lora")
+        return super().push_to_hub(repo_id, *args, **kwargs)
 
     def _run(self, stage: nn.Module, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

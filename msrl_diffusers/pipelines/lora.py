@@ -11,12 +11,12 @@ from types import MethodType
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from huggingface_hub import hf_hub_download
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError
+from ..models.adapters import refuse_to_save
 
 
 DENOISER = "unet"
@@ -192,17 +192,11 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
         super().unfuse_lora(list(components))
 
     def _check_no_adapter(self) -> None:
-        """Saved weights of a denoiser with an adapter in it have other names, and load as newly initialized layers.
-
+        """
         Raises:
             InputError: the denoiser carries an adapter.
         """
-        if any(isinstance(layer, BaseTunerLayer) for layer in self.unet.modules()):
-            names = ", ".join(_adapters(self.unet)) or "(deleted)"
-            raise InputError(
-                f"The denoiser carries the LoRA adapter {names} and can't be saved with it: write the adapter apart with "
-                "save_lora_weights(FOLDER), or keep it by fuse_lora(), then unload_lora_weights()."
-            )
+        refuse_to_save(self.unet, "save_lora_weights", "unload_lora_weights")
 
 
 def _find(source: str | os.PathLike, weight_name: str, subfolder: str | None = None, **hub_arguments) -> Path:

@@ -26,6 +26,7 @@ class UNetPolicy:
     def predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
+        """The denoiser's output `[B, C, *S]` for `latents [B, C, *S]`, with classifier-free guidance unless the scale is 1."""
         if guidance_scale == 1.0:
             return self.denoiser(latents, timestep, **conditioning.positive, return_dict=False)[0]
         both = {  # one call, as the pipelines do it
@@ -41,6 +42,7 @@ class UNetPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
+        """Within it, `predict` is the pretrained model: adapter off, or the frozen copy."""
         if self._uses_adapter:
             self.pipeline.unet.disable_adapters()
             try:

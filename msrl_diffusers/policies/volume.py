@@ -17,10 +17,16 @@ class VolumePolicy(UNetPolicy):
         self.latent_shape = pipeline.latent_shape
 
     def encode(self, conditions: Sequence[int] | Sequence[str] | torch.Tensor) -> Conditioning:
+        """`class_labels [B]` of labels or names, beside the null class.
+
+        Raises:
+            ValueError: a label or a name the model does not know.
+        """
         labels = self.pipeline.prepare_class_labels(conditions)
         return Conditioning(
             {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.pipeline.null_class)}
         )
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Volumes `[B, C, D, H, W]` in [-1, 1] of latents `[B, c, d, h, w]`."""
         return self.pipeline.decode_latents(latents)

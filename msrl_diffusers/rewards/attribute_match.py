@@ -72,6 +72,7 @@ class AttributeMatch:
 
     @property
     def differentiable(self) -> bool:
+        """Whether gradients pass to the samples: those of probabilities do, those of counts do not."""
         return self.kind == "probability"
 
     def probabilities(self, samples: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,7 @@ class WeightedSum:
 
     @property
     def differentiable(self) -> bool:
+        """Whether gradients pass to the samples through every part."""
         return all(reward.differentiable for reward in self.rewards)
 
     def parts(
@@ -123,4 +124,9 @@ class WeightedSum:
         return total
 
     def __call__(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:
+        """The weighted sum `[B]`, float32, for `samples [B, C, *S]` in [-1, 1].
+
+        Raises:
+            ValueError: the scales are not known yet.
+        """
         return self.combine(self.parts(samples, conditions))

@@ -22,6 +22,7 @@ class LearnedReward:
         self.model = model.eval().requires_grad_(False)
 
     def __call__(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:
+        """Scores `[B]`, float32, of `samples [B, C, *S]` in [-1, 1], on the model's device; conditions do not matter."""
         parameter = next(self.model.parameters())
         batches = samples.to(parameter.device, parameter.dtype).split(self.batch_size)
         return torch.cat([self.model(batch) for batch in batches]).float()

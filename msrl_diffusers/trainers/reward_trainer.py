@@ -73,6 +73,7 @@ class ScoredVolumes:
         return ScoredVolumes(self.pixel_values, self.targets, self.subject_ids, weights * weight)
 
     def select(self, rows: torch.Tensor) -> "ScoredVolumes":
+        """The volumes at `rows`, int64, in that order."""
         return ScoredVolumes(
             self.pixel_values[rows],
             self.targets[rows],

@@ -62,6 +62,7 @@ class SnapshotCallback(TrainerCallback):
             self._write()
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
+        """After a rollout: keep the weights if they are due."""
         divergences = [value for name, value in (logs or {}).items() if name.endswith("/kl")]
         self._sqrt_kl = max(divergences[0], 0.0) ** 0.5 if divergences else 0.0
         is_due = state.global_step % self._interval == 0

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError
+from ..models.adapters import carried_adapters, carries_fresh_adapters
 from ..policies import DenoisingPolicy, make_policy
 from .base import TrainingRun, channels_last
 from .online_config import OnlineConfig
@@ -18,6 +19,7 @@ from .online_config import OnlineConfig
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 BEST_WEIGHTS = "best.safetensors"
+REMEDY = "keep it by fuse_lora(), then unload_lora_weights(), before you train"
 COST_OF_BACKWARD = 2  # in forwards
 
 
@@ -25,15 +27,32 @@ def add_lora(denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str]
     """Freeze `denoiser` and inject a LoRA adapter (arXiv 2106.09685) of scale 1, the only part that is trained then.
 
     A policy looks for the adapter when it is made, so this comes before `make_policy`.
+
+    Raises:
+        InputError: an adapter is in it already.
     """
+    names = carried_adapters(denoiser)
+    if names:
+        raise InputError(f"The denoiser carries the LoRA adapter {names}, and a second would train on top; {REMEDY}.")
     denoiser.requires_grad_(False)
     denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules)))
 
 
 def tunable_policy(pipeline, args: OnlineConfig) -> DenoisingPolicy:
-    """The policy of a pipeline, after its denoiser got the adapter and the checkpointing that the config asks for."""
+    """The policy of a pipeline, after its denoiser got the adapter and the checkpointing that the config asks for.
+
+    Without `use_lora` the denoiser may carry an adapter by `add_lora`, which then is what is trained, and stays in it.
+
+    Raises:
+        InputError: the denoiser carries another adapter. One that has learned already is no part of the policy's reference.
+    """
     if args.use_lora:
         add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
+    elif carried_adapters(pipeline.unet) and not carries_fresh_adapters(pipeline.unet):
+        raise InputError(
+            f"The denoiser carries the LoRA adapter {carried_adapters(pipeline.unet)}, which the reference that training is "
+            f"held to would lack; {REMEDY}."
+        )
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     return make_policy(pipeline)
