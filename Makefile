@@ -3,16 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
-METHOD ?= ppo
 DEMO_DIR ?= outputs/demo
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow quality style clean
 
-demo: $(VENV)/.ready  ## PPO (or METHOD=nft) on the embedded phantoms pipeline; writes $(DEMO_DIR)/report.md
+demo: $(VENV)/.ready  ## PPO on the embedded phantoms pipeline; writes $(DEMO_DIR)/report.md
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet \
-		examples/train_rl.py --method $(METHOD) --config examples/configs/phantoms/demo.yaml \
-		--seed $(SEED) --output_dir $(DEMO_DIR)
+		examples/train_ppo.py --seed $(SEED) --output_dir $(DEMO_DIR)
 
 test: $(VENV)/.ready  ## all tests but the slow ones
 	$(BIN)/python -m pytest

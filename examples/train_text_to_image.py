@@ -5,8 +5,8 @@ OUT/diffusion/pipeline:
 
     accelerate launch examples/train_text_to_image.py --output_dir OUT
 
-With `--release DIR` the classifiers too are trained, and all models are written to DIR as one folder for the Hub, from which
-`train_ppo_text_to_image.py` can start.
+With `--release DIR` the classifiers too are trained, and all models are written to DIR as one folder for the Hub. A study
+starts from it by `pretrained_model_name_or_path: DIR`, `reward_classifier: DIR/classifier_reward` and so on in its file.
 
 Stable Diffusion 1.5 and its kin, from a folder or the Hub, on a folder of images with a metadata.csv: of attributes,
 from which the prompts are built, or of captions (`--caption_column text`); writes OUT/pipeline, or with `--use_lora`

@@ -20,9 +20,10 @@ from msrl_diffusers.data.prompts import PromptBuilder
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.seeding import fold_seed
 from msrl_diffusers.text_to_image import CHAIN, TextToImageStudyConfig
-from msrl_diffusers.text_to_image.artifacts import load_base, load_split, load_tuned
+from msrl_diffusers.text_to_image.artifacts import load_base, load_match, load_split, load_tuned
 from msrl_diffusers.text_to_image.chain import STAGES
 from msrl_diffusers.text_to_image.command_line import parse_text_to_image
+from msrl_diffusers.text_to_image.release import write_release
 from msrl_diffusers.text_to_image.sampling import sample_images
 from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.lora import LORA_FILE
@@ -223,6 +224,27 @@ def test_images_of_a_killed_evaluation_are_kept(study):
 
 
 # ------------------------------------------------------------------------------------------------------ given models
+
+
+def test_a_release_loads_and_a_study_s_file_may_name_it_by_a_path_of_its_own(finished, tmp_path):
+    write_release(config(finished), tmp_path / "release")
+    released = load_base(config(tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / "release")))
+    trained, loaded = load_base(config(finished)).unet.state_dict(), released.unet.state_dict()
+    assert all(torch.equal(loaded[name], value.half().float()) for name, value in trained.items())
+    assert "Not for clinical use" in (tmp_path / "release" / "README.md").read_text()
+    assert str(finished) not in "".join(path.read_text() for path in (tmp_path / "release").rglob("*.json"))
+    (tmp_path / "configs").mkdir()
+    file = tmp_path / "configs" / "study.yaml"
+    places = {
+        "pretrained_model_name_or_path": "../release",
+        **{f"{role}_classifier": f"../release/classifier_{role}" for role in ("reward", "judge")},
+        "fid_extractor": "../release/classifier_features",
+    }
+    file.write_text(yaml.safe_dump({**tiny_text_to_image_study(), **places}))
+    found = parse_text_to_image("ppo", file, ["--output_dir", str(tmp_path / "out")])
+    assert found.pretrained_model_name_or_path == str(tmp_path / "release")
+    assert found.trained_classifiers == []
+    assert load_match(found, "judge").model.config.model_type == "convnext"
 
 
 @pytest.mark.slow

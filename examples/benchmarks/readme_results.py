@@ -8,6 +8,8 @@ Writes what stands between the two marks in README.md anew. A test holds that th
 import json
 from pathlib import Path
 
+from msrl_diffusers.study.tables import verdict
+
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
@@ -44,8 +46,9 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
     first = next(iter(reports.values()))
     lines = [
         f"{first['n']['all']} volumes on each side of a distance, 95 % bootstrap intervals, lower is better. *Floor*: real held-out "
-        "volumes; *limit*: reconstructions by the autoencoder; *gap closed*: (standard - RL) / (standard - limit). Of a PPO run the "
-        "weights with the lowest label distance are kept; 0 updates are the pretrained ones.",
+        "volumes; *limit*: reconstructions by the autoencoder; *gap closed*: (standard - RL) / (standard - limit). Of a run the "
+        "weights with the highest held-out reward (IXI: the lowest label distance) are kept; after 0 rollouts they are the pretrained "
+        "ones.",
         "",
         "| seed | extractor | floor | limit | standard | RL-tuned | RL minus standard, paired | gap closed |",
         "|---|---|---|---|---|---|---|---|",
@@ -64,9 +67,9 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
             lines.append(f"| {seed} | {role} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| seed | updates kept, of rollouts | reward gained, in reference deviations | of the model that only watches | AUC volume / slice | Spearman volume / "
-        "slice |",
-        "|---|---|---|---|---|---|",
+        "| seed | rollouts kept, of | denoiser forwards | reward gained, in reference deviations | of the model that only watches | AUC volume / "
+        "slice | Spearman volume / slice |",
+        "|---|---|---|---|---|---|---|",
     ]
     for report in reports.values():
         models, watching = (
@@ -76,9 +79,10 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
         pairs = [
             " / ".join(f"{models[name][figure]:.2f}" for name in ("volume", "slice")) for figure in ("auc", "spearman")
         ]
+        run = report[report.get("method", "ppo")]
         lines.append(
-            f"| {report['seed']} | {report['ppo']['step'] - 1} of {report['ppo']['rollouts']} | {report['reward']['gain']:+.2f} | {watching:+.2f} | "
-            f"{pairs[0]} | {pairs[1]} |"
+            f"| {report['seed']} | {run.get('kept_after', run['step'] - 1)} of {run['rollouts']} | {report['unet_forwards']:,} | "
+            f"{report['reward']['gain']:+.2f} | {watching:+.2f} | {pairs[0]} | {pairs[1]} |"
         )
     return [*lines, "", *(_verdict(role, list(reports.values())) for role in ROLES)]
 
@@ -112,10 +116,17 @@ def _verdict(role: str, reports: list[dict]) -> str:
     lower = sum(difference["value"] < 0 for difference in differences)
     surely_lower = sum(difference["interval"][1] < 0 for difference in differences)
     surely_higher = sum(difference["interval"][0] > 0 for difference in differences)
+    closed = [report["gap_closed"][role] for report in reports if report["gap_closed"][role] is not None]
+    found, average = verdict(closed), ""
+    if found["interval"]:
+        low, high = found["interval"]
+        average = (
+            f"; {found['mean']:.0%} of the gap closed on average (Student's 95 % interval {low:.0%} .. {high:.0%})"
+        )
     purpose = {"judge": "which scored no reward and picked no weights", "label": "which scored the reward data"}[role]
     return (
         f"- By the {role}, {purpose}: lower after RL in {lower} of {len(reports)} seeds, beyond the interval in {surely_lower}; "
-        f"higher beyond it in {surely_higher}."
+        f"higher beyond it in {surely_higher}{average}."
     )
 
 

@@ -22,10 +22,7 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         model.half().save_pretrained(path / f"reward_{role}")
     for role, model in load_extractors(config).items():
         model.half().save_pretrained(path / f"extractor_{role}")
-    for file in path.rglob("*.json"):  # where the models lay on this machine is nobody's business
-        content = json.loads(file.read_text())
-        if content.pop("_name_or_path", None) is not None:
-            write_json(file, content)
+    forget_places(path)
     write_json(path / "scores.json", load_scores(config))
     facts = {
         "dataset": config.dataset,
@@ -36,3 +33,11 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         "versions": versions(),
     }
     write_text(path / "README.md", render_card(facts, path, arm="standard"))
+
+
+def forget_places(path: Path) -> None:
+    """Take from the configs in `path` where the models lay on this machine, which is nobody's business."""
+    for file in path.rglob("*.json"):
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            write_json(file, content)
