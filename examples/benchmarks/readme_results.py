@@ -47,8 +47,7 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
     lines = [
         f"{first['n']['all']} volumes on each side of a distance, 95 % bootstrap intervals, lower is better. *Floor*: real held-out "
         "volumes; *limit*: reconstructions by the autoencoder; *gap closed*: (standard - RL) / (standard - limit). Of a run the "
-        "weights with the highest held-out reward (IXI: the lowest label distance) are kept; after 0 rollouts they are the pretrained "
-        "ones.",
+        "weights with the lowest label distance are kept; after 0 rollouts they are the pretrained ones.",
         "",
         "| seed | extractor | floor | limit | standard | RL-tuned | RL minus standard, paired | gap closed |",
         "|---|---|---|---|---|---|---|---|",
