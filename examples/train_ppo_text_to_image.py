@@ -1,9 +1,11 @@
 """Reinforcement learning of a Stable Diffusion until images show what their prompts state (RL4Med-DDPO).
 
-The whole story on drawn dermoscopy images: data, a small Stable Diffusion, classifiers, PPO with LoRA, evaluation by a
-judge that nothing was trained on, report in outputs/dermoscopy:
+On the small Stable Diffusion and the classifiers of model_cards/dermoscopy-32, which draw dermoscopy-like images: PPO with
+LoRA, evaluation by a judge that nothing was trained on, augmentation study, report in outputs/dermoscopy:
 
     accelerate launch examples/train_ppo_text_to_image.py
+
+The same with these models trained first: `--config examples/configs/dermoscopy/cpu.yaml`.
 
 On given models (folders or Hub repositories); what is not given is trained. Without `--data_dir` distances are to
 drawn images:
@@ -24,7 +26,7 @@ from msrl_diffusers.text_to_image import CHAIN
 from msrl_diffusers.text_to_image.command_line import parse_text_to_image
 
 
-EMBEDDED = Path(__file__).parent / "configs" / "dermoscopy" / "cpu.yaml"
+EMBEDDED = Path(__file__).parent / "configs" / "dermoscopy" / "demo.yaml"
 
 
 def main() -> None:

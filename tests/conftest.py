@@ -1,6 +1,7 @@
 """Tiny real components at small size, shared by all tests."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,9 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 
 import torch  # noqa: E402
 from diffusers import DDIMScheduler  # noqa: E402
+from hub_scene import AUDIT, copy_of  # noqa: E402
+from hub_server import HubServer  # noqa: E402
+from tiny import tiny_pipeline  # noqa: E402
 
 from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D, load_phantoms  # noqa: E402
 from msrl_diffusers.study.stages import SCHEDULER_DEFAULTS  # noqa: E402
@@ -57,3 +61,24 @@ def pipeline(vqvae, unet):
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer() as server:
+        server.pauses = server.connect(monkeypatch, tmp_path / "cache")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pipeline's folder with an audit; tests copy it before they write into it."""
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    (folder / "audit.json").write_text(json.dumps(AUDIT))
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return copy_of(saved, tmp_path / "pipeline")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import interrupted_when_saving
 from tiny import copied, differing
 from torchmetrics.functional.classification import binary_auroc
 
@@ -23,7 +24,7 @@ from msrl_diffusers.trainers.attribute_trainer import (
     class_weights,
     predict_attributes,
 )
-from msrl_diffusers.trainers.base import TrainingRun, read_log
+from msrl_diffusers.trainers.base import read_log
 
 
 BUILDER = PromptBuilder(["melanoma", "nevus"], ["gel bubble"])
@@ -172,19 +173,11 @@ def test_training_is_a_function_of_the_seed(tmp_path):
     assert differing(one, other)
 
 
-def test_resume_is_exact(tmp_path, monkeypatch):
+def test_resume_is_exact(tmp_path):
     whole = build(tmp_path / "whole")
     figures = whole.train()
-    save_checkpoint = TrainingRun.save_checkpoint
-
-    def save_and_die(run):
-        save_checkpoint(run)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "save_checkpoint", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            build(tmp_path / "parts", save_steps=2).train()
+    with interrupted_when_saving():
+        build(tmp_path / "parts", save_steps=2).train()
     resumed = build(tmp_path / "parts", save_steps=2, resume_from_checkpoint="latest")
     assert resumed.train() == figures
     assert differing(copied(whole.model), copied(resumed.model)) == []

@@ -8,7 +8,7 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
 from safetensors.torch import save_file
-from tiny import tiny_pipeline, tiny_unet
+from tiny import tiny_pipeline, tiny_stable_diffusion, tiny_unet
 
 from msrl_diffusers import SliceRewardModel, VolumeFeatureExtractor
 from msrl_diffusers.cli import card as card_verb
@@ -19,7 +19,7 @@ from msrl_diffusers.study import StudyConfig, release
 
 ROOT = Path(__file__).parents[1]
 RELEASE = ROOT / "model_cards" / "phantoms-32"
-REPORTS = sorted((ROOT / "examples" / "results").glob("*-seed*.json"))
+REPORTS = sorted((ROOT / "examples" / "results").glob("phantoms-*-seed*.json"))
 REPORT = json.loads((ROOT / "examples" / "results" / "phantoms-demo-seed0.json").read_text())
 AUDIT = {
     "n_generated": 50,
@@ -219,6 +219,15 @@ def test_cards_of_models_and_adapters(tmp_path):
         assert f'{call}"somebody/lora", weight_name="pytorch_lora_weights.safetensors"' in card
         assert metadata_of(card, tmp_path)["base_model_relation"] == "adapter"
         assert "lora" in metadata_of(card, tmp_path)["tags"]
+
+
+def test_a_card_of_images_speaks_of_images(tmp_path):
+    tiny_stable_diffusion().save_pretrained(tmp_path / "pipeline")
+    card = render_card({"dataset": "dermoscopy"}, tmp_path / "pipeline")
+    assert "Generated images are no patients" in card
+    assert f"{NO_AUDIT} It may reproduce training images." in card
+    assert "after *RL4Med-DDPO*" in card
+    assert "2603.06173" not in card
 
 
 def test_the_verb(folder, tmp_path, capsys):

@@ -1,12 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import interrupted_when_saving
 from monai.networks.nets.resnet import ResNetBlock, ResNetBottleneck
 from tiny import copied, differing
 
 from msrl_diffusers.data.volumes import VolumeDataset
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.trainers.base import TrainingRun, read_log
+from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.classifier_config import NETWORKS, ClassifierConfig
 from msrl_diffusers.trainers.classifier_trainer import (
     ClassifierTrainer,
@@ -131,19 +132,11 @@ def test_training_is_a_function_of_the_seed(tmp_path):
     assert set(differing(before, one)) == set(before)
 
 
-def test_resume_is_exact(tmp_path, monkeypatch):
+def test_resume_is_exact(tmp_path):
     whole = build(tmp_path / "whole")
     figures = whole.train()
-    save_checkpoint = TrainingRun.save_checkpoint
-
-    def save_and_die(run):
-        save_checkpoint(run)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "save_checkpoint", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            build(tmp_path / "parts", save_steps=2).train()
+    with interrupted_when_saving():
+        build(tmp_path / "parts", save_steps=2).train()
     resumed = build(tmp_path / "parts", save_steps=2, resume_from_checkpoint="latest")
     assert resumed.train() == figures
     assert differing(copied(whole.model), copied(resumed.model)) == []

@@ -10,9 +10,16 @@ import signal
 
 import pytest
 import torch
-from launching import RecordsGradients, launch, save_outcome
-from safetensors.torch import load_file
-from tiny import differing, tiny_phantoms, tiny_pipeline
+from launching import (
+    RecordsGradients,
+    assert_ended_alike,
+    assert_same_figures,
+    assert_same_gradients,
+    die,
+    finish,
+    save_outcome,
+)
+from tiny import tiny_phantoms, tiny_pipeline
 
 from msrl_diffusers import SliceFeatureExtractor
 from msrl_diffusers.trainers.base import checkpoints, read_log
@@ -76,41 +83,26 @@ def runs(request, tmp_path_factory):
     """Folders of the same run by one process, by two, and by one that is killed twice."""
     folder = tmp_path_factory.mktemp("runs")
     for name, processes in (("one", 1), ("two", 2)):
-        done = launch(__file__, folder / name, *request.param, processes=processes)
-        assert done.returncode == 0, done.stderr
+        finish(__file__, folder / name, *request.param, processes=processes)
     before_steps = 2 * (2 + 1) * 3  # two queues of two batches, and one batch that is judged
     for count in (before_steps + FORWARDS_PER_STEP + 5, FORWARDS_PER_STEP + 9):
-        killed = launch(__file__, folder / "killed", *request.param, "--kill_after", count)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        die(__file__, folder / "killed", *request.param, "--kill_after", count)
         assert checkpoints(folder / "killed")
-    done = launch(__file__, folder / "killed", *request.param)
-    assert done.returncode == 0, done.stderr
+    finish(__file__, folder / "killed", *request.param)
     return folder
 
 
 def test_two_processes_give_the_distances_and_gradients_of_one(runs):
     one, two = (read_log(runs / name) for name in ("one", "two"))
     assert len(one) == len(two) == STEPS
-    for figure in ("frechet/loss", "frechet/label", "frechet/kl", "frechet/prior", "watch/high_frequency"):
-        expected = pytest.approx([line[figure] for line in one], rel=1e-3, abs=1e-5)
-        assert [line[figure] for line in two] == expected, figure
+    figures = ("frechet/loss", "frechet/label", "frechet/kl", "frechet/prior", "watch/high_frequency")
+    assert_same_figures(runs / "one", runs / "two", figures)
     assert two[3]["watch/fresh_frechet"] == pytest.approx(one[3]["watch/fresh_frechet"], rel=1e-3)
-    single = load_file(runs / "one/gradients-0.safetensors")
-    ranks = [load_file(runs / f"two/gradients-{rank}.safetensors") for rank in (0, 1)]
-    assert differing(*ranks) == []
-    for parameter, gradient in single.items():
-        atol = 1e-6 + 1e-3 * gradient.abs().max().item()
-        torch.testing.assert_close(ranks[0][parameter], gradient, rtol=1e-3, atol=atol, msg=parameter)
+    assert_same_gradients(runs / "one", runs / "two")
 
 
 def test_a_run_that_was_killed_ends_with_the_same_weights(runs):
-    weights = [load_file(runs / name / "final.safetensors") for name in ("one", "killed")]
-    assert differing(*weights) == []
-    logs = [
-        [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(runs / name)]
-        for name in ("one", "killed")
-    ]
-    assert logs[0] == logs[1]
+    assert_ended_alike(runs / "one", runs / "killed")
 
 
 if __name__ == "__main__":

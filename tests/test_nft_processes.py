@@ -12,14 +12,20 @@ It writes `OUTPUT_DIR/final.safetensors` and, per process, `OUTPUT_DIR/gradients
 
 import argparse
 import random
-import signal
 
 import pytest
 import torch
-from launching import RecordsGradients, launch, save_outcome
+from launching import (
+    RecordsGradients,
+    assert_ended_alike,
+    assert_same_figures,
+    assert_same_gradients,
+    die,
+    finish,
+    save_outcome,
+)
 from ppo_run import die_at
-from safetensors.torch import load_file
-from tiny import Brightness, differing, tiny_pipeline
+from tiny import Brightness, tiny_pipeline
 
 from msrl_diffusers.trainers.base import checkpoints, read_log
 from msrl_diffusers.trainers.nft_config import DiffusionNFTConfig
@@ -66,49 +72,32 @@ def main() -> None:
 
 @pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
 def test_a_run_killed_several_times_ends_with_the_same_weights(lora, tmp_path):
-    whole = launch(__file__, tmp_path / "whole", *lora)
-    assert whole.returncode == 0, whole.stderr
+    finish(__file__, tmp_path / "whole", *lora)
     draw = random.Random(0)
     for number in range(KILLS):
         moment = ("forward", "forward", "saving")[number % 3]
         count = draw.randint(1, 2 * FORWARDS_PER_STEP) if moment == "forward" else 1
-        killed = launch(__file__, tmp_path / "killed", *lora, "--kill_at", moment, count)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        die(__file__, tmp_path / "killed", *lora, "--kill_at", moment, count)
     assert checkpoints(tmp_path / "killed")
-    last = launch(__file__, tmp_path / "killed", *lora)
-    assert last.returncode == 0, last.stderr
-    weights = [load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed")]
-    assert differing(*weights) == []
-    logs = [
-        [{name: value for name, value in line.items() if name != "seconds"} for line in read_log(tmp_path / name)]
-        for name in ("whole", "killed")
-    ]
-    assert logs[0] == logs[1]
-    assert [line["epoch"] for line in logs[1]] == list(range(1, 7))
+    finish(__file__, tmp_path / "killed", *lora)
+    assert_ended_alike(tmp_path / "whole", tmp_path / "killed")
+    assert [line["epoch"] for line in read_log(tmp_path / "killed")] == list(range(1, 7))
 
 
 @pytest.mark.parametrize("variant", [[], ["--lora"], ["--awm"]], ids=["full", "lora", "awm"])
 def test_two_processes_give_the_rewards_figures_and_gradients_of_one(variant, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
-        done = launch(__file__, tmp_path / name, "--steps", 3, *variant, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
-    figures = {name for name in one[0] if name.startswith(("reward/", "nft/"))} | {"watch/bright"}
+        finish(__file__, tmp_path / name, "--steps", 3, *variant, processes=processes)
+    one, two = tmp_path / "one", tmp_path / "two"
+    figures = {name for name in read_log(one)[0] if name.startswith(("reward/", "nft/"))} | {"watch/bright"}
     assert {
         "nft/loss",
         "nft/kl",
         "nft/grad_norm",
         "nft/old_kl" if variant == ["--awm"] else "nft/deviation",
     } <= figures
-    for figure in figures:
-        expected = pytest.approx([line[figure] for line in one], rel=1e-3, abs=1e-4)
-        assert [line[figure] for line in two] == expected, figure
-    single = load_file(tmp_path / "one/gradients-0.safetensors")
-    ranks = [load_file(tmp_path / f"two/gradients-{rank}.safetensors") for rank in (0, 1)]
-    assert differing(*ranks) == []
-    for parameter, gradient in single.items():
-        atol = 1e-6 + 1e-3 * gradient.abs().max().item()
-        torch.testing.assert_close(ranks[0][parameter], gradient, rtol=1e-3, atol=atol, msg=parameter)
+    assert_same_figures(one, two, figures, abs=1e-4)
+    assert_same_gradients(one, two)
 
 
 if __name__ == "__main__":

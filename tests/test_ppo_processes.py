@@ -4,12 +4,10 @@ Killed: bit for bit. Split: gradients to 1e-3 of their largest element, for sums
 """
 
 import random
-import signal
 from pathlib import Path
 
 import pytest
-import torch
-from launching import launch
+from launching import assert_ended_alike, assert_same_figures, assert_same_gradients, die, finish
 from safetensors.torch import load_file
 from tiny import differing
 
@@ -26,27 +24,18 @@ FORWARDS_PER_STEP = (
 
 @pytest.mark.parametrize("lora", [[], ["--lora"]], ids=["full", "lora"])
 def test_a_run_killed_ten_times_ends_with_the_same_weights(lora, tmp_path):
-    whole = launch(SCRIPT, tmp_path / "whole", *lora)
-    assert whole.returncode == 0, whole.stderr
+    finish(SCRIPT, tmp_path / "whole", *lora)
     moments, draw = set(), random.Random(0)
     for number in range(KILLS):
         moment = ("forward", "forward", "saving", "saved")[number % 4]
         count = draw.randint(1, 2 * FORWARDS_PER_STEP) if moment == "forward" else 1
-        killed = launch(SCRIPT, tmp_path / "killed", *lora, "--kill_at", moment, count)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        die(SCRIPT, tmp_path / "killed", *lora, "--kill_at", moment, count)
         moments.add(moment)
     assert moments == {"forward", "saving", "saved"}
     assert checkpoints(tmp_path / "killed")
-    last = launch(SCRIPT, tmp_path / "killed", *lora)
-    assert last.returncode == 0, last.stderr
-    weights = [load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed")]
-    assert differing(*weights) == []
-    logs = [
-        [{name: value for name, value in line.items() if name != "seconds"} for line in read_log(tmp_path / name)]
-        for name in ("whole", "killed")
-    ]
-    assert logs[0] == logs[1]
-    assert [line["epoch"] for line in logs[1]] == list(range(1, 13))
+    finish(SCRIPT, tmp_path / "killed", *lora)
+    assert_ended_alike(tmp_path / "whole", tmp_path / "killed")
+    assert [line["epoch"] for line in read_log(tmp_path / "killed")] == list(range(1, 13))
 
 
 @pytest.fixture(scope="module", params=[[], ["--lora"]], ids=["full", "lora"])
@@ -58,8 +47,7 @@ def runs(request, tmp_path_factory):
     if not request.param:  # LoRA is not sharded
         variants["sharded"] = (2, ["--fsdp"])
     for name, (processes, extra) in variants.items():
-        done = launch(SCRIPT, folder / name, "--steps", 3, *request.param, *extra, processes=processes)
-        assert done.returncode == 0, done.stderr
+        finish(SCRIPT, folder / name, "--steps", 3, *request.param, *extra, processes=processes)
     return folder
 
 
@@ -67,16 +55,9 @@ def runs(request, tmp_path_factory):
 def test_two_processes_give_the_rewards_and_gradients_of_one(runs, name):
     if not (runs / name).exists():
         pytest.skip("LoRA is not sharded")
-    one, two = (read_log(runs / folder) for folder in ("one", name))
-    for figure in ("reward/mean", "reward/std", "reward/brightness", "ppo/kl", "ppo/kl_coef", "watch/bright"):
-        expected = pytest.approx([line[figure] for line in one], rel=1e-3, abs=1e-5)
-        assert [line[figure] for line in two] == expected, figure
-    single = load_file(runs / "one/gradients-0.safetensors")
-    ranks = [load_file(runs / f"{name}/gradients-{rank}.safetensors") for rank in (0, 1)]
-    assert differing(*ranks) == []
-    for parameter, gradient in single.items():
-        atol = 1e-6 + 1e-3 * gradient.abs().max().item()
-        torch.testing.assert_close(ranks[0][parameter], gradient, rtol=1e-3, atol=atol, msg=parameter)
+    figures = ("reward/mean", "reward/std", "reward/brightness", "ppo/kl", "ppo/kl_coef", "watch/bright")
+    assert_same_figures(runs / "one", runs / name, figures)
+    assert_same_gradients(runs / "one", runs / name)
 
 
 def test_without_reduction_the_processes_part(runs):

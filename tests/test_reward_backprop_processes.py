@@ -13,7 +13,7 @@ import os
 
 import pytest
 import torch
-from launching import launch
+from launching import assert_same_figures, assert_same_gradients, finish
 from safetensors.torch import load_file, save_file
 from test_reward_backprop_trainer import Recording, config, slice_reward
 from tiny import Brightness, differing, tiny_pipeline
@@ -32,26 +32,18 @@ def runs(request, tmp_path_factory):
     """Folders of the same run by one process, by two, and by two whose gradients are not reduced."""
     folder = tmp_path_factory.mktemp("runs")
     for name, processes, extra in (("one", 1, []), ("two", 2, []), ("unreduced", 2, ["--without_reduction"])):
-        done = launch(__file__, folder / name, "--variant", *request.param, *extra, processes=processes)
-        assert done.returncode == 0, done.stderr
+        finish(__file__, folder / name, "--variant", *request.param, *extra, processes=processes)
     return folder
 
 
 def test_two_processes_give_the_rewards_and_gradients_of_one(runs):
-    one, two = (read_log(runs / folder) for folder in ("one", "two"))
-    assert len(one) == len(two) == 3
+    assert [len(read_log(runs / name)) for name in ("one", "two")] == [3, 3]
     # standardized rewards are about 1 apart; the divergence is that of a few small updates
     figures = {"reward/mean": 1e-3, "draft/loss": 1e-3, "draft/trained_reward": 1e-3, "reward/slice": 1e-6,
                "draft/reward_grad_norm": 1e-6, "draft/kl": 1e-9}  # fmt: skip
     for figure, absolute in figures.items():
-        expected = pytest.approx([line[figure] for line in one], rel=5e-3, abs=absolute)
-        assert [line[figure] for line in two] == expected, figure
-    single = load_file(runs / "one/gradients-0.safetensors")
-    ranks = [load_file(runs / f"two/gradients-{rank}.safetensors") for rank in (0, 1)]
-    assert differing(*ranks) == []
-    for parameter, gradient in single.items():
-        atol = 1e-6 + 1e-3 * gradient.abs().max().item()
-        torch.testing.assert_close(ranks[0][parameter], gradient, rtol=1e-3, atol=atol, msg=parameter)
+        assert_same_figures(runs / "one", runs / "two", [figure], rel=5e-3, abs=absolute)
+    assert_same_gradients(runs / "one", runs / "two")
 
 
 def test_without_reduction_the_processes_part(runs):

@@ -22,7 +22,7 @@ from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.data.volumes import VolumeDataset
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.study import STAGES
-from msrl_diffusers.study.artifacts import load_model, load_reward_models, load_split
+from msrl_diffusers.study.artifacts import load_model, load_pipeline, load_reward_models, load_split
 from msrl_diffusers.study.chain import fingerprint, stages_up_to
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.release import write_release
@@ -251,6 +251,11 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
     release = tmp_path / "release"
     write_release(settings_with(finished), release)
     config = settings_with(tmp_path / "out", pretrained=str(release))
+    for name in ("unet", "vqvae"):
+        trained, released = (
+            getattr(load_pipeline(each), name).state_dict() for each in (settings_with(finished), config)
+        )
+        assert all(torch.equal(released[key], value.half().float()) for key, value in trained.items())
     run_study(config)
     done = {path.parent.name for path in (tmp_path / "out").glob("*/stage.json")}
     assert done == {"prepare", "ppo", "evaluate", "downstream", "report"}

@@ -325,15 +325,21 @@ def test_options_override_the_section_and_the_study(tmp_path):
     }
 
 
-def test_the_config_of_the_embedded_story_is_whole():
-    found = parse_text_to_image("ppo", EXAMPLES / "configs" / "dermoscopy" / "cpu.yaml", [])
-    assert CHAIN.enabled(found) == list(STAGES)
+def test_the_embedded_story_starts_from_models_of_the_config_that_trains_all():
+    dermoscopy = EXAMPLES / "configs" / "dermoscopy"
+    whole, found = (parse_text_to_image("ppo", dermoscopy / name, []) for name in ("cpu.yaml", "demo.yaml"))
+    assert CHAIN.enabled(whole) == list(STAGES)
+    assert CHAIN.enabled(found) == ["data", "ppo", "evaluate", "augmentation", "report"]
+    for name in ("image_size", "data_seed", "num_per_prompt", "rare_attributes", "rare_share"):
+        assert getattr(found, name) == getattr(whole, name)  # else the models were trained on held-out images
+    assert (found.ppo, found.evaluation_sampler) == (
+        {**whole.ppo, "output_dir": found.ppo["output_dir"]}, whole.evaluation_sampler
+    )  # fmt: skip
     ppo, train_prompts = found.trainer_config("ppo"), 32 - found.num_heldout_prompts
     assert ppo.use_lora
-    assert ppo.guidance_scale == 5
     assert ppo.samples_per_rollout % train_prompts == 0  # every prompt as often
     assert (
-        len({settings["architecture"] for role, settings in found.classifier_models.items() if role != "augmentation"})
+        len({settings["architecture"] for role, settings in whole.classifier_models.items() if role != "augmentation"})
         == 3
     )
     assert found.augmentation_seeds == [0, 1, 2]

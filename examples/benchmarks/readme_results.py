@@ -36,6 +36,8 @@ def section() -> str:
     others = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("ixi-*.json"))}
     if others:
         lines += ["### Real brains at 32^3: IXI, classes by age", "", *_study_lines(others), ""]
+    stories = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("dermoscopy-seed*.json"))}
+    lines += ["### Text to image: drawn dermoscopy images at 32 x 32", "", *_story_lines(stories), ""]
     race = json.loads((RESULTS / "ppo-vs-trl.json").read_text())
     lines += ["### The trainer beside TRL's DDPOTrainer", "", *_race_lines(race), ""]
     return "\n".join(lines)
@@ -84,6 +86,37 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
             f"{report['reward']['gain']:+.2f} | {watching:+.2f} | {pairs[0]} | {pairs[1]} |"
         )
     return [*lines, "", *(_verdict(role, list(reports.values())) for role in ROLES)]
+
+
+def _story_lines(reports: dict[Path, dict]) -> list[str]:
+    """One table, one row per seed: what two classifiers see, distance and diversity, before and after."""
+    first = next(iter(reports.values()))
+    sampler, limits = first["sampler"], first["attribute_match"]["judge"]
+    lines = [
+        f"{first['n']} images before and after PPO, from the same noise, by {sampler['num_inference_steps']} steps, eta "
+        f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, at which the fine-tuned model is at its best. *Exact match*: share of "
+        f"images that show all six attributes as their prompt states them; by the judge {limits['real']:.0%} of real images do and "
+        f"{limits['reconstruction']:.0%} of reconstructions by the autoencoder. FID: {first['fid']['n']} on each side, by a third classifier.",
+        "",
+        "| seed | exact match by the judge | difference | by the reward classifier | FID | difference | KL | MS-SSIM within prompts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path, report in reports.items():
+        judge, reward = (report["attribute_match"][role] for role in ("judge", "reward"))
+        fid, diversity = report["fid"], report["diversity"]
+        (low, high), (fid_low, fid_high) = judge["difference"]["interval"], fid["difference"]["interval"]
+        cells = [
+            f"[{report['seed']}](examples/results/{path.name})",
+            f"{judge['before']:.1%} -> {judge['after']:.1%}",
+            f"{100 * judge['difference']['value']:+.1f} points ({100 * low:+.1f} .. {100 * high:+.1f})",
+            f"{reward['before']:.1%} -> {reward['after']:.1%}",
+            f"{fid['before']:.1f} -> {fid['after']:.1f}",
+            f"{fid['difference']['value']:+.1f} ({fid_low:+.1f} .. {fid_high:+.1f})",
+            f"{report['kl']:.4f}",
+            " -> ".join(f"{diversity[arm]['value']:.3f}" for arm in ("before", "after")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _race_lines(race: dict) -> list[str]:

@@ -83,22 +83,26 @@ def ms_ssim(volumes: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     shortest edge; the mean over channels. Background that both share counts as equal, so values depend on how much of it
     there is.
     """
-    settings = ms_ssim_settings(min(volumes.shape[2:]))
-    values = []
-    for batch in pairs.split(max(1, VOXELS_AT_ONCE // volumes[0].numel())):
-        one, other = (((volumes[rows].float() + 1) / 2).clamp(0, 1) for rows in batch.to(volumes.device).T)
-        values.append(
-            compute_ms_ssim(
-                one,
-                other,
-                spatial_dims=3,
-                data_range=1.0,
-                kernel_size=settings["window"],
-                kernel_sigma=settings["sigma"],
-                weights=settings["weights"],
-            )[:, 0]
-        )
+    values = [
+        ms_ssim_of_two(*(volumes[rows] for rows in batch.to(volumes.device).T))
+        for batch in pairs.split(max(1, VOXELS_AT_ONCE // volumes[0].numel()))
+    ]
     return torch.cat(values).double().cpu()
+
+
+def ms_ssim_of_two(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """MS-SSIM `[M]` of `one` and `other`, `[M, C, *S]` in [-1, 1], with `ms_ssim_settings` of their shortest edge."""
+    settings = ms_ssim_settings(min(one.shape[2:]))
+    one, other = (((samples.float() + 1) / 2).clamp(0, 1) for samples in (one, other))
+    return compute_ms_ssim(
+        one,
+        other,
+        spatial_dims=one.ndim - 2,
+        data_range=1.0,
+        kernel_size=settings["window"],
+        kernel_sigma=settings["sigma"],
+        weights=settings["weights"],
+    )[:, 0]
 
 
 def ms_ssim_pairs(

@@ -68,6 +68,7 @@ DATA_SETS = {  # title; terms
     ),
 }
 COMPUTED = ("phantoms", "dermoscopy")  # of no person
+IMAGES = ("dermoscopy", "image_folder")  # the others are of volumes
 OWN_TITLES = {"bids": "a BIDS data set", "datalist": "a data set with a JSON list"}
 UNKNOWN_TERMS = "The terms of these data were not stated; ask whoever shared this model before you use it."
 AUDIT_KEYS = {"n_generated", "n_train", "n_copies", "interval", "expected_false_positives"}
@@ -200,6 +201,7 @@ def _values(
         "class_name": contents.class_name,
         "is_ours": contents.class_name in (PIPELINE, *MODELS) or not hasattr(diffusers, contents.class_name),
         "what": MODELS.get(contents.class_name, (None, None))[0],
+        "samples": "images" if "text_encoder" in contents.classes or dataset in IMAGES else "volumes",
         "classes": list((contents.config.get("id2label") or {}).values()),
         "spacing": contents.config.get("spacing"),
         "shape": report.get("data", {}).get("shape"),

@@ -1,10 +1,9 @@
 """Diversity within a prompt: how alike two images of one prompt are, by MS-SSIM."""
 
 import torch
-from monai.metrics import compute_ms_ssim
 
 from ..data.image_folder import ImageDataset, to_samples
-from ..evaluation.diversity import draw_pairs, ms_ssim_settings, pair_interval
+from ..evaluation.diversity import draw_pairs, ms_ssim_of_two, ms_ssim_settings, pair_interval
 
 
 PIXELS_AT_ONCE = 1 << 22  # in one batch of pairs
@@ -43,19 +42,8 @@ def ms_ssim_2d(pixel_values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """MS-SSIM `[M]` (Wang, Simoncelli, Bovik 2003, eq. 7), float64, of `pairs [M, 2]` of uint8 images
     `[N, 3, H, W]`.
     """
-    settings = ms_ssim_settings(min(pixel_values.shape[2:]))
-    values = []
-    for batch in pairs.split(max(1, PIXELS_AT_ONCE // pixel_values[0].numel())):
-        one, other = ((to_samples(pixel_values[rows]) + 1) / 2 for rows in batch.T)
-        values.append(
-            compute_ms_ssim(
-                one,
-                other,
-                spatial_dims=2,
-                data_range=1.0,
-                kernel_size=settings["window"],
-                kernel_sigma=settings["sigma"],
-                weights=settings["weights"],
-            )[:, 0]
-        )
+    values = [
+        ms_ssim_of_two(*(to_samples(pixel_values[rows]) for rows in batch.T))
+        for batch in pairs.split(max(1, PIXELS_AT_ONCE // pixel_values[0].numel()))
+    ]
     return torch.cat(values).double()

@@ -1,0 +1,125 @@
+"""Trainers of the autoencoder, the denoiser and the feature extractors."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import copied, differing, tiny_phantoms
+from trainers_scene import build
+
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.trainers.augmentation import augment_volumes
+from msrl_diffusers.trainers.base import read_log
+from msrl_diffusers.trainers.vqgan_trainer import psnr, random_slices
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_vqgan_starts_its_discriminators_late(tmp_path):
+    trainer, module = build("vqgan-fsq", tmp_path, max_steps=2, discriminator_start_step=5)
+    before = copied(module["discriminators"])
+    trainer.train()
+    assert differing(before, copied(module["discriminators"])) == []
+    assert all("discriminator_loss" not in line for line in read_log(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_vqgan_learns_to_reconstruct(tmp_path):
+    trainer, _ = build("vqgan-fsq", tmp_path, max_steps=30, discriminator_start_step=99, learning_rate=3e-3)
+    before = trainer.evaluate()["psnr_train"]
+    trainer.eval_dataset = tiny_phantoms(1)
+    after = trainer.train()
+    assert after["psnr_train"] > before + 2
+    assert "psnr_heldout" in after
+    assert not trainer.model.training
+
+
+def test_a_discriminator_that_waits_is_no_cause_for_a_warning(tmp_path):
+    trainer, _ = build("vqgan-fsq", tmp_path, max_steps=2, discriminator_start_step=5)
+    trainer.train()
+
+
+def test_psnr_and_random_slices():
+    real = torch.zeros(2, 1, 4, 4, 4)
+    assert psnr(real + 0.2, real).item() == pytest.approx(20)
+    volume = torch.arange(64.0).reshape(1, 1, 4, 4, 4)
+    one, other = random_slices([volume, volume + 100], 3, torch.Generator().manual_seed(0))
+    assert one.shape == (3, 1, 4, 4)
+    assert torch.equal(one + 100, other)
+    planes = [volume.movedim(axis, 0) for axis in (2, 3, 4)]
+    assert any(all(any(torch.equal(s, p[None][0]) for p in plane[:, 0]) for s in one) for plane in planes)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_diffusion_sets_the_scale_of_the_latents(flip, tmp_path):
+    trainer, _ = build("diffusion", tmp_path, max_steps=1, flip_augmentation=flip, encode_batch_size=4)
+    trainer.train()
+    pipeline = trainer.pipeline
+    assert pipeline.vqvae.config.scaling_factor != 2.0
+    volumes = trainer.train_dataset.batch(range(6))["pixel_values"]
+    volumes = torch.cat([volumes, volumes.flip(-1)]) if flip else volumes
+    with torch.no_grad():
+        latents = pipeline.encode_volumes(volumes)
+        restored = pipeline.decode_latents(latents)
+        expected = pipeline.vqvae(volumes).sample.clamp(-1, 1)
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+    assert latents.mean().item() == pytest.approx(0, abs=1e-3)
+    assert (restored - expected).abs().mean() < 1e-2
+
+
+def test_diffusion_keeps_the_averaged_weights(tmp_path):
+    trainer, module = build("diffusion", tmp_path, max_steps=6, save_steps=6, learning_rate=1e-2, ema_decay=0.9)
+    before = copied(module)
+    trainer.train()
+    averaged, last = copied(trainer.pipeline.unet), load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert set(differing(averaged, last)) == {name for name, _ in module.named_parameters()}
+
+    def moved(weights):
+        return sum((weights[name] - before[name]).abs().sum().item() for name in before)
+
+    assert 0 < moved(averaged) < moved(last)
+    assert not trainer.pipeline.unet.training
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_diffusion_learns_in_every_prediction_type(prediction_type, snr_gamma, tmp_path):
+    trainer, _ = build(
+        "diffusion", tmp_path, max_steps=40, learning_rate=3e-3, train_batch_size=8, snr_gamma=snr_gamma
+    )
+    trainer.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    trainer.train()
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_diffusion_refuses_a_prediction_type_it_can_t_train(tmp_path):
+    trainer, _ = build("diffusion", tmp_path, max_steps=1)
+    trainer.pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
+    with pytest.raises(InputError, match="'flow_prediction' can't be trained"):
+        trainer.train()
+
+
+def test_feature_trainer_tells_subjects_apart(tmp_path):
+    trainer, _ = build("features-volume", tmp_path, max_steps=60, learning_rate=1e-2, train_batch_size=6, max_shift=0)
+    figures = trainer.train()
+    assert figures["accuracy_subject"] > 0.4  # chance: one of six
+    assert figures["accuracy_label"] > 0.8
+    assert "accuracy_position" not in figures  # a volume has one
+    slices, _ = build("features-slice", tmp_path / "slices", max_steps=1)
+    heads = {"accuracy_subject", "accuracy_label", "accuracy_position"}
+    assert set(slices.train()) >= {*heads, "loss"}
+
+
+def test_augmentation_flips_shifts_and_adds_noise():
+    volumes = torch.rand(16, 1, 4, 4, 4)
+    flipped = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=0)
+    kinds = [
+        (torch.equal(new, old), torch.equal(new, old.flip(-1))) for new, old in zip(flipped, volumes, strict=True)
+    ]
+    assert set(kinds) == {(True, False), (False, True)}
+    shifted = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=1)
+    for new, old in zip(shifted, volumes, strict=True):
+        torch.testing.assert_close(new.flatten().sort().values, old.flatten().sort().values)
+    noisy = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=0, noise_level=0.1)
+    assert (noisy - flipped).std().item() == pytest.approx(0.1, rel=0.2)
+    again = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=0, noise_level=0.1)
+    assert torch.equal(noisy, again)
