@@ -37,7 +37,8 @@ def section() -> str:
     if others:
         lines += ["### Real brains at 32^3: IXI, classes by age", "", *_study_lines(others), ""]
     stories = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("dermoscopy-seed*.json"))}
-    lines += ["### Text to image: drawn dermoscopy images at 32 x 32", "", *_story_lines(stories), ""]
+    if stories:
+        lines += ["### Text to image: drawn dermoscopy images at 32 x 32", "", *_story_lines(stories), ""]
     race = json.loads((RESULTS / "ppo-vs-trl.json").read_text())
     lines += ["### The trainer beside TRL's DDPOTrainer", "", *_race_lines(race), ""]
     return "\n".join(lines)
