@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from tiny import copied, differing
+from tiny import copied, differing, tiny_stable_diffusion
 from tiny_text_to_image import IMAGE_SIZE, tiny_text_to_image, tiny_text_to_image_study
 
 from msrl_diffusers.data.dermoscopy import write_dermoscopy
@@ -323,6 +323,16 @@ def test_options_override_the_section_and_the_study(tmp_path):
     assert {name: CHAIN.fingerprint(plain, name) for name in STAGES} == {
         name: CHAIN.fingerprint(study, name) for name in STAGES
     }
+
+
+def test_the_config_for_stable_diffusion_has_the_published_settings(tmp_path):
+    tiny_stable_diffusion().save_pretrained(tmp_path / "pipeline")
+    path = EXAMPLES / "configs" / "dermoscopy" / "stable_diffusion.yaml"
+    given = ["--pretrained_model_name_or_path", str(tmp_path / "pipeline"), "--data_dir", str(tmp_path)]
+    found = parse_text_to_image("ppo", path, given)
+    ppo = found.trainer_config("ppo")
+    assert (ppo.num_inference_steps, ppo.eta, ppo.guidance_scale, found.reward_kind) == (50, 1, 5, "share")
+    assert ppo.samples_per_rollout % (32 - found.num_heldout_prompts) == 0  # every prompt as often
 
 
 def test_the_embedded_story_starts_from_models_of_the_config_that_trains_all():
