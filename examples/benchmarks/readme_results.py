@@ -127,7 +127,7 @@ def _story_lines(reports: dict[Path, dict]) -> list[str]:
     sampler, limits = first["sampler"], first["attribute_match"]["judge"]
     lines = [
         f"{first['n']} images before and after PPO, from the same noise, by {sampler['num_inference_steps']} steps, eta "
-        f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, at which the fine-tuned model is at its best. *Exact match*: share of "
+        f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, at which the fine-tuned model is at its best; seeds are of PPO and what follows, the fine-tuned model is one. *Exact match*: share of "
         f"images that show all six attributes as their prompt states them; by the judge {limits['real']:.0%} of real images do and "
         f"{limits['reconstruction']:.0%} of reconstructions by the autoencoder. FID: {first['fid']['n']} on each side, by a third classifier.",
         "",
@@ -149,7 +149,24 @@ def _story_lines(reports: dict[Path, dict]) -> list[str]:
             " -> ".join(f"{diversity[arm]['value']:.3f}" for arm in ("before", "after")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return [*lines, "", *_augmentation_lines(list(reports.values()))]
+
+
+def _augmentation_lines(reports: list[dict]) -> list[str]:
+    """What synthetic images of a rare subgroup do to a classifier of the diagnosis, by seed."""
+    found = [report["augmentation"] for report in reports]
+    accuracies = {
+        arm: ", ".join(f"{study['subgroup_accuracy'][arm]['mean']:.1%}" for study in found)
+        for arm in found[0]["subgroup_accuracy"]
+    }
+    first = found[0]
+    return [
+        f"A classifier of the diagnosis with synthetic images of a rare subgroup ({' with '.join(first['subgroup'])}, "
+        f"{first['n']['train_subgroup']} of {first['n']['train']} training images) sees it right, by seed (means of "
+        f"{len(first['seeds'])} trainings): "
+        + "; ".join(f"{arm}: {values}" for arm, values in accuracies.items())
+        + ".",
+    ]
 
 
 def _race_lines(race: dict) -> list[str]:
