@@ -66,6 +66,18 @@ def make_test(stage: Stage) -> None:
     assert lines[-1] == ".venv/bin/python -m pytest"
 
 
+@scene("pip install -e '.[demo,evaluation]'")
+def install(stage: Stage) -> None:
+    """Pip says what it would do: the environment of the tests stays as it is."""
+    (stage.folder / "msrl_diffusers").mkdir()
+    (stage.folder / "msrl_diffusers" / "__init__.py").write_text((ROOT / "msrl_diffusers" / "__init__.py").read_text())
+    stage.link_environment()
+    arguments = stage.command.removeprefix("pip install ")
+    said = stage.bash(f".venv/bin/python -m pip install --dry-run --no-deps {arguments}").stdout
+    assert f"Would install msrl_diffusers-{msrl_diffusers.__version__}" in said
+    assert "does not provide the extra" not in said
+
+
 @scene("msrl env", here=True)
 def env(stage: Stage) -> None:
     said = stage.carry_out()
