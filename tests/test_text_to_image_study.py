@@ -325,7 +325,7 @@ def test_options_override_the_section_and_the_study(tmp_path):
     }
 
 
-def test_the_config_for_stable_diffusion_has_the_published_settings(tmp_path):
+def test_the_config_for_stable_diffusion_has_the_published_sampler_and_reward(tmp_path):
     tiny_stable_diffusion().save_pretrained(tmp_path / "pipeline")
     path = EXAMPLES / "configs" / "dermoscopy" / "stable_diffusion.yaml"
     given = ["--pretrained_model_name_or_path", str(tmp_path / "pipeline"), "--data_dir", str(tmp_path)]

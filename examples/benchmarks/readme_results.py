@@ -117,7 +117,7 @@ def _reward_verdict(reports: list[dict]) -> list[str]:
         return []
     return [
         f"- The reward models learned next to nothing (AUC at most {best:.2f}; chance is .5): these runs say nothing about "
-        "reinforcement learning, only that the chain runs on real volumes."
+        "reinforcement learning, only that the chain runs to its end."
     ]
 
 
@@ -127,7 +127,9 @@ def _story_lines(reports: dict[Path, dict]) -> list[str]:
     sampler, limits = first["sampler"], first["attribute_match"]["judge"]
     lines = [
         f"{first['n']} images before and after PPO, from the same noise, by {sampler['num_inference_steps']} steps, eta "
-        f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, at which the fine-tuned model is at its best; seeds are of PPO and what follows, the fine-tuned model is one. *Exact match*: share of "
+        f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, chosen before any tuning. Seeds are of PPO and "
+        "what follows; the fine-tuned model is one. Rate and number of rollouts were set after pilots with seed 0 in which the judge was "
+        "seen: row 0 is no independent test, rows 1 and 2 are of seeds that no pilot had run. *Exact match*: share of "
         f"images that show all six attributes as their prompt states them; by the judge {limits['real']:.0%} of real images do and "
         f"{limits['reconstruction']:.0%} of reconstructions by the autoencoder. FID: {first['fid']['n']} on each side, by a third classifier.",
         "",

@@ -116,7 +116,7 @@ def render_card(
 
 def memorization_section(audit: dict | None) -> str:
     """The section of a card on what an audit found, or that there was none."""
-    values = {"memorization": audit, "no_audit": NO_AUDIT, "generates": False}
+    values = {"memorization": audit, "no_audit": NO_AUDIT, "samples": "volumes", "generates": False}
     return _environment().get_template("memorization.md").render(values)
 
 

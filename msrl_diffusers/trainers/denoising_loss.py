@@ -4,7 +4,6 @@ import torch
 from diffusers.training_utils import compute_snr
 
 from ..errors import InputError
-from ..functional.forward_process import matching_target
 
 
 def even_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
@@ -21,14 +20,14 @@ def denoising_target(scheduler, clean: torch.Tensor, noise: torch.Tensor, timest
     Raises:
         InputError: a prediction type that is none of epsilon, v_prediction and sample.
     """
-    alpha_prod = scheduler.alphas_cumprod.to(clean.device, clean.dtype)[timesteps]
     prediction_type = scheduler.config.prediction_type
-    try:
-        return matching_target(clean, noise, alpha_prod.view(-1, *[1] * (clean.ndim - 1)), prediction_type)
-    except ValueError as error:
-        raise InputError(
-            f"prediction_type {prediction_type!r} can't be trained; use epsilon, v_prediction or sample."
-        ) from error
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(clean, noise, timesteps)
+    if prediction_type == "sample":
+        return clean
+    raise InputError(f"prediction_type {prediction_type!r} can't be trained; use epsilon, v_prediction or sample.")
 
 
 def min_snr_weights(scheduler, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor:
