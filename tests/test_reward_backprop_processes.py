@@ -13,9 +13,9 @@ import os
 
 import pytest
 import torch
+from backprop_run import Recording, config, slice_reward
 from launching import assert_same_figures, assert_same_gradients, finish
 from safetensors.torch import load_file, save_file
-from test_reward_backprop_trainer import Recording, config, slice_reward
 from tiny import Brightness, differing, tiny_pipeline
 
 from msrl_diffusers.trainers.base import read_log
