@@ -3,7 +3,11 @@
     python examples/benchmarks/text_to_image_samplers.py --output examples/results/text-to-image-samplers.json
 
 Of model_cards/dermoscopy-32, before any tuning: images of every prompt from the same noise, compared with drawn images that
-no model was trained on. The judge has no part in it. Beside the JSON lies the same as a Markdown table.
+no model was trained on. The judge has no part in it. Beside the JSON lies the same as a Markdown table. Of a model that was
+trained for longer:
+
+    accelerate launch examples/train_text_to_image.py --max_steps 4000 --output_dir outputs/longer --release outputs/longer-release
+    python examples/benchmarks/text_to_image_samplers.py --model outputs/longer-release --output OUT.json
 """
 
 import argparse
@@ -16,7 +20,7 @@ from msrl_diffusers.data.dermoscopy import load_dermoscopy
 from msrl_diffusers.data.prompts import PromptBuilder
 from msrl_diffusers.errors import sentence_instead_of_traceback
 from msrl_diffusers.evaluation.fidelity import frechet_distance
-from msrl_diffusers.files import write_json, write_text
+from msrl_diffusers.files import folder_mark, write_json, write_text
 from msrl_diffusers.rewards.attribute_match import AttributeMatch
 from msrl_diffusers.study.report import git_commit, versions
 from msrl_diffusers.text_to_image.artifacts import load_pipeline
@@ -32,12 +36,12 @@ SAMPLERS = [(16, 1.0, scale) for scale in (1.5, 2.0, 3.0, 5.0)] + [(16, 0.0, sca
 SAMPLERS += [(8, 1.0, 3.0), (25, 1.0, 3.0), (25, 0.0, 3.0)]  # steps, eta, guidance
 
 
-def measure(num_per_prompt: int, seed: int) -> dict:
+def measure(model: Path, num_per_prompt: int, seed: int) -> dict:
     """Match by the reward classifier and distance, by sampler."""
-    builder, pipeline = PromptBuilder(), load_pipeline(MODELS)
+    builder, pipeline = PromptBuilder(), load_pipeline(model)
     prompts = [prompt for prompt in builder.prompts() for _ in range(num_per_prompt)]
-    match = AttributeMatch.from_pretrained(MODELS / "classifier_reward", builder, kind="exact")
-    extractor = load_image_extractor(MODELS / "classifier_features")
+    match = AttributeMatch.from_pretrained(model / "classifier_reward", builder, kind="exact")
+    extractor = load_image_extractor(model / "classifier_features")
     unseen = load_dermoscopy(num_per_prompt, IMAGE_SIZE, first_index=UNSEEN)
     real, rows = image_features(extractor, unseen), []
     for steps, eta, guidance in SAMPLERS:
@@ -53,7 +57,12 @@ def measure(num_per_prompt: int, seed: int) -> dict:
                 "fid": frechet_distance(real[theirs], image_features(extractor, images.select(ours))),
             }
         )
-    return {"n": len(prompts), "extractor": extractor.identity, "rows": rows}
+    return {
+        "model_mark": folder_mark(model / "unet"),
+        "n": len(prompts),
+        "extractor": extractor.identity,
+        "rows": rows,
+    }
 
 
 def markdown(content: dict) -> str:
@@ -76,6 +85,7 @@ def markdown(content: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODELS, help="release of train_text_to_image.py")
     parser.add_argument("--num_per_prompt", type=int, default=16)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("outputs/text-to-image-samplers.json"))
@@ -84,7 +94,7 @@ def main() -> None:
     content = {
         "what": "match and Frechet distance of the fine-tuned model by sampler",
         "seed": args.seed,
-        **measure(args.num_per_prompt, args.seed),
+        **measure(args.model, args.num_per_prompt, args.seed),
         "seconds": round(time.monotonic() - started, 1),
         "cpu_count": os.cpu_count(),
         "commit": git_commit(),
