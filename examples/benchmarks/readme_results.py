@@ -127,7 +127,8 @@ def _story_lines(reports: dict[Path, dict]) -> list[str]:
     sampler, limits = first["sampler"], first["attribute_match"]["judge"]
     lines = [
         f"{first['n']} images before and after PPO, from the same noise, by {sampler['num_inference_steps']} steps, eta "
-        f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, chosen before any tuning. Seeds are of PPO and "
+        f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, chosen before any tuning "
+        "([samplers](examples/results/text-to-image-samplers.md): of those with 16 steps that of the lowest FID). Seeds are of PPO and "
         "what follows; the fine-tuned model is one. Rate and number of rollouts were set after pilots with seed 0 in which the judge was "
         "seen: row 0 is no independent test, rows 1 and 2 are of seeds that no pilot had run. *Exact match*: share of "
         f"images that show all six attributes as their prompt states them; by the judge {limits['real']:.0%} of real images do and "
