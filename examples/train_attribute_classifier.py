@@ -66,7 +66,9 @@ class ScriptArguments:
 
 def main() -> None:
     pretrained = any(argument.split("=")[0] == "--model_name_or_path" for argument in sys.argv[1:])
-    script_args, args = parse([ScriptArguments, AttributeConfig], {} if pretrained else OF_RANDOM_WEIGHTS)
+    script_args, args = parse(
+        [ScriptArguments, AttributeConfig], {} if pretrained else OF_RANDOM_WEIGHTS, description=__doc__
+    )
     builder = PromptBuilder(script_args.diagnoses, script_args.artifacts)
     images = load_images(script_args, builder)
     train, heldout = images.split(script_args.holdout_fraction, script_args.data_seed)

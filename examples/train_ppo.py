@@ -45,16 +45,19 @@ EMBEDDED = Path(__file__).parent / "configs" / "phantoms" / "demo.yaml"
 class CheckpointArguments:
     """Given checkpoints to train on."""
 
-    pipeline: str = field(metadata={"help": "The pipeline to tune."})
-    reward_volume: str | None = field(default=None, metadata={"help": "A VolumeRewardModel."})
-    reward_slice: str | None = field(default=None, metadata={"help": "A SliceRewardModel."})
+    pipeline: str = field(metadata={"help": "A pipeline to tune, in place of a study's; needs a reward."})
+    reward_volume: str | None = field(default=None, metadata={"help": "With --pipeline: a VolumeRewardModel."})
+    reward_slice: str | None = field(default=None, metadata={"help": "With --pipeline: a SliceRewardModel."})
 
 
 def main() -> None:
     if any(argument.split("=")[0] == "--pipeline" for argument in sys.argv[1:]):
-        train_on_checkpoints(*parse([CheckpointArguments, DiffusionPPOConfig]))
+        train_on_checkpoints(*parse([CheckpointArguments, DiffusionPPOConfig], description=__doc__))
     else:
-        config = parse_study("ppo", EMBEDDED)
+        checkpoints = {
+            name: given.metadata["help"] for name, given in CheckpointArguments.__dataclass_fields__.items()
+        }
+        config = parse_study("ppo", EMBEDDED, description=__doc__, taken=checkpoints)
         run_study(config)
         if process_state().is_main_process:
             print(f"report: {Path(config.output_dir) / 'report.md'}")

@@ -30,7 +30,7 @@ EMBEDDED = Path(__file__).parent / "configs" / "dermoscopy" / "demo.yaml"
 
 
 def main() -> None:
-    config = parse_text_to_image("ppo", EMBEDDED)
+    config = parse_text_to_image("ppo", EMBEDDED, description=__doc__)
     CHAIN.run(config)
     if process_state().is_main_process:
         print(f"report: {Path(config.output_dir) / 'report.md'}")

@@ -17,7 +17,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantoms" / "cpu.yaml"
 
 
 def main() -> None:
-    config = parse_study("rewards", DEFAULT_CONFIG)
+    config = parse_study("rewards", DEFAULT_CONFIG, description=__doc__)
     run_study(config, stages_up_to("rewards"))
     if process_state().is_main_process:
         print(f"{Path(config.output_dir) / 'rewards'} written")

@@ -28,11 +28,11 @@ EMBEDDED = Path(__file__).parent / "configs" / "phantoms" / "objectives.yaml"
 def main() -> None:
     method, rest = take_option("method", sys.argv[1:])
     if method is None and "--help" in rest:
-        print(__doc__)
-        return
+        method = "ppo"
     if method not in METHODS:
         raise InputError(f"--method must be one of {list(METHODS)}, got {method!r}.")
-    config = parse_study(method, EMBEDDED, rest)
+    methods = {"method": f"One of {', '.join(METHODS)}; the options below are those of {method}."}
+    config = parse_study(method, EMBEDDED, rest, description=__doc__, taken=methods)
     run_study(config)
     if process_state().is_main_process:
         print(f"report: {Path(config.output_dir) / 'report.md'}")

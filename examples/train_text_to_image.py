@@ -38,6 +38,7 @@ from msrl_diffusers.trainers.text_to_image_trainer import TextToImageTrainer, pi
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "dermoscopy" / "cpu.yaml"
+RELEASE_HELP = {"release": "Also the classifiers, and all as one folder of this name, ready for the Hub."}
 
 
 @dataclass
@@ -56,10 +57,10 @@ class FineTuneArguments:
 
 def main() -> None:
     if any(argument.split("=")[0] == "--pretrained_model_name_or_path" for argument in sys.argv[1:]):
-        fine_tune(*parse([FineTuneArguments, TextToImageConfig]))
+        fine_tune(*parse([FineTuneArguments, TextToImageConfig], description=__doc__))
     else:
         release, arguments = take_option("release", sys.argv[1:])
-        config = parse_text_to_image("diffusion", DEFAULT_CONFIG, arguments)
+        config = parse_text_to_image("diffusion", DEFAULT_CONFIG, arguments, description=__doc__, taken=RELEASE_HELP)
         CHAIN.run(config, [*CHAIN.up_to("diffusion"), *(["classifiers"] if release else [])])
         if process_state().is_main_process:
             if release:

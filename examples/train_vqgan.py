@@ -17,7 +17,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantoms" / "cpu.yaml"
 
 
 def main() -> None:
-    config = parse_study("vqgan", DEFAULT_CONFIG)
+    config = parse_study("vqgan", DEFAULT_CONFIG, description=__doc__)
     run_study(config, stages_up_to("vqgan"))
     if process_state().is_main_process:
         print(f"{Path(config.output_dir) / 'vqgan/vqvae'} written")

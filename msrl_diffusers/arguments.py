@@ -3,8 +3,8 @@
 import sys
 import types
 import typing
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +13,9 @@ import yaml
 from trl import TrlParser
 
 from .errors import InputError
+
+
+CONFIG_HELP = {"config": "YAML file of the study; options stand above what it says."}
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -24,6 +27,13 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message[:1].upper()}{message[1:]}; --help shows the options.")
+
+
+class _Taken(Action):
+    """An option that `--help` lists; whoever wants it takes it (`take_option`) before the parser sees it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise InputError(f"{option_string} must be written out, and may need others beside it; --help shows how.")
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -50,10 +60,12 @@ def parse(
     positionals: Sequence[str] = (),
     prog: str | None = None,
     description: str | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> tuple:
     """Instances of `config_classes` from the command line. `defaults` (from a YAML file) stand behind it. The fields
     `positionals` are given in that order, without a name. `--help` shows `prog` (the command, as it is typed) and
-    `description` with its lines as they are, so that it can hold examples.
+    `description` with its lines as they are, so that it can hold examples, and also the options `taken` out of the command
+    line before, `{name: help}`.
 
     Raises:
         InputError: an option that does not exist, or one that is missing; a default that no class has a field for; a value
@@ -74,6 +86,8 @@ def parse(
             del parser._option_string_actions[flag]
         action.container._remove_action(action)
         parser.add_argument(name, metavar=name.upper(), type=action.type, help=action.help)
+    for name, text in (taken or {}).items():
+        parser.add_argument(f"--{name}", action=_Taken, default=SUPPRESS, help=text)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _check_options(arguments, sorted(parser._option_string_actions))  # before the parser misses a required one
     *configs, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)

@@ -11,9 +11,15 @@ class InputError(ValueError):
 
 @contextmanager
 def sentence_instead_of_traceback() -> Iterator[None]:
-    """End the program with an InputError's sentence on standard error and exit code 1; other errors pass."""
+    """End the program with an InputError's sentence on standard error and exit code 1; other errors pass. Ctrl-C ends it by a
+    sentence too, and the exit code of shells for it."""
     try:
         yield
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "\nInterrupted. Give the same command again: finished stages and saved checkpoints are kept.\n"
+        )
+        sys.exit(130)

@@ -109,31 +109,36 @@ def audit(stage: Stage) -> None:
 # ------------------------------------------------------------------------------------------------------------- the Hub
 
 
-@scene("msrl audit TRAIN my_pipeline --held_out OTHER_REAL --output_dir my_pipeline")
+PUSH = "msrl push my_pipeline --repo_id OWNER/NAME --audit outputs/audit/audit.json"
+
+
+@scene("msrl audit TRAIN my_pipeline --held_out OTHER_REAL --output_dir outputs/audit")
 def audit_of_a_pipeline(stage: Stage) -> None:
-    """And what it left in the pipeline's folder is what `msrl push` asks for."""
+    """And what it left is what `msrl push` asks for."""
     write_sets(stage)
     tiny_pipeline().save_pretrained(stage.folder / "my_pipeline")
     stage.carry_out()
-    found = json.loads((stage.folder / "my_pipeline/audit.json").read_text())
+    found = json.loads((stage.folder / "outputs/audit/audit.json").read_text())
     assert (found["n_generated"], found["n_train"]) == (256, 12)
     hub = stage.open_hub()
-    stage.bash("msrl push my_pipeline --repo_id OWNER/NAME")
-    assert not any("generated" in name or "pairs" in name for name in hub.repositories["OWNER/NAME"]["files"])
+    stage.bash(PUSH)
+    files = hub.repositories["OWNER/NAME"]["files"]
+    assert b" of 256 generated volumes look like copies" in files["README.md"]
+    assert not any("audit" in name or "generated" in name or "pairs" in name for name in files)
 
 
-@scene("msrl push my_pipeline --repo_id OWNER/NAME", here=True)
+@scene(PUSH, here=True)
 def push(stage: Stage) -> None:
     hub = stage.open_hub()
     tiny_pipeline().save_pretrained(stage.folder / "my_pipeline")
     with pytest.raises((SystemExit, AssertionError)):  # refused without an audit
         stage.carry_out()
     assert "OWNER/NAME" not in hub.repositories
-    stage.write("my_pipeline/audit.json", json.dumps(AUDIT))
+    stage.write("outputs/audit/audit.json", json.dumps(AUDIT))
     stage.carry_out()
     repository = hub.repositories["OWNER/NAME"]
     assert repository["private"]
-    assert {"README.md", "model_index.json", "audit.json"} <= set(repository["files"])
+    assert {"README.md", "model_index.json"} <= set(repository["files"])
     assert b"1 of 20 generated volumes look like copies" in repository["files"]["README.md"]
     assert not any(b"patient-17" in content for content in repository["files"].values())
 
@@ -217,19 +222,37 @@ def replaced(stage: Stage, old: str, new: str) -> Stage:
 
 @scene("from diffusers import DPMSolverMultistepScheduler", here=True, slow=False)
 def diffusers_habits(stage: Stage) -> None:
+    pipe = tiny_pipeline()
+    stage.execute(pipe=pipe)
+    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
+    assert pipe.vqvae.use_tiling
+    assert torch.isfinite(pipe("HGG", 2).volumes).all()
+
+
+@scene("pipe.enable_model_cpu_offload()  # needs a GPU", here=True, slow=False)
+def offload(stage: Stage) -> None:
     """Where there is no accelerator, the CPU stands in for it: diffusers refuses to offload without one."""
+    pipe = tiny_pipeline()
+    on_cpu = partial(pipe.enable_model_cpu_offload, device="cpu")
+    stage.monkeypatch.setattr(pipe, "enable_model_cpu_offload", on_cpu, raising=False)
+    stage.execute(pipe=pipe)
+    assert len(pipe._all_hooks) == 2
+    assert torch.isfinite(pipe("HGG", 2).volumes).all()
+
+
+@scene(
+    'pipe.load_lora_weights("OWNER/ADAPTER", adapter_name="tuned")  # your own, from the Hub or a folder',
+    here=True,
+    slow=False,
+)
+def adapter(stage: Stage) -> None:
     stage.open_hub()
     tuned, pipe = tiny_pipeline(), tiny_pipeline()
     tuned.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     tuned.save_lora_weights(stage.folder / "adapter")
     push_folder(stage.folder / "adapter", "OWNER/ADAPTER", without_audit=True)
-    offload = partial(pipe.enable_model_cpu_offload, device="cpu")
-    stage.monkeypatch.setattr(pipe, "enable_model_cpu_offload", offload, raising=False)
     stage.execute(pipe=pipe)
-    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
-    assert pipe.vqvae.use_tiling
     assert pipe.get_active_adapters() == ["tuned"]
-    assert len(pipe._all_hooks) == 2
     assert torch.isfinite(pipe("HGG", 2).volumes).all()
 
 

@@ -66,7 +66,7 @@ def make_test(stage: Stage) -> None:
     assert lines[-1] == ".venv/bin/python -m pytest"
 
 
-@scene("pip install -e '.[demo,evaluation]'")
+@scene("pip install -c constraints.txt -e '.[demo,evaluation]'")
 def install(stage: Stage) -> None:
     """Pip says what it would do: the environment of the tests stays as it is."""
     (stage.folder / "msrl_diffusers").mkdir()
@@ -104,7 +104,11 @@ def demo(stage: Stage) -> None:
 # ----------------------------------------------------------------------------------------------------------- generate
 
 
-@scene("msrl generate --model model_cards/phantoms-32 --num_volumes 8 --output_dir outputs/brains", here=True)
+@scene(
+    "msrl generate --model model_cards/phantoms-32 --num_volumes 8 --num_inference_steps 20 --guidance_scale 3 "
+    "--output_dir outputs/brains",
+    here=True,
+)
 def generate(stage: Stage) -> None:
     stage.carry_out()
     images = sorted((stage.folder / "outputs/brains").glob("*.nii.gz"))
@@ -267,15 +271,16 @@ def whole_study(stage: Stage) -> None:
 
 
 @scene(
-    "python examples/run_study.py --config examples/configs/nifti_folder/cpu.yaml --data_dir DIR --stages prepare,vqgan"
+    "python examples/run_study.py --config examples/configs/nifti_folder/cpu.yaml --data_dir DIR "
+    "--stages prepare,extractors,vqgan,diffusion --max_steps 5 --output_dir OUT"
 )
 def some_stages(stage: Stage) -> None:
     stage.make_study_small("examples/configs/nifti_folder/cpu.yaml")
     write_ages(stage.folder / "data", 6)
     stage.carry_out()
-    finished = {path.parent.name for path in (stage.folder / "outputs/nifti_folder").glob("*/stage.json")}
-    assert finished == {"prepare", "vqgan"}
-    train = VolumeDataset.load(stage.folder / "outputs/nifti_folder/prepare/train.safetensors")
+    finished = {path.parent.name for path in (stage.folder / "out").glob("*/stage.json")}
+    assert finished == {"prepare", "extractors", "vqgan", "diffusion"}
+    train = VolumeDataset.load(stage.folder / "out/prepare/train.safetensors")
     assert train.class_counts() == {"under 40": 4, "60 and over": 4}
 
 

@@ -31,7 +31,7 @@ def test_text(capsys):
     assert lines[0].startswith(f"msrl_diffusers {importlib.metadata.version('msrl_diffusers')}")
     assert f"torch: {torch.__version__}" in lines
     assert any(line.startswith("Device cpu: ") and ", computes in " in line for line in lines)
-    assert "Hub: offline" in lines
+    assert "Hub: offline (HF_HUB_OFFLINE is set)" in lines
 
 
 def test_what_does_not_fit_is_said(monkeypatch, capsys):

@@ -16,6 +16,7 @@ from msrl_diffusers import (
     UNet3DModel,
     VQModel3D,
 )
+from msrl_diffusers.cli.card import run as write_card
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.hub import NO_AUDIT, push_folder
 
@@ -217,3 +218,19 @@ def test_sharded_weights(hub, tmp_path):
     assert len(list(Path(tmp_path / "model").glob("*.safetensors"))) > 1
     push_folder(tmp_path / "model", "somebody/shards", without_audit=True)
     same_weights(VQModel3D.from_pretrained("somebody/shards"), model)
+
+
+def test_a_card_that_states_another_audit_is_refused(hub, folder, tmp_path):
+    write_card([str(folder), "--repo_id", "somebody/else"])
+    push_folder(folder, NAME)
+    assert (
+        b'from_pretrained("somebody/brains")' in stored(hub)["README.md"]
+    )  # not the name that the card was rendered for
+    assert b"somebody/else" not in stored(hub)["README.md"]
+    other = tmp_path / "audit.json"
+    other.write_text(json.dumps({**AUDIT, "n_copies": 0}))
+    with pytest.raises(InputError, match=r"another audit of memorization than this one \(0 of 64 generated"):
+        push_folder(folder, NAME, audit=other)
+    (folder / "README.md").unlink()
+    push_folder(folder, NAME, audit=other)
+    assert b"0 of 64 generated volumes look like copies" in stored(hub)["README.md"]

@@ -316,6 +316,35 @@ def test_the_verb_writes_what_it_promises(tmp_path, capsys):
         prepare_verb.run([*arguments, *lists])
 
 
+def test_what_is_left_out_is_told_anew(tmp_path):
+    """A folder that is finished, whose table has lost a row that could not be used."""
+    write_marked_folder(tmp_path / "data")
+    table = tmp_path / "data" / "metadata.csv"
+    complete = table.read_text()
+    for lost, text in ((1, complete + "gone.nii.gz,gone,a\n"), (0, complete)):
+        table.write_text(text)
+        listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
+        assert prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")["rejected"] == lost
+        assert len((tmp_path / "out" / "rejected.csv").read_text().splitlines()) == 1 + lost
+
+
+def test_the_verb_takes_bins_by_name_and_by_edges(tmp_path, capsys):
+    rows = ["file_name,subject_id,age"]
+    for index, age in enumerate((20, 30, 50, 70, 80)):
+        write_nifti(tmp_path / f"s{index}.nii.gz", marked_volume(index, 0))
+        rows.append(f"s{index}.nii.gz,s{index},{age}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    arguments = ["--dataset", "nifti_folder", "--data_dir", str(tmp_path), "--label_column", "age", "--num_workers", "0",
+                 "--image_size", "8", "--holdout_fraction", "0.5"]  # fmt: skip
+    named = "{under 40: [null, 40], 60 and over: [60, null]}"
+    prepare_verb.run([*arguments, "--output_dir", str(tmp_path / "named"), "--label_bins", named])
+    assert json.loads(capsys.readouterr().out)["counts"]["train"] == {"under 40": 1, "60 and over": 1}
+    prepare_verb.run([*arguments, "--output_dir", str(tmp_path / "edges"), "--label_bins", "60"])
+    assert list(json.loads(capsys.readouterr().out)["counts"]["train"]) == ["age under 60", "age from 60"]
+    with pytest.raises(InputError, match=r"label_bins must be numbers or \{name: .*, got 'forty 60'"):
+        prepare_verb.run([*arguments, "--output_dir", str(tmp_path / "bad"), "--label_bins", "forty", "60"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_command_as_a_user_types_it(tmp_path, strict):

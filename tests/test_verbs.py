@@ -39,6 +39,26 @@ def test_an_unknown_option_is_one_sentence(verb, monkeypatch, capsys):
     assert err == "error: There is no option --zzz; --help shows the options.\n"
 
 
+def test_ctrl_c_is_one_sentence(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msrl_diffusers.cli.env.run", interrupted)
+    code, out, err = ended(monkeypatch, capsys, "env")
+    assert (code, out) == (130, "")
+    assert err.startswith("\nInterrupted. Give the same command again")
+
+
+def test_options_that_are_taken_before_stand_in_the_help(monkeypatch, capsys):
+    _, out, _ = ended(monkeypatch, capsys, "study", "--help")
+    assert "--config CONFIG" in out
+    code, _, err = ended(monkeypatch, capsys, "study", "--conf", "x")
+    assert (code, err) == (
+        1,
+        "error: --config must be written out, and may need others beside it; --help shows how.\n",
+    )
+
+
 def test_the_verbs_are_listed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["msrl"])
     main()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from msrl_diffusers.arguments import parse, take_option
+from msrl_diffusers.arguments import CONFIG_HELP, parse, take_option
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
@@ -51,7 +51,7 @@ def parse_benchmark(
     """
     path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
     defaults = {"output": default_output, **read_study(path or default_config)}
-    return parse([BenchmarkArguments, StudyConfig], defaults, rest)
+    return parse([BenchmarkArguments, StudyConfig], defaults, rest, taken=CONFIG_HELP)
 
 
 def merged(*parts: Mapping) -> dict:

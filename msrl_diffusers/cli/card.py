@@ -48,7 +48,9 @@ class CardArguments:
     )
     repo_id: str | None = field(
         default=None,
-        metadata={"help": "Repository it will have. The folder's name if unset; msrl push puts in the right one."},
+        metadata={
+            "help": "Repository it will have. The folder's name if unset, which msrl push replaces by the repository's."
+        },
     )
     output: str | None = field(default=None, metadata={"help": "File to write. README.md in the folder if unset."})
 

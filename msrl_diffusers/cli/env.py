@@ -125,7 +125,11 @@ def _text(found: dict) -> str:
         memory = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
         lines.append(f"Device {device['device']}: {device['name']}{memory}, computes in {device['precision']}")
     lines += [f"Cache of {name}: {path}" for name, path in found["cache"].items()]
-    lines.append(f"Hub: {'offline' if found['offline'] else 'online'}")
+    lines.append(
+        "Hub: offline (HF_HUB_OFFLINE is set)"
+        if found["offline"]
+        else "Hub: asked when needed (HF_HUB_OFFLINE is not set)"
+    )
     for name, package in found["packages"].items():
         extra = f" (extra {package['extra']})" if package["extra"] else ""
         if package["version"] is None:

@@ -2,6 +2,8 @@
 
 msrl prepare --dataset brats2019 --data_dir MICCAI_BraTS_2019_Data_Training --split table1 --output_dir data/brats
 msrl prepare --dataset nifti_folder --data_dir DIR --label_column age --label_bins 40 60 --output_dir data/mine
+msrl prepare --dataset nifti_folder --data_dir DIR --label_column age \\
+    --label_bins '{under 40: [null, 40], 60 and over: [60, null]}' --output_dir data/mine
 """
 
 import json
@@ -9,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import yaml
 
 from ..arguments import parse
 from ..data.cases import list_cases
@@ -33,8 +37,12 @@ class PrepareArguments:
     kind: str | None = field(default=None, metadata={"help": "oasis1: t88_masked, t88, subj_111 or raw."})
     csv: str | None = field(default=None, metadata={"help": "oasis1: the table of ratings, if it lies elsewhere."})
     label_column: str | None = field(default=None, metadata={"help": "Column with the classes."})
-    label_bins: list[float] | None = field(
-        default=None, metadata={"help": "Edges for a numeric column: 40 60 gives three classes."}
+    label_bins: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Classes of a numeric column: edges (40 60 gives three), or {name: [low, high], ...} in quotes, null for "
+            "no bound; values in no bin are left out."
+        },
     )
     image_size: int = field(default=64, metadata={"help": "Voxels along each edge of the cubes."})
     field_of_view: float = field(default=192.0, metadata={"help": "Edge of the cubes in millimetres."})
@@ -55,6 +63,18 @@ class PrepareArguments:
         if self.split == "table1" and self.dataset not in TABLE_1:
             raise InputError(f"split table1 is that of {sorted(TABLE_1)}, not of {self.dataset!r}.")
 
+    def bins(self) -> list[float] | dict | None:
+        """The classes of a numeric column, as the loaders take them."""
+        if self.label_bins is None:
+            return None
+        try:
+            mapping = yaml.safe_load(" ".join(self.label_bins))
+            return mapping if isinstance(mapping, dict) else [float(edge) for edge in self.label_bins]
+        except (yaml.YAMLError, ValueError):
+            raise InputError(
+                f"label_bins must be numbers or {{name: [low, high], ...}}, got {' '.join(self.label_bins)!r}."
+            ) from None
+
     def plan(self) -> SplitPlan:
         """How volumes are divided."""
         return SplitPlan(
@@ -72,7 +92,7 @@ def run(arguments: Sequence[str]) -> None:
     output_dir = Path(args.output_dir)
     listing = list_cases(
         args.dataset, args.data_dir,
-        modality=args.modality, kind=args.kind, csv=args.csv, label_column=args.label_column, label_bins=args.label_bins,
+        modality=args.modality, kind=args.kind, csv=args.csv, label_column=args.label_column, label_bins=args.bins(),
     )  # fmt: skip
     if args.strict and listing.rejected:
         write_rejections(listing.rejected, output_dir / "rejected.csv")

@@ -1,7 +1,7 @@
 """msrl push: a pipeline, a model or a LoRA adapter to the Hugging Face Hub: checked, with a card and an audit, private.
 
-msrl audit data/brats/train.safetensors my_pipeline --held_out data/brats/heldout.safetensors --output_dir my_pipeline
-msrl push my_pipeline --repo_id OWNER/NAME
+msrl audit data/brats/train.safetensors my_pipeline --held_out data/brats/heldout.safetensors --output_dir outputs/audit
+msrl push my_pipeline --repo_id OWNER/NAME --audit outputs/audit/audit.json
 msrl push outputs/study/pipeline_rl --repo_id OWNER/NAME --report outputs/study/report.json --public
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import parse, take_option
+from ..arguments import CONFIG_HELP, parse, take_option
 from ..errors import InputError
 from ..processes import process_state
 from ..study import StudyConfig, run_study
@@ -21,7 +21,7 @@ from ..study.variants import ABLATIONS, run_variants
 
 @dataclass
 class StudyArguments:
-    """What of the study is run. `--config FILE` names its YAML file; every field of StudyConfig is an option too."""
+    """What of the study is run. Every field of StudyConfig is an option too."""
 
     stages: str | None = field(default=None, metadata={"help": "Stages separated by commas; all of them if unset."})
     seeds: list[int] | None = field(
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
     config_path, rest = take_option("config", arguments)
     args, config = parse(
         [StudyArguments, StudyConfig], read_study(config_path) if config_path else None, rest,
-        prog="msrl study", description=__doc__,
+        prog="msrl study", description=__doc__, taken=CONFIG_HELP,
     )  # fmt: skip
     if args.seeds:
         runs = run_variants(config, args.seeds, args.ablations or ())

@@ -134,8 +134,9 @@ def prepare_case(case: Case, processor: VolumeProcessor, path: Path) -> str | No
 
 
 def _request(listing: Listing, processor: VolumeProcessor, split: SplitPlan) -> str:
-    """Hash of the cases, their files' sizes and times, the processor's settings and the split."""
-    digest = hashlib.sha256(repr((sorted(vars(processor).items()), split, listing.classes)).encode())
+    """Hash of the cases, their files' sizes and times, what the loader left out, the processor's settings and the split."""
+    settings = (sorted(vars(processor).items()), split, listing.classes, listing.rejected)
+    digest = hashlib.sha256(repr(settings).encode())
     for case in listing.cases:
         digest.update(repr(case).encode())
         for image in case.images.values():

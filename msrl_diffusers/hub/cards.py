@@ -14,6 +14,7 @@ from .contents import Contents, inspect_folder
 
 
 NO_AUDIT = "Memorization has not been audited."
+AUDITED = "generated volumes look like copies"
 TEMPLATES = Path(__file__).parents[1] / "templates"
 GENERATION = "unconditional-image-generation"  # the Hub has no task for volumes
 TAGS = ("medical", "mri", "3d", "nifti", "brain", "msrl_diffusers", "not-for-clinical-use")
@@ -112,6 +113,11 @@ def render_card(
         raise InputError(
             f"The report lacks figures that a card needs ({error}); give the report.json that a study has written."
         ) from error
+
+
+def audited_share(audit: dict) -> str:
+    """How a card states what an audit found."""
+    return f"{audit['n_copies']} of {audit['n_generated']} {AUDITED}"
 
 
 def memorization_section(audit: dict | None) -> str:

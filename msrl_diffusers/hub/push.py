@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from huggingface_hub.errors import (
 from ..errors import InputError
 from ..pipelines.remote_code import remote_index
 from .cards import (
+    AUDITED,
     NO_AUDIT,
     audit_source,
+    audited_share,
     check_metadata,
     find_arm,
     find_memorization,
@@ -95,8 +98,8 @@ def push_folder(
     found = _audit(contents, content, audit, arm)
     if found is None and not without_audit:
         raise InputError(
-            f"{folder} has no audit of memorization: run `msrl audit TRAIN {folder} --held_out OTHER --output_dir {folder}`, name "
-            "an audit.json or report.json by --audit, or say --without_audit, which its card will state."
+            f"{folder} has no audit of memorization: run `msrl audit TRAIN {folder} --held_out OTHER --output_dir audit` and name "
+            "its audit.json, or a study's report.json, by --audit; or say --without_audit, which the card will state."
         )
     options = {"license": license, "data_terms": data_terms, "base_model": base_model}
     if (contents.folder / "README.md").is_file():
@@ -127,7 +130,7 @@ def _audit(contents: Contents, report: dict | None, path: str | Path | None, arm
 
 
 def _own_card(contents: Contents, audit: dict | None, repo_id: str, options: dict) -> str:
-    """The folder's own card, with what is known of memorization. It must not deny an audit that there is.
+    """The folder's own card, with what is known of memorization. It must not deny an audit that there is, nor state another.
 
     Raises:
         InputError: it does; its metadata can't be read; or options are given that are for a rendered one.
@@ -144,9 +147,21 @@ def _own_card(contents: Contents, audit: dict | None, repo_id: str, options: dic
         raise InputError(
             f"{path} says that memorization was not audited, but there is an audit; render it anew by msrl card."
         )
+    if audit is not None and AUDITED in card and audited_share(audit) not in card:
+        raise InputError(
+            f"{path} states another audit of memorization than this one ({audited_share(audit)}); render it anew by "
+            "msrl card, or remove it: then the push renders one."
+        )
     if NO_AUDIT not in card and (audit is None or "## Memorization" not in card):
         card = f"{card.rstrip()}\n\n{memorization_section(audit)}"
-    return _renamed(card, contents.folder.resolve().name, repo_id)
+    card = _renamed(card, contents.folder.resolve().name, repo_id)
+    title = re.search("^# (.+)$", card, re.MULTILINE)
+    loaded = re.search(r'from_pretrained\("([^"]+)"', card)
+    if title and loaded and contents.kind != "adapter" and loaded[1].split("/")[-1] == title[1].strip():
+        card = _renamed(
+            card, loaded[1], repo_id
+        )  # of a folder that was copied, or a card rendered for another repository
+    return card
 
 
 def _renamed(card: str, name: str, other: str) -> str:

@@ -1,11 +1,11 @@
 """From a command line to a StudyConfig: a YAML file, and options that override one section of it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..arguments import parse, read_yaml, take_option
+from ..arguments import CONFIG_HELP, parse, read_yaml, take_option
 from ..errors import InputError
 from .config import StudyConfig
 from .sections import METHODS, TRAINER_CONFIGS, trainer_defaults
@@ -37,10 +37,14 @@ def read_study(path: str | Path) -> dict:
 
 
 def parse_study(
-    section: str, default_config: str | Path | None = None, arguments: Sequence[str] | None = None
+    section: str,
+    default_config: str | Path | None = None,
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> StudyConfig:
     """The study of `--config` (or the default), with all fields of the trainer of `section` as options. Where that is a method
-    of tuning, it is the study's.
+    of tuning, it is the study's. `--help` shows `description` and the options `taken` out of the command line before.
 
     Raises:
         InputError: an unknown field or a bad value; the sentence names it.
@@ -53,8 +57,9 @@ def parse_study(
         raise InputError(f"StudyConfig: {section} must be dict, got {own!r}.")
     shared = {name: study[name] for name in (*GENERAL_FIELDS, "dataset", "data_dir") if study.get(name) is not None}
     data, trainer = parse(
-        [DataArguments, TRAINER_CONFIGS[section]], {**trainer_defaults(section), **shared, **own}, rest
-    )
+        [DataArguments, TRAINER_CONFIGS[section]], {**trainer_defaults(section), **shared, **own}, rest,
+        description=description, taken={**CONFIG_HELP, **(taken or {})},
+    )  # fmt: skip
     fields = asdict(trainer)
     # a general option is the whole study's, unless the section has a value of its own
     general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}

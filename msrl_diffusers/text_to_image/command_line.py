@@ -1,11 +1,11 @@
 """From a command line to a TextToImageStudyConfig: a YAML file, and options that override one section of it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..arguments import parse, read_yaml, take_option
+from ..arguments import CONFIG_HELP, parse, read_yaml, take_option
 from ..errors import InputError
 from .config import TRAINER_CONFIGS, TextToImageStudyConfig, trainer_defaults
 
@@ -36,9 +36,14 @@ class GivenArguments:
 
 
 def parse_text_to_image(
-    section: str, default_config: str | Path | None = None, arguments: Sequence[str] | None = None
+    section: str,
+    default_config: str | Path | None = None,
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> TextToImageStudyConfig:
-    """The study of `--config` (or the default), with all fields of the trainer of `section` as options.
+    """The study of `--config` (or the default), with all fields of the trainer of `section` as options. `--help` shows
+    `description` and the options `taken` out of the command line before.
 
     Raises:
         InputError: an unknown field or a bad value; the sentence names it.
@@ -55,8 +60,9 @@ def parse_text_to_image(
         if study.get(name) is not None
     }
     given, trainer = parse(
-        [GivenArguments, TRAINER_CONFIGS[section]], {**trainer_defaults(section), **shared, **own}, rest
-    )
+        [GivenArguments, TRAINER_CONFIGS[section]], {**trainer_defaults(section), **shared, **own}, rest,
+        description=description, taken={**CONFIG_HELP, **(taken or {})},
+    )  # fmt: skip
     fields = asdict(trainer)
     # a general option is the whole study's, unless the section has a value of its own
     general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}

@@ -55,6 +55,7 @@ class TrainingRun:
         self.history: list[dict] = []
         self.stopped: str | None = None
         self.callbacks: Callbacks | None = None
+        self.progress: tqdm | None = None
         self._pending: dict[str, list[float]] = defaultdict(list)
         self._started = time.monotonic()
 
@@ -128,6 +129,7 @@ class TrainingRun:
                 set_seed(fold_seed(self.args.seed, "step", self.step) % 2**32)
                 yield self.step
                 self.step += 1
+                self.progress.set_description(self.description, refresh=False)
                 self.progress.update()
                 self._tell("step_end", self.step)
                 if self.callbacks and self.callbacks.wants_stop:
@@ -137,6 +139,11 @@ class TrainingRun:
                 if asked or (self.args.save_steps and self.step % self.args.save_steps == 0):
                     self.save_checkpoint()
         self._tell("train_end")
+
+    def doing(self, what: str) -> None:
+        """Say on the progress bar, if there is one by now, what a long step is at."""
+        if self.progress is not None:
+            self.progress.set_description(f"{self.description}, {what}")
 
     def stop(self, reason: str) -> None:
         """End the loop after this step."""
