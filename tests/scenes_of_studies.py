@@ -113,7 +113,11 @@ def generate(stage: Stage) -> None:
     stage.carry_out()
     images = sorted((stage.folder / "outputs/brains").glob("*.nii.gz"))
     assert len(images) == 8
-    assert stage.files("outputs/brains") == {path.name for path in images} | {"metadata.csv", "generation.json"}
+    assert stage.files("outputs/brains") == {path.name for path in images} | {
+        "metadata.csv",
+        "generation.json",
+        "sheet.png",
+    }
     image = nib.load(images[0])
     assert image.shape == (32, 32, 32)
     assert nib.aff2axcodes(image.affine) == ("R", "A", "S")

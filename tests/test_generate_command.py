@@ -44,7 +44,9 @@ def five(model, tmp_path_factory):
 
 def test_images_table_and_record(five, model):
     names = [f"{'HL'[index % 2]}GG-3-0000{index}.nii.gz" for index in range(5)]
-    assert sorted(path.name for path in five.iterdir()) == sorted([*names, "generation.json", "metadata.csv"])
+    assert sorted(path.name for path in five.iterdir()) == sorted(
+        [*names, "generation.json", "metadata.csv", "sheet.png"]
+    )
     image = nib.load(five / names[0])
     assert image.shape == (16, 16, 16)
     assert nib.aff2axcodes(image.affine) == ("R", "A", "S")

@@ -6,7 +6,8 @@ Eight volumes, classes in turn, and two of one class with stronger guidance:
     msrl generate --model model_cards/phantoms-32 --class_label HGG --num_volumes 2 --guidance_scale 2 --output_dir outputs/hgg
 
 OUTPUT_DIR gets CLASS-SEED-INDEX.nii.gz (RAS+, millimetres, intensities in [0, 1]), a metadata.csv that `msrl evaluate`,
-`msrl audit` and the nifti_folder loader read, and generation.json with all that shaped the volumes. Volume number i depends
+`msrl audit` and the nifti_folder loader read, sheet.png (slices of the first ones of every class, where their halves differ
+most), and generation.json with all that shaped the volumes. Volume number i depends
 on the seed, i and its class alone, not on batch or number. A killed run goes on; a larger --num_volumes adds to the folder.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nibabel as nib
 import torch
 from tqdm import tqdm
 
@@ -29,6 +31,7 @@ from ..errors import InputError
 from ..evaluation.features import hash_tensors
 from ..files import write_json, write_text
 from ..pipelines.med_volume import MedVolumePipeline
+from ..plots import plot_volumes
 from ..seeding import sample_generators
 from ..study.artifacts import load_model
 from ..study.report import git_commit, versions
@@ -39,6 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 RECORD = "generation.json"
 WHERE_FROM = ("model", "lora")  # of the settings: names, which may change while the weights do not
 ADAPTER = "generate"
+SHEET_COLUMNS = 8
 
 
 @dataclass
@@ -99,6 +103,7 @@ def run(arguments: Sequence[str]) -> None:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     _generate(pipeline, classes, missing, names, args)
     _write_table(pipeline, classes, names, output_dir)
+    _draw_sheet(pipeline, classes, names[:num_volumes], output_dir)
     counts = Counter(pipeline.id2label[classes[index % len(classes)]] for index in range(num_volumes))
     made = f"{num_volumes} volumes ({', '.join(f'{count} {name}' for name, count in counts.items())}) in {output_dir}"
     kept = num_volumes - len(missing)
@@ -260,3 +265,17 @@ def _write_table(
         if _there(output_dir, images):
             writer.writerow([*images, pipeline.id2label[classes[index % len(classes)]]])
     write_text(output_dir / "metadata.csv", table.getvalue())
+
+
+def _draw_sheet(
+    pipeline: MedVolumePipeline, classes: Sequence[int], names: Sequence[Sequence[str]], output_dir: Path
+) -> None:
+    """sheet.png: a band of rows per class, of its first volumes (first channel)."""
+    first = {}
+    for index, images in enumerate(names):
+        first.setdefault(pipeline.id2label[classes[index % len(classes)]], []).append(output_dir / images[0])
+    bands = {}
+    for name, paths in first.items():
+        arrays = [nib.load(path).get_fdata(dtype="float32").transpose(2, 1, 0) for path in paths[:SHEET_COLUMNS]]
+        bands[name] = torch.stack([torch.from_numpy(array.copy()) for array in arrays])[:, None] * 2 - 1
+    plot_volumes(bands, output_dir / "sheet.png", SHEET_COLUMNS, at_asymmetry=True)
