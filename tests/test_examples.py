@@ -60,6 +60,7 @@ def test_run_study_by_its_config(tmp_path):
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_train_ppo_on_checkpoints(checkpoints, tmp_path):
     done = run(
         "-m", "accelerate.commands.launch", "--config_file", "examples/accelerate_configs/cpu.yaml",
@@ -104,6 +105,7 @@ def test_a_user_s_error_is_one_line(tmp_path):
     assert line == f"error: Config {tmp_path / 'none.yaml'} can't be read: No such file or directory."
 
 
+@pytest.mark.slow
 def test_the_scripts_of_single_stages(tmp_path, monkeypatch, capsys):
     config = write_config(tmp_path / "tiny.yaml", max_steps=1)
     arguments = ("--config", config, "--output_dir", str(tmp_path / "out"))

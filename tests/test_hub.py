@@ -77,6 +77,7 @@ image.to_filename(sys.argv[1] + "/own.nii.gz")
 """
 
 
+@pytest.mark.slow
 def test_a_pushed_pipeline_loads_with_trust_where_the_package_was_not_imported(hub, folder, tmp_path):
     push_folder(folder, NAME)
     done = subprocess.run(

@@ -58,6 +58,7 @@ def test_loaded_pipeline_generates_the_same(pipeline, saved, loader):
     torch.testing.assert_close(generate(loaded), generate(pipeline))
 
 
+@pytest.mark.slow
 def test_another_process_loads_it_by_diffusers(saved):
     code = (
         "import sys, msrl_diffusers; from diffusers import DiffusionPipeline; "
