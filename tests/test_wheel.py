@@ -189,7 +189,7 @@ def test_the_command_generates(run, tmp_path):
     ]  # fmt: skip
     run("from msrl_diffusers.cli import main; main()", *arguments)
     assert sorted(path.name for path in out.iterdir()) == [
-        "HGG-3-00000.nii.gz", "LGG-3-00001.nii.gz", "generation.json", "metadata.csv",
+        "HGG-3-00000.nii.gz", "LGG-3-00001.nii.gz", "generation.json", "metadata.csv", "sheet.png",
     ]  # fmt: skip
     expected = sample_volumes(plain_pipeline(), 2, 2, seed=3, progress=False).pixel_values.float().numpy()
     for index, name in enumerate(("HGG-3-00000.nii.gz", "LGG-3-00001.nii.gz")):
