@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from msrl_diffusers.functional.advantages import allocate_samples, normalize_advantages
+from msrl_diffusers.functional.advantages import normalize_advantages
 from msrl_diffusers.functional.objectives import ppo_clip_loss, scaled_clip_range
 from msrl_diffusers.functional.targets import reward_targets
 
@@ -83,13 +83,6 @@ def test_advantages_are_clipped():
     assert normalize_advantages(rewards, groups).max() == 5
     assert normalize_advantages(rewards, groups, clip=20.0).max() > 9
     assert normalize_advantages(-rewards, groups, clip=2.0).min() == -2
-
-
-def test_samples_go_where_rewards_differ():
-    assert allocate_samples([0.0, 1.0, 3.0], 48, floor=0.25) == [4, 13, 31]  # 4 + 36 * (0, 1/4, 3/4)
-    assert allocate_samples([0.2, 0.2, 0.2], 10) == [4, 3, 3]
-    assert allocate_samples([0.0, 0.0], 6) == [3, 3]
-    assert allocate_samples([0.0, 1e9], 8, floor=1.0) == [4, 4]
 
 
 FIDS = {"good": 10.0, "middle": 30.0, "poor": 40.0, "bad": 50.0}

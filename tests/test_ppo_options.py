@@ -50,39 +50,6 @@ def test_a_line_of_the_log(tmp_path):
     assert log[1]["watch/prediction_norm"] != pytest.approx(1, abs=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------- conditions
-
-
-class OnlyTheSecondDiffers(Brightness):
-    """A reward that is the same for all samples of the first class."""
-
-    def __call__(self, samples, conditions):
-        return super().__call__(samples, conditions) * conditions.float()
-
-
-def test_focus_takes_more_samples_of_conditions_that_still_differ(tmp_path):
-    rewards = OnlyTheSecondDiffers()
-    seen, call = [], rewards.__call__
-
-    def counted(samples, conditions):
-        seen.append(torch.bincount(conditions, minlength=2).tolist())
-        return call(samples, conditions)
-
-    settings = {"num_rollout_batches": 4, "focus_conditions": True, "max_steps": 3}
-    train(tmp_path, reward_funcs=counted, **settings)
-    rollouts = torch.tensor(seen).view(3, 4, 2).sum(dim=1).tolist()
-    assert rollouts == [[8, 8], [2, 14], [2, 14]]  # a quarter of an equal part stays
-
-
-def test_focus_needs_several_samples_of_each_condition(tmp_path):
-    with pytest.raises(
-        InputError, match="8 samples or more of each in a rollout; there are 2 conditions and 8 samples"
-    ):
-        train(tmp_path, focus_conditions=True)
-    with pytest.raises(InputError, match="antithetic needs every condition equally often"):
-        config(tmp_path, focus_conditions=True, antithetic=True)
-
-
 # ----------------------------------------------------------------------------------------------------- trust regions
 
 

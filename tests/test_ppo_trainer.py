@@ -129,15 +129,7 @@ def run(output_dir, max_steps, **settings):
     return trainer, figures, copied(pipeline.unet)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_lora": True, "lora_rank": 2},
-        {"num_updates": 2, "kl_coef": 0.1},
-        {"focus_conditions": True, "num_rollout_batches": 4},
-    ],
-)
+@pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_rank": 2}, {"num_updates": 2, "kl_coef": 0.1}])
 def test_resume_is_exact(settings, tmp_path):
     whole, figures, weights = run(tmp_path / "whole", 4, **settings)
     run(tmp_path / "parts", 2, **settings)

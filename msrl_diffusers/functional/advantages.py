@@ -1,6 +1,4 @@
-"""From rewards to advantages, and to where more samples tell most."""
-
-from collections.abc import Sequence
+"""From rewards to advantages."""
 
 import torch
 
@@ -22,20 +20,3 @@ def normalize_advantages(
     centred = rewards - (sums / torch.bincount(groups))[groups]
     deviation = centred.square().mean().sqrt()
     return (centred / (deviation + epsilon)).clamp(-clip, clip).float()
-
-
-def allocate_samples(deviations: Sequence[float], total: int, floor: float = 0.25) -> list[int]:
-    """How many of `total` samples each group gets: in proportion to the standard deviation of its rewards (Neyman's
-    allocation, by which a sum over groups has the least variance), but at least the share `floor` of an equal part, so
-    that a group that gets worse again is seen. Numbers are rounded so that their sum is `total`; equal deviations give
-    equal parts, as do ones that are all zero.
-    """
-    weights = torch.as_tensor(deviations, dtype=torch.float64)
-    if weights.sum() == 0:
-        weights = torch.ones_like(weights)
-    equal = total / len(weights)
-    shares = floor * equal + (1 - floor) * total * weights / weights.sum()
-    counts = shares.floor()
-    remainder = total - int(counts.sum())
-    counts[(shares - counts).argsort(descending=True, stable=True)[:remainder]] += 1
-    return counts.long().tolist()

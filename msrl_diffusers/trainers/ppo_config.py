@@ -28,13 +28,6 @@ class DiffusionPPOConfig(OnlineConfig):
         default=False,
         metadata={"help": "Every second sample of a condition starts from the negated noise of the one before."},
     )
-    focus_conditions: bool = field(
-        default=False,
-        metadata={
-            "help": "Sample conditions whose rewards still differ more often than those where all samples do equally well; "
-            "the figures of a rollout are of these samples."
-        },
-    )
 
     # updates
     num_updates: int = field(
@@ -91,8 +84,6 @@ class DiffusionPPOConfig(OnlineConfig):
             raise InputError(f"kl_gate_quantile must lie between 0 and 1, got {self.kl_gate_quantile}.")
         if not 0 < self.timestep_fraction <= 1:
             raise InputError(f"timestep_fraction must lie in (0, 1], got {self.timestep_fraction}.")
-        if self.focus_conditions and self.antithetic:
-            raise InputError("antithetic needs every condition equally often; leave out focus_conditions.")
         self.check_divisible(self.num_updates)
 
     @property

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import InputError
-from ..functional.advantages import allocate_samples, normalize_advantages
+from ..functional.advantages import normalize_advantages
 from ..rewards import Reward, WeightedSum, as_reward
 from ..rewards.base import Scale
 from ..seeding import generator_for
@@ -16,8 +15,6 @@ from .conditions import Conditions
 
 
 Scores = dict[str, torch.Tensor]
-DEVIATIONS = "reward_deviations"  # in a run's state: of every condition's rewards, older rollouts for less
-SMALLEST_GROUP = 8  # a quarter of it is two: with one there is no deviation
 
 
 def join_rewards(
@@ -45,35 +42,21 @@ class Scoring:
         run: the training; its `args` are an `OnlineConfig`.
         reward: the weighted sum that is trained on.
         conditions: what samples are made of, with the metadata that goes to rewards.
-
-    Raises:
-        InputError: `focus_conditions` with equal conditions, or too few samples of each.
     """
 
     def __init__(self, run: TrainingRun, reward: WeightedSum, conditions: Conditions):
         self.run, self.args, self.reward, self.conditions = run, run.args, reward, conditions
         if "scales" in run.state:
             reward.scales = {name: Scale(**scale) for name, scale in run.state["scales"].items()}
-        self._focuses = getattr(self.args, "focus_conditions", False)
-        total = self.args.samples_per_rollout * run.accelerator.num_processes
-        if self._focuses and (
-            len(set(conditions.values)) < len(conditions) or total < SMALLEST_GROUP * len(conditions)
-        ):
-            raise InputError(
-                f"focus_conditions needs conditions that are all different, and {SMALLEST_GROUP} samples or more of each in a "
-                f"rollout; there are {len(conditions)} conditions and {total} samples."
-            )
 
     def batches(self, step: int, num_parts: int = 1) -> Iterator[tuple[list[int], list[int]]]:
         """This process' part of rollout number `step` in batches of `rollout_batch_size`: numbers of samples within
-        the rollout of all processes, and rows of their conditions, which are taken in turn over rollouts (see
-        `focus_conditions` of `DiffusionPPOConfig` for another way).
+        the rollout of all processes, and rows of their conditions, which are taken in turn over rollouts.
 
         Each of `num_parts` updates gets the same samples, whatever the number of processes.
         """
         args, num_processes = self.args, self.run.accelerator.num_processes
         total = args.samples_per_rollout * num_processes
-        rows = self._rows(step, total)
         order = torch.randperm(total, generator=generator_for(args.seed, "order", step))
         mine = torch.cat([self.run.shard(part) for part in order.chunk(num_parts)])
         start = 0
@@ -81,14 +64,7 @@ class Scoring:
             numbers = batch.tolist()
             self.run.doing(f"samples {start} to {start + len(numbers)} of {len(mine)}")
             start += len(numbers)
-            yield numbers, [rows[number] for number in numbers]
-
-    def _rows(self, step: int, total: int) -> list[int]:
-        """Rows of the conditions of all samples of a rollout, by their numbers."""
-        if self._focuses and DEVIATIONS in self.run.state:
-            counts = allocate_samples(self.run.state[DEVIATIONS], total)
-            return [row for row, count in enumerate(counts) for _ in range(count)]
-        return [(step * total + number) % len(self.conditions) for number in range(total)]
+            yield numbers, [(step * total + number) % len(self.conditions) for number in numbers]
 
     @contextmanager
     def submitter(self) -> Iterator[Callable[[torch.Tensor, Sequence[int]], Future]]:
@@ -137,15 +113,10 @@ class Scoring:
         advantage learns nothing from those. `groups [B]` numbers the condition of each sample."""
         gather = self.run.accelerator.gather
         rewards, groups = gather(rewards), gather(groups.to(rewards.device))
-        spreads = {int(group): rewards[groups == group].std(correction=0) for group in groups.unique()}
-        if self._focuses:
-            before = self.run.state.get(DEVIATIONS, [float(spread) for _, spread in sorted(spreads.items())])
-            self.run.state[DEVIATIONS] = [(old + float(spreads[row])) / 2 for row, old in enumerate(before)]
+        spreads = [rewards[groups == group].std(correction=0) for group in groups.unique()]
         means = {f"reward/{name}": gather(values).mean() for name, values in scores.items()}
         self.run.record(**{"reward/mean": rewards.mean(), "reward/std": rewards.std(), **means})
-        self.run.record(
-            **{"reward/frac_zero_std": torch.stack([spread == 0 for spread in spreads.values()]).float().mean()}
-        )
+        self.run.record(**{"reward/frac_zero_std": torch.stack([spread == 0 for spread in spreads]).float().mean()})
 
     def advantages(self, rewards: torch.Tensor, groups: torch.Tensor, clip: float) -> torch.Tensor:
         """Advantages `[B]` of this process' samples, with statistics over all processes (`normalize_advantages`)."""
