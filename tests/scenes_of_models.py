@@ -131,7 +131,7 @@ def audit_of_a_pipeline(stage: Stage) -> None:
 def push(stage: Stage) -> None:
     hub = stage.open_hub()
     tiny_pipeline().save_pretrained(stage.folder / "my_pipeline")
-    with pytest.raises((SystemExit, AssertionError)):  # refused without an audit
+    with pytest.raises((SystemExit, AssertionError)):  # there is no such audit yet
         stage.carry_out()
     assert "OWNER/NAME" not in hub.repositories
     stage.write("outputs/audit/audit.json", json.dumps(AUDIT))

@@ -113,11 +113,8 @@ def generate(stage: Stage) -> None:
     stage.carry_out()
     images = sorted((stage.folder / "outputs/brains").glob("*.nii.gz"))
     assert len(images) == 8
-    assert stage.files("outputs/brains") == {path.name for path in images} | {
-        "metadata.csv",
-        "generation.json",
-        "sheet.png",
-    }
+    others = {"metadata.csv", "generation.json", "sheet.png"}
+    assert stage.files("outputs/brains") == {path.name for path in images} | others
     image = nib.load(images[0])
     assert image.shape == (32, 32, 32)
     assert nib.aff2axcodes(image.affine) == ("R", "A", "S")

@@ -223,9 +223,7 @@ def test_sharded_weights(hub, tmp_path):
 def test_a_card_that_states_another_audit_is_refused(hub, folder, tmp_path):
     write_card([str(folder), "--repo_id", "somebody/else"])
     push_folder(folder, NAME)
-    assert (
-        b'from_pretrained("somebody/brains")' in stored(hub)["README.md"]
-    )  # not the name that the card was rendered for
+    assert b'from_pretrained("somebody/brains")' in stored(hub)["README.md"]
     assert b"somebody/else" not in stored(hub)["README.md"]
     other = tmp_path / "audit.json"
     other.write_text(json.dumps({**AUDIT, "n_copies": 0}))

@@ -7,8 +7,8 @@ Eight volumes, classes in turn, and two of one class with stronger guidance:
 
 OUTPUT_DIR gets CLASS-SEED-INDEX.nii.gz (RAS+, millimetres, intensities in [0, 1]), a metadata.csv that `msrl evaluate`,
 `msrl audit` and the nifti_folder loader read, sheet.png (slices of the first ones of every class, where their halves differ
-most), and generation.json with all that shaped the volumes. Volume number i depends
-on the seed, i and its class alone, not on batch or number. A killed run goes on; a larger --num_volumes adds to the folder.
+most), and generation.json with all that shaped the volumes. Volume number i depends on the seed, i and its class alone, not on
+batch or number. A killed run goes on; a larger --num_volumes adds to the folder.
 """
 
 import csv
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ..app.volume_files import decode_checked, file_stems, nifti_bytes, write_bytes
 from ..arguments import parse
+from ..data.processor import from_nifti
 from ..errors import InputError
 from ..evaluation.features import hash_tensors
 from ..files import write_json, write_text
@@ -271,11 +272,8 @@ def _draw_sheet(
     pipeline: MedVolumePipeline, classes: Sequence[int], names: Sequence[Sequence[str]], output_dir: Path
 ) -> None:
     """sheet.png: a band of rows per class, of its first volumes (first channel)."""
-    first = {}
-    for index, images in enumerate(names):
-        first.setdefault(pipeline.id2label[classes[index % len(classes)]], []).append(output_dir / images[0])
     bands = {}
-    for name, paths in first.items():
-        arrays = [nib.load(path).get_fdata(dtype="float32").transpose(2, 1, 0) for path in paths[:SHEET_COLUMNS]]
-        bands[name] = torch.stack([torch.from_numpy(array.copy()) for array in arrays])[:, None] * 2 - 1
+    for position, label in enumerate(classes[: len(names)]):
+        first = names[position :: len(classes)][:SHEET_COLUMNS]
+        bands[pipeline.id2label[label]] = torch.stack([from_nifti(nib.load(output_dir / files[0])) for files in first])
     plot_volumes(bands, output_dir / "sheet.png", SHEET_COLUMNS, at_asymmetry=True)

@@ -220,6 +220,12 @@ def to_nifti(
     return _with_codes(nib.Nifti1Image(data, affine))
 
 
+def from_nifti(image: nib.Nifti1Image) -> torch.Tensor:
+    """The `volume [1, D, H, W]` in [-1, 1] of an image that `to_nifti` made of one in that range."""
+    data = image.get_fdata(dtype=np.float32).transpose(2, 1, 0)
+    return torch.from_numpy(np.ascontiguousarray(data))[None] * 2 - 1
+
+
 def _with_codes(image: nib.Nifti1Image) -> nib.Nifti1Image:
     """The image with millimetres and both affines declared, as readers of one or the other expect."""
     image.header.set_xyzt_units("mm")

@@ -116,7 +116,7 @@ def render_card(
 
 
 def audited_share(audit: dict) -> str:
-    """How a card states what an audit found."""
+    """How a card states what an audit found; `msrl push` looks for it in a card of one's own."""
     return f"{audit['n_copies']} of {audit['n_generated']} {AUDITED}"
 
 
@@ -328,6 +328,7 @@ def _environment() -> Environment:
         autoescape=False,  # Markdown
     )
     environment.filters |= {
+        "audited_share": audited_share,
         "number": lambda value, digits=4: "" if value is None else f"{value:.{digits}f}",
         "signed": lambda value: f"{value:+.4f}",
         "percent": lambda value: f"{100 * value:.1f} %",

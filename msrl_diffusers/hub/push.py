@@ -157,10 +157,9 @@ def _own_card(contents: Contents, audit: dict | None, repo_id: str, options: dic
     card = _renamed(card, contents.folder.resolve().name, repo_id)
     title = re.search("^# (.+)$", card, re.MULTILINE)
     loaded = re.search(r'from_pretrained\("([^"]+)"', card)
+    # of a folder that was copied, or rendered for another repository; an adapter's card also loads the base model
     if title and loaded and contents.kind != "adapter" and loaded[1].split("/")[-1] == title[1].strip():
-        card = _renamed(
-            card, loaded[1], repo_id
-        )  # of a folder that was copied, or a card rendered for another repository
+        card = _renamed(card, loaded[1], repo_id)
     return card
 
 

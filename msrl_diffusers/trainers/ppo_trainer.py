@@ -192,8 +192,8 @@ class DiffusionPPOTrainer:
         """`num_updates` optimizer updates; gradients are accumulated over samples x denoising steps."""
         args, accelerator, leash = self.args, run.accelerator, self._leash
         for update, rows_of_update in enumerate(torch.arange(len(rollout)).chunk(args.num_updates)):
+            run.doing(f"update {update + 1} of {args.num_updates}")
             for number, rows in enumerate(rows_of_update.split(args.train_batch_size)):
-                run.doing(f"update {update + 1} of {args.num_updates}")
                 batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
                 # without a leash the divergence is only watched, on a few samples per rollout: the reference costs a forward
                 watched = -(-len(batch) // WATCHED_SHARE) if update == number == 0 else 0
