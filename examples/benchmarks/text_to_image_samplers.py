@@ -32,8 +32,8 @@ from msrl_diffusers.text_to_image.sampling import sample_images
 MODELS = Path(__file__).parents[2] / "model_cards" / "dermoscopy-32"
 IMAGE_SIZE = 32
 UNSEEN = 10_000  # first index of drawn images that lie beyond those of every split
-SAMPLERS = [(16, 1.0, scale) for scale in (1.5, 2.0, 3.0, 5.0)] + [(16, 0.0, scale) for scale in (1.5, 2.0, 3.0, 5.0)]
-SAMPLERS += [(8, 1.0, 3.0), (25, 1.0, 3.0), (25, 0.0, 3.0)]  # steps, eta, guidance
+SAMPLERS = [(steps, 0.0, scale) for steps in (8, 16, 25) for scale in (1.0, 1.5, 2.0, 3.0)]  # steps, eta, guidance
+SAMPLERS += [(steps, 1.0, 1.0) for steps in (8, 16, 25)]
 
 
 def measure(model: Path, num_per_prompt: int, seed: int) -> dict:
