@@ -4,10 +4,11 @@
 
 Of model_cards/dermoscopy-32, before any tuning: images of every prompt from the same noise, compared with drawn images that
 no model was trained on. The judge has no part in it. Beside the JSON lies the same as a Markdown table. Of a model that was
-trained for longer:
+trained for guidance, and for longer (examples/results/text-to-image-samplers-guided.json):
 
-    accelerate launch examples/train_text_to_image.py --max_steps 4000 --output_dir outputs/longer --release outputs/longer-release
-    python examples/benchmarks/text_to_image_samplers.py --model outputs/longer-release --output OUT.json
+    accelerate launch examples/train_text_to_image.py --max_steps 4000 --prompt_dropout 0.1 --output_dir outputs/guided \\
+        --release outputs/guided-release
+    python examples/benchmarks/text_to_image_samplers.py --model outputs/guided-release --output OUT.json
 """
 
 import argparse
