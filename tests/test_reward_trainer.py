@@ -12,7 +12,7 @@ from msrl_diffusers import (
     VolumeRewardModel,
 )
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.trainers.reward_trainer import score_volumes
+from msrl_diffusers.models.reward_models import scores_of
 
 
 def test_reward_trainer_splits_by_subject(tmp_path):
@@ -33,7 +33,7 @@ def test_reward_trainer_learns_quality(tmp_path):
     figures = trainer.train()
     assert figures["train_loss"] < 0.1
     assert figures["train_spearman"] > 0.6
-    scores = score_volumes(module, trainer.eval_dataset.pixel_values, batch_size=1)
+    scores = scores_of(module, trainer.eval_dataset.pixel_values, None, batch_size=1)
     assert scores[trainer.eval_dataset.targets == 1].min() > scores[trainer.eval_dataset.targets == 0].max()
 
 
@@ -131,7 +131,7 @@ def test_heavier_volumes_pull_a_single_head_towards_them(tmp_path):
         trainer, module = build_ensemble(tmp_path / name, both, num_heads=1, spread_penalty=0.0, **settings)
         figures = trainer.train()
         assert set(figures) == {f"{part}_{name}" for part in ("train", "validation") for name in ("loss", "spearman")}
-        scores = score_volumes(module, data.pixel_values)
+        scores = scores_of(module, data.pixel_values, None)
         means.append((scores[data.targets == 1].mean() - scores[data.targets == 0].mean()).item())
     assert means[0] > 0.3
     assert means[1] < -0.3
@@ -152,9 +152,13 @@ def test_joined_reward_data_keeps_order_and_weights():
 
 def test_reward_data_that_does_not_fit_is_refused():
     data = scored_volumes()
-    with pytest.raises(InputError, match="a volume, a subject and perhaps a weight for each of 12 targets"):
+    with pytest.raises(
+        InputError, match="a volume, a subject and perhaps a weight and a class for each of 12 targets"
+    ):
         ScoredVolumes(data.pixel_values[:3], data.targets, data.subject_ids)
-    with pytest.raises(InputError, match="a volume, a subject and perhaps a weight for each of 12 targets"):
+    with pytest.raises(
+        InputError, match="a volume, a subject and perhaps a weight and a class for each of 12 targets"
+    ):
         ScoredVolumes(data.pixel_values, data.targets, data.subject_ids, torch.ones(3))
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="Weights of reward data must be positive"):

@@ -94,6 +94,7 @@ def test_options_that_are_not_used_change_no_fingerprint():
     assert {name: fingerprint(same, name) for name in STAGES} == marks
     changed = {
         "marginal_labels": ({"marginal_labels": 0.5}, "rewards"),
+        "conditional_rewards": ({"conditional_rewards": True}, "rewards"),
         "degraded_anchors": ({"degraded_anchors": {"kinds": ["blur"], "strengths": [0.5]}}, "score"),
         "policy_anchors": ({"policy_anchors": {"a": "nowhere"}}, "score"),
         "refresh": ({"refresh": {"every": 2}}, "ppo"),
@@ -238,7 +239,7 @@ def own_rewards(release, tmp_path_factory):
     tiny_phantoms(4).save(folder / "earlier.safetensors")
     config = StudyConfig(
         **released_study(
-            folder / "study", release, pretrained_rewards=False, marginal_labels=0.5,
+            folder / "study", release, pretrained_rewards=False, marginal_labels=0.5, conditional_rewards=True,
             degraded_anchors={"kinds": ["blur", "gamma"], "strengths": [0.5]},
             policy_anchors={"earlier": str(folder / "earlier.safetensors")},
             volume_reward={"block_out_channels": [8, 8], "num_heads": 2, "spread_penalty": 0.5},
@@ -272,6 +273,12 @@ def test_marginal_labels_mix_the_set_with_the_volume(own_rewards):
     count = len(load_split(own_rewards, "train"))
     assert (mixed.targets[:count] - 0.5 * plain.targets[:count]).std() > 0
     assert load_reward_models(own_rewards)["volume"].config.num_heads == 2
+
+
+def test_conditional_rewards_know_the_classes_of_the_data(own_rewards):
+    assert {model.config.num_classes for model in load_reward_models(own_rewards).values()} == {2}
+    train = load_split(own_rewards, "train")
+    assert reward_data(own_rewards).class_labels[: len(train)].tolist() == train.class_labels.tolist()
 
 
 def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path):
@@ -311,7 +318,11 @@ def test_options_that_are_refused(fields, message):
 
 
 def test_data_of_rewards_that_are_given_can_t_be_changed(release):
-    for fields in ({"marginal_labels": 0.5}, {"degraded_anchors": {"kinds": ["blur"], "strengths": [0.5]}}):
+    for fields in (
+        {"marginal_labels": 0.5},
+        {"degraded_anchors": {"kinds": ["blur"], "strengths": [0.5]}},
+        {"conditional_rewards": True},
+    ):
         with pytest.raises(InputError, match="set pretrained_rewards: false"):
             StudyConfig(pretrained=release, **fields)
         StudyConfig(pretrained=release, pretrained_rewards=False, **fields)

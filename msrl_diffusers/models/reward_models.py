@@ -1,5 +1,8 @@
 """Reward models: networks that score the quality of a volume, or of its slices, on a scale regressed from FID."""
 
+from collections.abc import Sequence
+from itertools import repeat
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -33,8 +36,10 @@ class ScoreNetwork(nn.Module):
         block_out_channels: tuple[int, ...],
         norm_num_groups: int,
         num_heads: int = 1,
+        num_classes: int | None = None,
     ):
         super().__init__()
+        self.num_classes = num_classes
         layers, channels = [], in_channels
         for outputs in block_out_channels:
             layers.append(conv(spatial_dims, channels, outputs, 4, stride=2, padding=1))
@@ -42,19 +47,66 @@ class ScoreNetwork(nn.Module):
             channels = outputs
         self.layers = nn.Sequential(*layers)
         self.norm_out = nn.BatchNorm1d(2 * channels)
-        self.head = _score_head(channels)  # its name is that of the only one, in checkpoints without an ensemble
-        self.other_heads = nn.ModuleList(_score_head(channels) for _ in range(num_heads - 1))
+        # the first head has the name of the only one in checkpoints without an ensemble
+        self.head = _score_head(channels, num_classes)
+        self.other_heads = nn.ModuleList(_score_head(channels, num_classes) for _ in range(num_heads - 1))
 
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         hidden = F.silu(self.layers(sample)).float().flatten(2)
         # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
         pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
         features = self.norm_out(pooled)
-        return torch.cat([head(features) for head in (self.head, *self.other_heads)], dim=1)
+        scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1)
+        if self.num_classes is None:
+            return scores[..., 0]
+        labels = checked_labels(class_labels, len(scores), self.num_classes)
+        return scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
 
 
-def _score_head(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+def _score_head(channels: int, num_classes: int | None) -> nn.Sequential:
+    """From pooled features to a score, or to one for every class that the sample might be asked to show."""
+    return nn.Sequential(nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, num_classes or 1))
+
+
+def checked_labels(class_labels: torch.Tensor | None, number: int, num_classes: int) -> torch.Tensor:
+    """The classes `[number]` that a conditional reward model was given.
+
+    Raises:
+        InputError: none, not one for each sample, or one that the model does not know.
+    """
+    if class_labels is None:
+        raise InputError("This reward model scores a sample as one of its class; give class_labels.")
+    if tuple(class_labels.shape) != (number,) or not ((0 <= class_labels) & (class_labels < num_classes)).all():
+        raise InputError(
+            f"class_labels must be {number} whole numbers below {num_classes}, one for each sample, got "
+            f"{tuple(class_labels.shape)}: {class_labels.flatten()[:8].tolist()}."
+        )
+    return class_labels
+
+
+def scores_of(
+    model: nn.Module,
+    samples: torch.Tensor,
+    class_labels: Sequence[int] | torch.Tensor | None,
+    batch_size: int = 32,
+    **kwargs,
+) -> torch.Tensor:
+    """The scores `[B]`, float32, that a reward model gives `samples [B, C, *S]`, in micro-batches and on its device; only a
+    conditional one is told their classes. `kwargs` go to the model."""
+    parameter = next(model.parameters())
+    batches, labels = samples.split(batch_size), repeat(None)
+    if is_conditional(model) and class_labels is not None:
+        labels = torch.as_tensor(class_labels, device=parameter.device).split(batch_size)
+    scores = []
+    for batch, its_labels in zip(batches, labels, strict=False):
+        classes = {} if its_labels is None else {"class_labels": its_labels}
+        scores.append(model(batch.to(parameter.device, parameter.dtype), **classes, **kwargs))
+    return torch.cat(scores).float()
+
+
+def is_conditional(model: nn.Module) -> bool:
+    """Whether a reward model scores samples as of a class, which it must be told."""
+    return (getattr(model, "config", None) or {}).get("num_classes") is not None
 
 
 def _check_ensemble(num_heads: int, spread_penalty: float) -> None:
@@ -72,12 +124,17 @@ class VolumeRewardModel(ModelMixin, ConfigMixin):
     With `num_heads` above 1 it is an ensemble: heads of different initial weights on one trunk, which `RewardTrainer` fits
     to different weights of the subjects. Its score is `pessimistic_score` of theirs.
 
+    With `num_classes` it is conditional: it scores a volume as one of the class that it should show. Without, as in the paper,
+    it can't see that a volume shows another class well, and where classes differ in what the generator makes of them, it
+    scores volumes by what they look like.
+
     Args:
         in_channels (`int`): channels of the volumes.
         block_out_channels (`tuple[int]`): channels per resolution; each entry halves the axes.
         norm_num_groups (`int`): groups of every GroupNorm.
         num_heads (`int`): heads of the ensemble; 1 is none.
         spread_penalty (`float`): deviations between the heads that are taken off their mean.
+        num_classes (`int`, *optional*): classes that it tells apart; None: it is not told any.
     """
 
     @register_to_config
@@ -88,15 +145,22 @@ class VolumeRewardModel(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         num_heads: int = 1,
         spread_penalty: float = 0.0,
+        num_classes: int | None = None,
     ):
         super().__init__()
         _check_ensemble(num_heads, spread_penalty)
-        self.network = ScoreNetwork(3, in_channels, block_out_channels, norm_num_groups, num_heads)
+        self.network = ScoreNetwork(3, in_channels, block_out_channels, norm_num_groups, num_heads, num_classes)
 
-    def forward(self, volumes: torch.Tensor, return_heads: bool = False) -> torch.Tensor:
+    def forward(
+        self, volumes: torch.Tensor, return_heads: bool = False, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores `[B]`, float32, about 0 (worst set) to 1 (best), of `volumes [B, C, D, H, W]` in [-1, 1]; with
-        `return_heads`, those of every head, `[B, num_heads]`."""
-        head_scores = self.network(volumes)
+        `return_heads`, those of every head, `[B, num_heads]`. A conditional model needs `class_labels [B]`, int64.
+
+        Raises:
+            InputError: a conditional model without `class_labels`, or with others than it knows.
+        """
+        head_scores = self.network(volumes, class_labels)
         return head_scores if return_heads else pessimistic_score(head_scores, self.config.spread_penalty)
 
 
@@ -105,6 +169,7 @@ class SliceRewardModel(ModelMixin, ConfigMixin):
 
     With `num_heads` above 1 it is an ensemble as `VolumeRewardModel` is. Of a volume, each head gives the mean over the
     slices, and the heads' spread is that of these means: it is about the volume, not about its single slices.
+    With `num_classes` it is conditional, as `VolumeRewardModel` may be.
 
     Args:
         in_channels (`int`): channels of the slices.
@@ -113,6 +178,7 @@ class SliceRewardModel(ModelMixin, ConfigMixin):
         empty_threshold (`float`): a slice counts as non-empty if this share of its voxels is above the background.
         num_heads (`int`): heads of the ensemble; 1 is none.
         spread_penalty (`float`): deviations between the heads that are taken off their mean.
+        num_classes (`int`, *optional*): classes that it tells apart; None: it is not told any.
     """
 
     @register_to_config
@@ -124,19 +190,28 @@ class SliceRewardModel(ModelMixin, ConfigMixin):
         empty_threshold: float = 0.05,
         num_heads: int = 1,
         spread_penalty: float = 0.0,
+        num_classes: int | None = None,
     ):
         super().__init__()
         _check_ensemble(num_heads, spread_penalty)
-        self.network = ScoreNetwork(2, in_channels, block_out_channels, norm_num_groups, num_heads)
+        self.network = ScoreNetwork(2, in_channels, block_out_channels, norm_num_groups, num_heads, num_classes)
 
-    def forward(self, slices: torch.Tensor, return_heads: bool = False) -> torch.Tensor:
+    def forward(
+        self, slices: torch.Tensor, return_heads: bool = False, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores `[B]`, float32, of axial slices `[B, C, H, W]`; or of volumes `[B, C, D, H, W]`, as the mean over
         their non-empty slices (over all of them, where every one is empty); with `return_heads`, those of every head,
-        `[B, num_heads]`."""
+        `[B, num_heads]`. A conditional model needs `class_labels [B]`, int64.
+
+        Raises:
+            InputError: a conditional model without `class_labels`, or with others than it knows.
+        """
         if slices.ndim == 4:
-            head_scores = self.network(slices)
+            head_scores = self.network(slices, class_labels)
         else:
-            by_slice = self.network(slices.movedim(2, 1).flatten(0, 1)).unflatten(0, (len(slices), slices.shape[2]))
+            depth = slices.shape[2]
+            labels = None if class_labels is None else class_labels.repeat_interleave(depth)
+            by_slice = self.network(slices.movedim(2, 1).flatten(0, 1), labels).unflatten(0, (len(slices), depth))
             weights = non_empty_slices(slices, self.config.empty_threshold).float()
             weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
             head_scores = torch.stack(

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..models.reward_models import scores_of
+
 
 class LearnedReward:
     """The score of a reward model (`VolumeRewardModel`, `SliceRewardModel`), frozen, in micro-batches.
@@ -22,7 +24,6 @@ class LearnedReward:
         self.model = model.eval().requires_grad_(False)
 
     def __call__(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:
-        """Scores `[B]`, float32, of `samples [B, C, *S]` in [-1, 1], on the model's device; conditions do not matter."""
-        parameter = next(self.model.parameters())
-        batches = samples.to(parameter.device, parameter.dtype).split(self.batch_size)
-        return torch.cat([self.model(batch) for batch in batches]).float()
+        """Scores `[B]`, float32, of `samples [B, C, *S]` in [-1, 1], on the model's device. Conditions are class labels; they
+        matter to a conditional model alone."""
+        return scores_of(self.model, samples, conditions, self.batch_size)

@@ -85,7 +85,8 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         "rewards": Stage(
             train_rewards,
             ("trajectories", "score", *(("extractors",) if labels else ())),
-            ("volume_reward", "slice_reward", "heldout_reward", "rewards", *labels, "mixed_precision", "rl_seed"),
+            ("volume_reward", "slice_reward", "heldout_reward", "rewards", *labels,
+             *config.changed("conditional_rewards"), "mixed_precision", "rl_seed"),
             split=True,
         ),
         "validity": Stage(

@@ -111,6 +111,10 @@ class StudyConfig:
         default_factory=dict,
         metadata={"help": "{name: folder of NIfTI or .safetensors}: samples of earlier policies as further sets."},
     )
+    conditional_rewards: bool = field(
+        default=False,
+        metadata={"help": "Tell reward models the class of what they score; the paper's are not told."},
+    )
     marginal_labels: float = field(
         default=0.0, metadata={"help": "Share of each volume's own influence on the distance in its reward target."}
     )

@@ -52,7 +52,8 @@ def train_rewards(config: StudyConfig) -> dict:
     data, results = reward_data(config), {}
     for role, model_class in REWARD_CLASSES.items():
         torch.manual_seed(fold_seed(config.seed_of("rewards"), "init", "reward", role))
-        model = model_class(**{"in_channels": data.pixel_values.shape[1], **getattr(config, f"{role}_reward")})
+        told = {"num_classes": int(data.class_labels.max()) + 1} if config.conditional_rewards else {}
+        model = model_class(**{"in_channels": data.pixel_values.shape[1], **told, **getattr(config, f"{role}_reward")})
         args = config.trainer_config("rewards", role, seed=reward_seed(config, role))
         results[role] = RewardTrainer(model, args, data).train()
         if process_state().is_main_process:
@@ -79,7 +80,9 @@ def reward_data(config: StudyConfig) -> ScoredVolumes:
             values = marginal_targets(
                 real, train.class_labels, features, volumes.class_labels, values, config.marginal_labels
             )
-        parts.append(ScoredVolumes(volumes.pixel_values, values, volumes.subject_ids))
+        parts.append(
+            ScoredVolumes(volumes.pixel_values, values, volumes.subject_ids, class_labels=volumes.class_labels)
+        )
     return ScoredVolumes.cat(parts)
 
 

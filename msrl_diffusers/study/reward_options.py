@@ -25,11 +25,13 @@ def check_reward_options(config) -> None:
             "Section 'draft': fuse_lora must be true in a study, which saves and evaluates whole pipelines."
         )
     given = [name for name in ("degraded_anchors", "policy_anchors") if getattr(config, name)]
+    if config.conditional_rewards:
+        given.append("conditional_rewards")
     if config.marginal_labels and not config.refreshes:
         given.append("marginal_labels")
     if given and config.pretrained and config.pretrained_rewards:
         raise InputError(
-            f"{given[0]} changes the data of reward models, which are those of `pretrained` here; set pretrained_rewards: false."
+            f"{given[0]} is of the training of reward models, which are those of `pretrained` here; set pretrained_rewards: false."
         )
 
 

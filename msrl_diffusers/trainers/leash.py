@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..functional.objectives import adapted_kl_coef
 from ..policies import DenoisingPolicy
 from ..rewards.base import WeightedSum
+from ..rollouts import Rollout
 from .base import TrainingRun
 from .tuned_weights import TunedWeights
 from .uncertainty import reward_uncertainty
@@ -53,15 +54,15 @@ class Leash:
         penalized = self.coef > 0 and self.moving is None
         return penalized or args.kl_budget is not None or args.kl_mode == "adaptive"
 
-    def choose(self, reward: WeightedSum, samples: torch.Tensor, scores: dict[str, torch.Tensor]) -> None:
-        """Decide which samples of a rollout, `[B, C, *S]` with raw rewards `scores`, the penalty holds: all of them, or with
+    def choose(self, reward: WeightedSum, rollout: Rollout, scores: dict[str, torch.Tensor]) -> None:
+        """Decide which samples of a rollout, with raw rewards `scores`, the penalty holds: all of them, or with
         `kl_gate_quantile` those of which the rewards are least sure, over all processes (GARDO, arXiv 2512.24138: where a
         reward is sure there is no need to hold back)."""
         quantile = self.args.kl_gate_quantile
         if quantile is None:
             return
         accelerator = self.run.accelerator
-        uncertainty = reward_uncertainty(reward, samples, scores).to(accelerator.device)
+        uncertainty = reward_uncertainty(reward, rollout.samples, scores, rollout.conditions).to(accelerator.device)
         whole = accelerator.gather(uncertainty)
         self._held = uncertainty >= torch.quantile(whole.double(), quantile).to(uncertainty.dtype)
         share = accelerator.reduce(self._held.float().mean(), "mean")

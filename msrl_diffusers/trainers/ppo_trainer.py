@@ -119,7 +119,7 @@ class DiffusionPPOTrainer:
             scoring.record(rewards, scores, rollout.conditions)
             advantages = scoring.advantages(rewards, rollout.conditions, args.adv_clip_max)
             rollout = rollout.with_advantages(advantages)
-            self._leash.choose(self.reward, rollout.samples, scores)
+            self._leash.choose(self.reward, rollout, scores)
             figures = self.watch.figures(run, self.policy, noisy, rollout, scores, args.train_guidance_scale)
             if self.watch.judge(run, figures, step):
                 weights.save_best()

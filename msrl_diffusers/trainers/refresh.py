@@ -97,7 +97,7 @@ class RewardRefresh:
         for step in run.state.get("refreshes", []):
             folder = self._folder(run, step)
             stored = load_file(folder / "samples.safetensors")
-            self._added.append(self._scored(step, stored["samples"], stored["targets"]))
+            self._added.append(self._scored(step, stored["samples"], stored["targets"], stored["labels"]))
         if self._added:
             for name, model in self.models.items():
                 model.load_state_dict(load_file(folder / f"{name}.safetensors", device=str(run.device)))
@@ -114,7 +114,7 @@ class RewardRefresh:
             self._save(run, run.output_dir / FOLDER / "reference.safetensors", {"samples": samples, "labels": labels})
         if due:
             found = self.labeler(samples, labels)
-            self._added.append(self._scored(step, samples, found.targets))
+            self._added.append(self._scored(step, samples, found.targets, labels))
             self._train(run, step)
             self._keep(run, step, {"samples": samples, "labels": labels, "targets": found.targets})
             self._rescale(run, scoring)
@@ -130,9 +130,10 @@ class RewardRefresh:
         samples = gather(rollout.samples.to(device).half())[order]
         return samples.cpu().contiguous(), gather(rollout.conditions.to(device))[order].cpu()
 
-    def _scored(self, step: int, samples: torch.Tensor, targets: torch.Tensor) -> ScoredVolumes:
+    def _scored(self, step: int, samples: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor) -> ScoredVolumes:
         subjects = [f"rollout-{step}-{number}" for number in range(len(samples))]
-        scored = ScoredVolumes(samples, targets, subjects)
+        classes = None if self.data.class_labels is None else labels
+        scored = ScoredVolumes(samples, targets, subjects, class_labels=classes)
         weight = next(iter(self.args.values())).sample_weight
         return scored if weight == 1.0 else scored.weighted(weight)
 

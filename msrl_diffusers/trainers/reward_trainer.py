@@ -5,7 +5,7 @@ the model recognise subjects. The figure to watch is the rank correlation on sub
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import nn
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from ..errors import InputError
-from ..models.reward_models import pessimistic_score
+from ..models.reward_models import is_conditional, pessimistic_score, scores_of
 from ..seeding import batch_indices, fold_seed, generator_for
 from .augmentation import augment_volumes
 from .base import TrainingRun, channels_last
@@ -22,8 +22,8 @@ from .reward_config import RewardConfig
 
 @dataclass(frozen=True)
 class ScoredVolumes:
-    """Reward data: `pixel_values [N, C, D, H, W]` in [-1, 1], `targets [N]` in [0, 1], `subject_ids`, and `weights [N]`,
-    positive, in the loss (1 for all by default).
+    """Reward data: `pixel_values [N, C, D, H, W]` in [-1, 1], `targets [N]` in [0, 1], `subject_ids`, `weights [N]`,
+    positive, in the loss (1 for all by default), and `class_labels [N]`, which only conditional reward models need.
 
     Samples of a policy show no subject: give each noise an id of its own, and samples of one noise the same.
     """
@@ -32,13 +32,16 @@ class ScoredVolumes:
     targets: torch.Tensor
     subject_ids: list[str]
     weights: torch.Tensor | None = None
+    class_labels: torch.Tensor | None = None
 
     def __post_init__(self):
         N = len(self.targets)
-        if not len(self.pixel_values) == len(self.subject_ids) == N or (
-            self.weights is not None and tuple(self.weights.shape) != (N,)
+        if not len(self.pixel_values) == len(self.subject_ids) == N or any(
+            each is not None and tuple(each.shape) != (N,) for each in (self.weights, self.class_labels)
         ):
-            raise InputError(f"Reward data needs a volume, a subject and perhaps a weight for each of {N} targets.")
+            raise InputError(
+                f"Reward data needs a volume, a subject and perhaps a weight and a class for each of {N} targets."
+            )
         if self.weights is not None and not ((self.weights > 0) & torch.isfinite(self.weights)).all():
             raise InputError("Weights of reward data must be positive; leave out the volumes that should not count.")
 
@@ -50,7 +53,7 @@ class ScoredVolumes:
         """The volumes of all parts, in that order; those of a part without weights weigh 1 beside others' weights.
 
         Raises:
-            InputError: no parts, or volumes of different shape.
+            InputError: no parts, volumes of different shape, or classes of some parts only.
         """
         if not parts:
             raise InputError("There is no reward data to join; give one part or more.")
@@ -60,17 +63,23 @@ class ScoredVolumes:
         weights = None
         if any(part.weights is not None for part in parts):
             weights = torch.cat([torch.ones(len(p)) if p.weights is None else p.weights.float() for p in parts])
+        labels = [part.class_labels for part in parts if part.class_labels is not None]
+        if labels and len(labels) < len(parts):
+            raise InputError(
+                "Some of the reward data to join states classes and some does not; give class_labels to all."
+            )
         return cls(
             torch.cat([part.pixel_values for part in parts]),
             torch.cat([part.targets for part in parts]),
             [subject for part in parts for subject in part.subject_ids],
             weights,
+            torch.cat(labels) if labels else None,
         )
 
     def weighted(self, weight: float) -> "ScoredVolumes":
         """The same volumes, each `weight` times as heavy in the loss: of one source beside others."""
         weights = torch.ones(len(self)) if self.weights is None else self.weights
-        return ScoredVolumes(self.pixel_values, self.targets, self.subject_ids, weights * weight)
+        return replace(self, weights=weights * weight)
 
     def select(self, rows: torch.Tensor) -> "ScoredVolumes":
         """The volumes at `rows`, int64, in that order."""
@@ -79,6 +88,7 @@ class ScoredVolumes:
             self.targets[rows],
             [self.subject_ids[i] for i in rows.tolist()],
             None if self.weights is None else self.weights[rows],
+            None if self.class_labels is None else self.class_labels[rows],
         )
 
     def split_by_subject(self, fraction: float, seed: int) -> tuple["ScoredVolumes", "ScoredVolumes"]:
@@ -130,13 +140,16 @@ class RewardTrainer:
             training without it has stay on the same volumes, and `added_validation_*` stand beside them.
 
     Raises:
-        InputError: reward data of one subject, or additional data of which nothing would be trained on.
+        InputError: reward data of one subject, or without classes for a conditional model, or additional data of which
+            nothing would be trained on.
     """
 
     def __init__(
         self, model: nn.Module, args: RewardConfig, dataset: ScoredVolumes, additional: ScoredVolumes | None = None
     ):
-        self.model, self.args = channels_last(model), args
+        self.model, self.args, self.conditional = channels_last(model), args, is_conditional(model)
+        if self.conditional and dataset.class_labels is None:
+            raise InputError("A conditional reward model (num_classes) needs reward data with class_labels.")
         self.train_dataset, self.eval_dataset = dataset.split_by_subject(args.validation_fraction, args.seed)
         self.added_eval_dataset = None
         if additional is not None:
@@ -185,10 +198,15 @@ class RewardTrainer:
 
     def _loss(self, model: nn.Module, volumes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The squared error; of several heads or volumes of unequal weight, the mean over heads of the weighted one."""
-        targets = self.train_dataset.targets[rows].to(volumes.device)
+        data = self.train_dataset
+        targets = data.targets[rows].to(volumes.device)
+        classes = {"class_labels": data.class_labels[rows].to(volumes.device)} if self.conditional else {}
         if self.weights is None:
-            return F.mse_loss(model(volumes), targets)
-        scores = model(volumes, return_heads=True) if self.num_heads > 1 else model(volumes)[:, None]
+            return F.mse_loss(model(volumes, **classes), targets)
+        if self.num_heads > 1:
+            scores = model(volumes, return_heads=True, **classes)
+        else:
+            scores = model(volumes, **classes)[:, None]
         weights = self.weights[rows].to(volumes.device)
         errors = (scores - targets[:, None]).square()
         return ((weights * errors).sum(dim=0) / weights.sum(dim=0)).mean()
@@ -222,19 +240,14 @@ class RewardTrainer:
             parts["added_validation"] = self.added_eval_dataset
         for name, data in parts.items():
             if self.num_heads > 1:
-                by_head = score_volumes(self.model, data.pixel_values, return_heads=True)
+                by_head = self._scores(data, return_heads=True)
                 results[f"{name}_spread"] = by_head.std(dim=1, correction=0).mean().item()
             else:
-                by_head = score_volumes(self.model, data.pixel_values)[:, None]
+                by_head = self._scores(data)[:, None]
             scores = pessimistic_score(by_head, self.spread_penalty)
             results[f"{name}_loss"] = F.mse_loss(by_head.mean(dim=1), data.targets).item()
             results[f"{name}_spearman"] = spearman_corrcoef(scores, data.targets).item()
         return results
 
-
-@torch.no_grad()
-def score_volumes(model: nn.Module, volumes: torch.Tensor, batch_size: int = 32, **kwargs) -> torch.Tensor:
-    """Scores `[N]` of `volumes [N, C, D, H, W]`, on the CPU; `kwargs` go to the model."""
-    parameter = next(model.parameters())
-    batches = (batch.to(parameter.device, parameter.dtype) for batch in volumes.split(batch_size))
-    return torch.cat([model(batch, **kwargs).float().cpu() for batch in batches])
+    def _scores(self, data: ScoredVolumes, **kwargs) -> torch.Tensor:
+        return scores_of(self.model, data.pixel_values, data.class_labels, **kwargs).cpu()

@@ -1,8 +1,11 @@
 """How unsure rewards are of a sample: where their heads, or they themselves, part."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InputError
+from ..models.reward_models import scores_of
 from ..rewards.base import Reward, WeightedSum
 
 
@@ -16,8 +19,14 @@ def check_can_be_unsure(reward: WeightedSum) -> None:
 
 
 @torch.no_grad()
-def reward_uncertainty(reward: WeightedSum, samples: torch.Tensor, scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Uncertainty `[B]`, at least 0, of the rewards of `samples [B, C, *S]`, in deviations of the reference policy's rewards.
+def reward_uncertainty(
+    reward: WeightedSum,
+    samples: torch.Tensor,
+    scores: dict[str, torch.Tensor],
+    conditions: Sequence | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Uncertainty `[B]`, at least 0, of the rewards of `samples [B, C, *S]`, in deviations of the reference policy's rewards;
+    `conditions [B]` are the class labels, for rewards that want them.
 
     Of ensembles it is the standard deviation over the heads, summed over the rewards by their weights. Without any it is
     the standard deviation over the rewards, each standardized, whose raw values are `scores` by name: two that saw other
@@ -27,7 +36,7 @@ def reward_uncertainty(reward: WeightedSum, samples: torch.Tensor, scores: dict[
         total = torch.zeros(len(samples))
         for part, weight in zip(reward.rewards, reward.weights, strict=True):
             if _num_heads(part) > 1:
-                heads = _head_scores(part, samples)
+                heads = scores_of(part.model, samples, conditions, part.batch_size, return_heads=True)
                 total += abs(weight) * heads.std(dim=1, correction=0).cpu() / max(reward.scales[part.name].std, 1e-6)
         return total.to(samples.device)
     standardised = [reward.scales[name].standardise(values) for name, values in scores.items()]
@@ -37,9 +46,3 @@ def reward_uncertainty(reward: WeightedSum, samples: torch.Tensor, scores: dict[
 def _num_heads(part: Reward) -> int:
     config = getattr(getattr(part, "model", None), "config", None) or {}
     return config.get("num_heads", 1)
-
-
-def _head_scores(part: Reward, samples: torch.Tensor) -> torch.Tensor:
-    parameter = next(part.model.parameters())
-    batches = samples.to(parameter.device, parameter.dtype).split(part.batch_size)
-    return torch.cat([part.model(batch, return_heads=True).float() for batch in batches])
