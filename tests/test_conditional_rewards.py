@@ -1,5 +1,7 @@
 """Reward models that are told the class of what they score."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_phantoms
@@ -15,7 +17,7 @@ from msrl_diffusers import (
     WeightedSum,
 )
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.models.reward_models import non_empty_slices, scores_of
+from msrl_diffusers.models.reward_models import non_empty_slices
 from msrl_diffusers.trainers.uncertainty import reward_uncertainty
 
 
@@ -83,8 +85,11 @@ def test_a_model_without_classes_is_told_none():
         def forward(self, volumes):
             return self.factor * volumes.flatten(1).mean(dim=1)
 
-    volumes = phantoms()
-    torch.testing.assert_close(scores_of(Brightness(), volumes, LABELS, batch_size=3), volumes.flatten(1).mean(dim=1))
+    volumes, model = phantoms(), Brightness()
+    for config in (SimpleNamespace(num_classes=7), {"num_classes": 7}):  # of a network that means another thing by it
+        model.config = config
+        scores = LearnedReward("brightness", model, batch_size=3)(volumes, LABELS)
+        torch.testing.assert_close(scores, volumes.flatten(1).mean(dim=1))
 
 
 def test_what_a_class_is_worth_is_learned(tmp_path):
@@ -126,6 +131,9 @@ def test_missing_or_unknown_classes_are_refused(tmp_path):
     for labels in (LABELS[:2], LABELS + 1, LABELS - 1):
         with pytest.raises(InputError, match="class_labels must be 4 whole numbers below 2"):
             model(volumes, class_labels=labels)
+    for number in (0, -1, 2.0):
+        with pytest.raises(InputError, match="num_classes of a reward model must be a whole number from 1"):
+            VolumeRewardModel(num_classes=number)
     data = ScoredVolumes(volumes, torch.rand(4), list("abcd"))
     with pytest.raises(InputError, match="needs reward data with class_labels"):
         RewardTrainer(model, RewardConfig(output_dir=str(tmp_path), report_to="none"), data)

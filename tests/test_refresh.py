@@ -97,17 +97,22 @@ def test_marginal_labels_single_out_the_worst_volume(real, anchors):
 # -------------------------------------------------------------------------------------------------------------- refresh
 
 
-def refreshed_run(output_dir, real, anchors, max_steps, **settings):
-    """A tiny PPO run with a refresh after every second rollout."""
+def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, **settings):
+    """A tiny PPO run with a refresh after every second rollout; `of_models` are arguments of both reward models."""
     torch.manual_seed(0)
     models = {
-        "volume": VolumeRewardModel(block_out_channels=(8, 8)),
-        "slice": SliceRewardModel(block_out_channels=(8, 8)),
+        name: model_class(block_out_channels=(8, 8), **(of_models or {}))
+        for name, model_class in {"volume": VolumeRewardModel, "slice": SliceRewardModel}.items()
     }
     before = {name: copied(model) for name, model in models.items()}
     rewards = [LearnedReward(name, model) for name, model in models.items()]
     parts = [
-        ScoredVolumes(volumes.pixel_values, torch.full((len(volumes),), 1.0 - number / 2), volumes.subject_ids)
+        ScoredVolumes(
+            volumes.pixel_values,
+            torch.full((len(volumes),), 1.0 - number / 2),
+            volumes.subject_ids,
+            class_labels=volumes.class_labels if of_models else None,
+        )
         for number, volumes in enumerate(anchors.values())
     ]
     args = {
@@ -123,8 +128,13 @@ def refreshed_run(output_dir, real, anchors, max_steps, **settings):
     return pipeline, trainer, models, before
 
 
-def test_a_refreshed_run_resumes_exactly(real, anchors, tmp_path):
-    settings = {"num_updates": 2, "kl_coef": 0.1}
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"of_models": {"num_classes": 2, "num_heads": 2}, "kl_gate_quantile": 0.5}],
+    ids=["plain", "by class"],
+)
+def test_a_refreshed_run_resumes_exactly(options, real, anchors, tmp_path):
+    settings = {"num_updates": 2, "kl_coef": 0.1, **options}
     pipeline, trainer, models, before = refreshed_run(tmp_path / "whole", real, anchors, 6, **settings)
     assert [line["step"] for line in read_log(tmp_path / "whole") if "refresh/fid_HGG" in line] == [2, 4]
     for name, model in models.items():

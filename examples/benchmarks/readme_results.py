@@ -161,7 +161,8 @@ def _weaker_leash_line() -> str:
     rises = ", ".join(f"{difference['value']:+.1f}" for difference in differences)
     worse = sum(difference["interval"][0] > 0 for difference in differences)
     return (
-        f"With a weaker KL term, {reports[0]['ppo']['ppo/kl_coef']:g} (seeds {', '.join(str(report['seed']) for report in reports)}), the "
+        f"With a weaker KL term (`--kl_coef {reports[0]['ppo']['ppo/kl_coef']:g} --rl_seed "
+        f"{'`, `'.join(str(report['seed']) for report in reports)}`) the "
         f"judge's match rises as much, by {gains} points, but FID by {rises}, beyond "
         f"the interval in {worse} of {len(reports)}: over-optimization that neither classifier shows. Those runs came first; the term "
         "was then set on a further seed, by the reward classifier and a feature extractor that has no part here, and the rows above "

@@ -1,7 +1,6 @@
 """Reward models: networks that score the quality of a volume, or of its slices, on a scale regressed from FID."""
 
 from collections.abc import Sequence
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +58,7 @@ class ScoreNetwork(nn.Module):
         scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1)
         if self.num_classes is None:
             return scores[..., 0]
-        labels = checked_labels(class_labels, len(scores), self.num_classes)
+        labels = _checked_labels(class_labels, len(scores), self.num_classes)
         return scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
 
 
@@ -68,7 +67,7 @@ def _score_head(channels: int, num_classes: int | None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, num_classes or 1))
 
 
-def checked_labels(class_labels: torch.Tensor | None, number: int, num_classes: int) -> torch.Tensor:
+def _checked_labels(class_labels: torch.Tensor | None, number: int, num_classes: int) -> torch.Tensor:
     """The classes `[number]` that a conditional reward model was given.
 
     Raises:
@@ -93,23 +92,27 @@ def scores_of(
 ) -> torch.Tensor:
     """The scores `[B]`, float32, that a reward model gives `samples [B, C, *S]`, in micro-batches and on its device; only a
     conditional one is told their classes. `kwargs` go to the model."""
-    parameter = next(model.parameters())
-    batches, labels = samples.split(batch_size), repeat(None)
+    parameter, batches = next(model.parameters()), samples.split(batch_size)
+    told = [{}] * len(batches)
     if is_conditional(model) and class_labels is not None:
-        labels = torch.as_tensor(class_labels, device=parameter.device).split(batch_size)
-    scores = []
-    for batch, its_labels in zip(batches, labels, strict=False):
-        classes = {} if its_labels is None else {"class_labels": its_labels}
-        scores.append(model(batch.to(parameter.device, parameter.dtype), **classes, **kwargs))
+        labels = torch.as_tensor(class_labels, device=parameter.device)
+        told = [{"class_labels": part} for part in labels.split(batch_size)]
+    scores = [
+        model(batch.to(parameter.device, parameter.dtype), **classes, **kwargs)
+        for batch, classes in zip(batches, told, strict=True)
+    ]
     return torch.cat(scores).float()
 
 
 def is_conditional(model: nn.Module) -> bool:
-    """Whether a reward model scores samples as of a class, which it must be told."""
-    return (getattr(model, "config", None) or {}).get("num_classes") is not None
+    """Whether `model` is a reward model of this package that scores samples as of a class, which it must be told. Any other
+    network may mean something else by `num_classes`."""
+    return isinstance(model, (VolumeRewardModel, SliceRewardModel)) and model.config.num_classes is not None
 
 
-def _check_ensemble(num_heads: int, spread_penalty: float) -> None:
+def _check_options(num_heads: int, spread_penalty: float, num_classes: int | None) -> None:
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise InputError(f"num_classes of a reward model must be a whole number from 1, or None, got {num_classes!r}.")
     if not isinstance(num_heads, int) or num_heads < 1:
         raise InputError(f"num_heads of a reward model must be a whole number from 1, got {num_heads!r}.")
     if not isinstance(spread_penalty, (int, float)) or not 0 <= spread_penalty < float("inf"):
@@ -148,7 +151,7 @@ class VolumeRewardModel(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
     ):
         super().__init__()
-        _check_ensemble(num_heads, spread_penalty)
+        _check_options(num_heads, spread_penalty, num_classes)
         self.network = ScoreNetwork(3, in_channels, block_out_channels, norm_num_groups, num_heads, num_classes)
 
     def forward(
@@ -193,7 +196,7 @@ class SliceRewardModel(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
     ):
         super().__init__()
-        _check_ensemble(num_heads, spread_penalty)
+        _check_options(num_heads, spread_penalty, num_classes)
         self.network = ScoreNetwork(2, in_channels, block_out_channels, norm_num_groups, num_heads, num_classes)
 
     def forward(

@@ -50,9 +50,9 @@ def score_trajectories(config: StudyConfig) -> dict:
 def train_rewards(config: StudyConfig) -> dict:
     """The two reward models, and a third of another seed and width that only watches."""
     data, results = reward_data(config), {}
+    told = {"num_classes": load_split(config, "train").num_classes} if config.conditional_rewards else {}
     for role, model_class in REWARD_CLASSES.items():
         torch.manual_seed(fold_seed(config.seed_of("rewards"), "init", "reward", role))
-        told = {"num_classes": int(data.class_labels.max()) + 1} if config.conditional_rewards else {}
         model = model_class(**{"in_channels": data.pixel_values.shape[1], **told, **getattr(config, f"{role}_reward")})
         args = config.trainer_config("rewards", role, seed=reward_seed(config, role))
         results[role] = RewardTrainer(model, args, data).train()
