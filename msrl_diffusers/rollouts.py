@@ -44,7 +44,7 @@ class StepTable:
         scheduler.set_timesteps(num_inference_steps)
         timesteps = scheduler.timesteps.cpu()
         previous = timesteps - scheduler.config.num_train_timesteps // num_inference_steps
-        table = scheduler.alphas_cumprod.double()
+        table = scheduler.alphas_cumprod.double().cpu()  # add_noise moves it
         final = torch.as_tensor(scheduler.final_alpha_cumprod).double()
         alpha_prods = table[timesteps]
         alpha_prods_prev = torch.where(previous >= 0, table[previous.clamp_min(0)], final)

@@ -3,7 +3,7 @@ import torch
 from monai.metrics.fid import get_fid_score
 from scipy.linalg import sqrtm
 
-from msrl_diffusers import SliceFeatureExtractor, VolumeFeatureExtractor
+from msrl_diffusers import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features, extractor_identity, hash_tensors
 from msrl_diffusers.evaluation.fidelity import (
@@ -193,12 +193,16 @@ def test_intervals_are_centred_on_the_value():
 
 
 @pytest.mark.parametrize(
-    ("extractor_class", "shape"), [(SliceFeatureExtractor, (3, 2, 6)), (VolumeFeatureExtractor, (1, 1, 6))]
+    ("extractor_class", "settings", "shape"),
+    [
+        (SliceFeatureExtractor, {"block_out_channels": (8, 8), "num_slices": 2}, (3, 2, 6)),
+        (VolumeFeatureExtractor, {"block_out_channels": (8, 8)}, (1, 1, 6)),
+        (PatchFeatureExtractor, {"width": 16, "num_layers": 1}, (1, 1, 6)),
+    ],
 )
-def test_features_do_not_depend_on_the_batch_size(extractor_class, shape):
+def test_features_do_not_depend_on_the_batch_size(extractor_class, settings, shape):
     torch.manual_seed(0)
-    settings = {"num_slices": 2} if extractor_class is SliceFeatureExtractor else {}
-    extractor = extractor_class(block_out_channels=(8, 8), num_features=6, **settings).train()
+    extractor = extractor_class(num_features=6, **settings).train()
     volumes = (torch.rand(5, 1, 16, 16, 16) * 2 - 1).half()
     features = extract_features(extractor, volumes, batch_size=2)
     assert features.shape == (5, *shape)

@@ -6,6 +6,7 @@ from conftest import fill_zeros
 from peft import LoraConfig
 
 from msrl_diffusers import (
+    PatchFeatureExtractor,
     SliceFeatureExtractor,
     SliceRewardModel,
     UNet3DModel,
@@ -34,6 +35,7 @@ MODELS = {
     "slice-reward": (SliceRewardModel, {"block_out_channels": (8, 16)}, (VOLUMES,)),
     "slice-features": (SliceFeatureExtractor, {"block_out_channels": (8, 16), "num_features": 5}, (VOLUMES,)),
     "volume-features": (VolumeFeatureExtractor, {"block_out_channels": (8, 16), "num_features": 5}, (VOLUMES,)),
+    "patch-features": (PatchFeatureExtractor, {"width": 16, "num_layers": 1, "num_features": 5}, (VOLUMES,)),
 }
 
 

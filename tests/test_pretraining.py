@@ -6,8 +6,10 @@ from safetensors.torch import load_file
 from tiny import copied, differing, tiny_phantoms
 from trainers_scene import build
 
+from msrl_diffusers import FeatureConfig
+from msrl_diffusers.data.degradations import DEGRADATIONS
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.trainers.augmentation import augment_volumes
+from msrl_diffusers.trainers.augmentation import augment_volumes, degrade_some
 from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.vqgan_trainer import psnr, random_slices
 
@@ -123,3 +125,25 @@ def test_augmentation_flips_shifts_and_adds_noise():
     assert (noisy - flipped).std().item() == pytest.approx(0.1, rel=0.2)
     again = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=0, noise_level=0.1)
     assert torch.equal(noisy, again)
+
+
+def test_some_volumes_are_degraded_and_the_network_is_told_how():
+    volumes = tiny_phantoms().pixel_values.float().repeat(8, 1, 1, 1, 1)
+    worse, ways = degrade_some(volumes, 0.5, torch.Generator().manual_seed(0))
+    changed = (worse != volumes).flatten(1).any(dim=1)
+    assert torch.equal(changed, ways > 0)
+    assert 0.3 < changed.float().mean() < 0.7
+    assert set(ways.tolist()) == set(range(len(DEGRADATIONS) + 1))
+    assert torch.equal(worse, degrade_some(volumes, 0.5, torch.Generator().manual_seed(0))[0])
+    untouched, ways = degrade_some(volumes, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(untouched, volumes)
+    assert not ways.any()
+
+
+def test_features_can_leave_degradations_out(tmp_path):
+    told, _ = build("features-volume", tmp_path, max_steps=1)
+    assert told.network.heads["degradation"].out_features == len(DEGRADATIONS) + 1
+    untold, _ = build("features-volume", tmp_path, max_steps=1, degraded_share=0.0)
+    assert "degradation" not in untold.network.heads
+    with pytest.raises(InputError, match="degraded_share must lie in"):
+        FeatureConfig(degraded_share=1.5)

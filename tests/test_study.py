@@ -32,6 +32,7 @@ from msrl_diffusers.study.stages import load_arm
 
 CPU_CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "phantoms" / "cpu.yaml"
 ARMS = ("real_floor", "limit", "standard", "rl")
+ROLES = ("judge", "second_judge", "label")
 
 
 def settings_with(folder, **changes) -> StudyConfig:
@@ -68,8 +69,8 @@ def report(finished):
     return json.loads((finished / "report.json").read_text())
 
 
-def test_distances_of_every_arm_by_both_extractors(report):
-    for role in ("judge", "label"):
+def test_distances_of_every_arm_by_all_extractors(report):
+    for role in ROLES:
         fids = report["fid"][role]
         assert set(fids) == set(ARMS)
         for arm in ARMS:
@@ -89,7 +90,7 @@ def test_distances_of_every_arm_by_both_extractors(report):
 
 def test_both_arms_stand_at_both_samplers(report):
     names = {f"{arm} @ {sampler}" for arm in ("standard", "rl") for sampler in ("best", "rollout")}
-    for role in ("judge", "label"):
+    for role in ROLES:
         assert names <= set(report["fid_by_sampler"][role])
     assert report["samplers"]["rollout"] == {"num_inference_steps": 4, "eta": 1.0, "guidance_scale": 1.0}
     assert report["chosen"]["standard"] == "standard @ best"
@@ -144,6 +145,7 @@ def test_the_report_says_where_its_numbers_come_from(report):
     assert report["seed"] == 0
     assert {role: value["name"] for role, value in report["extractors"].items()} == {
         "judge": "VolumeFeatureExtractor",
+        "second_judge": "PatchFeatureExtractor",
         "label": "SliceFeatureExtractor",
     }
     assert all(len(value["sha256"]) == 16 for value in report["extractors"].values())
@@ -162,7 +164,7 @@ def test_the_report_says_where_its_numbers_come_from(report):
 def test_the_page_holds_the_numbers_of_the_json(finished, report):
     page = (finished / "report.md").read_text()
     assert page == markdown(report)
-    for role in ("judge", "label"):
+    for role in ROLES:
         for arm in ARMS:
             assert f"{report['fid'][role][arm]['all']:.4f}" in page
     for figure in ("comparison", "ppo", "reward_vs_fid"):
@@ -262,7 +264,7 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", finished))
     assert ours["extractors"] == theirs["extractors"]
     # the same seeds, and weights rounded to half precision, by which a few of the codes of a random autoencoder change
-    for role in ("label", "judge"):
+    for role in ROLES:
         for arm in ("real_floor", "limit", "standard"):
             assert ours["fid"][role][arm]["all"] == pytest.approx(theirs["fid"][role][arm]["all"], rel=0.2)
     assert "Not for clinical use" in (release / "README.md").read_text()

@@ -14,7 +14,16 @@ from msrl_diffusers.seeding import batch_indices
 from msrl_diffusers.trainers.base import checkpoints, read_log
 
 
-NAMES = ["vqgan", "vqgan-fsq", "diffusion", "features-slice", "features-volume", "reward-volume", "reward-slice"]
+NAMES = [
+    "vqgan",
+    "vqgan-fsq",
+    "diffusion",
+    "features-slice",
+    "features-volume",
+    "features-patch",
+    "reward-volume",
+    "reward-slice",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

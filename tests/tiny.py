@@ -93,6 +93,7 @@ def tiny_study() -> dict:
         "heldout_reward": {"block_out_channels": [8]},
         "label_extractor": {"block_out_channels": [8, 8], "num_features": 4, "num_slices": 3},
         "judge_extractor": {"block_out_channels": [8, 8], "num_features": 3},
+        "second_judge_extractor": {"width": 16, "num_layers": 1, "num_features": 3},
         "extractors": {"train_batch_size": 4, **quiet},
         "vqgan": {
             "train_batch_size": 4, "discriminator_start_step": 0, "discriminator_channels": 8,

@@ -5,7 +5,13 @@ from pathlib import Path
 import torch
 from tiny import tiny_pipeline, tiny_study
 
-from msrl_diffusers import SliceFeatureExtractor, SliceRewardModel, VolumeFeatureExtractor, VolumeRewardModel
+from msrl_diffusers import (
+    PatchFeatureExtractor,
+    SliceFeatureExtractor,
+    SliceRewardModel,
+    VolumeFeatureExtractor,
+    VolumeRewardModel,
+)
 from msrl_diffusers.files import write_json
 
 
@@ -22,6 +28,7 @@ def write_tiny_release(folder: Path) -> str:
         "reward_heldout": VolumeRewardModel(block_out_channels=(8,)),
         "extractor_label": SliceFeatureExtractor(block_out_channels=(8, 8), num_features=4, num_slices=3),
         "extractor_judge": VolumeFeatureExtractor(block_out_channels=(8, 8), num_features=3),
+        "extractor_second_judge": PatchFeatureExtractor(width=16, num_layers=1, num_features=3),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)

@@ -8,6 +8,7 @@ from msrl_diffusers import (
     FeatureTrainer,
     LatentDiffusionConfig,
     LatentDiffusionTrainer,
+    PatchFeatureExtractor,
     RewardConfig,
     RewardTrainer,
     ScoredVolumes,
@@ -44,8 +45,11 @@ def build(name: str, output_dir, **settings):
         pipeline = tiny_pipeline()
         return LatentDiffusionTrainer(pipeline, LatentDiffusionConfig(**settings), tiny_phantoms()), pipeline.unet
     if name.startswith("features"):
-        model_class = {"slice": SliceFeatureExtractor, "volume": VolumeFeatureExtractor}[name.split("-")[1]]
-        model = model_class(block_out_channels=(8, 8), num_features=16)
+        model = {
+            "slice": lambda: SliceFeatureExtractor(block_out_channels=(8, 8), num_features=16),
+            "volume": lambda: VolumeFeatureExtractor(block_out_channels=(8, 8), num_features=16),
+            "patch": lambda: PatchFeatureExtractor(width=16, num_layers=1, num_features=16),
+        }[name.split("-")[1]]()
         trainer = FeatureTrainer(model, FeatureConfig(**settings), tiny_phantoms())
         return trainer, trainer.network
     model_class = {"volume": VolumeRewardModel, "slice": SliceRewardModel}[name.split("-")[1]]

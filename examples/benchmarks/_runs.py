@@ -25,7 +25,7 @@ from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
 
 Changes = Mapping | Callable[[StudyConfig, int], Mapping]  # of StudyConfig's fields; some depend on the seed
 SAMPLERS = ("best", "rollout")
-ROLES = ("judge", "label")
+ROLES = ("judge", "second_judge", "label")
 
 
 @dataclass
@@ -192,6 +192,7 @@ def _copies(report: dict, arm: str) -> float | None:
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "judge gap closed (95 %)": lambda row: shown_interval(row["gap_closed"]["judge"]),
+    "second judge": lambda row: shown_interval(row["gap_closed"]["second_judge"]),
     "judge distance": lambda row: shown(row["fid"]["judge"]["rl"], ".4f"),
     "judge KID": lambda row: shown(row["kid"]["judge"]["rl"], ".5f"),
     "label distance": lambda row: shown(row["fid"]["label"]["rl"], ".4f"),

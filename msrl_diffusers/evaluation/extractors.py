@@ -2,7 +2,7 @@
 
 | spec | network | features | slices and preprocessing |
 |---|---|---|---|
-| a folder | `SliceFeatureExtractor` or `VolumeFeatureExtractor` | its config's | none |
+| a folder | `SliceFeatureExtractor`, `VolumeFeatureExtractor` or `PatchFeatureExtractor` | its config's | none |
 | `random` | a small 2D network with fixed random weights, for a first look without any download | 48 | three planes |
 | `inception[:FILE]` | Inception-v3 of the FID (arXiv 1706.08500) | 2048 | three planes, RGB 0 to 255, 299 x 299 |
 | `medicalnet:FILE` | ResNet-50 of Med3D (arXiv 1904.00625), 3D | 2048 | none; mean 0 and deviation 1 per volume |
@@ -28,7 +28,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import InputError
-from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor, plane_slices
+from ..models.feature_extractors import (
+    PatchFeatureExtractor,
+    SliceFeatureExtractor,
+    VolumeFeatureExtractor,
+    plane_slices,
+)
 from .features import hash_tensors
 
 
@@ -77,7 +82,7 @@ class Extractor(nn.Module):
 class OwnExtractor(Extractor):
     """One of this package's extractors, trained on volumes like those it judges."""
 
-    def __init__(self, network: SliceFeatureExtractor | VolumeFeatureExtractor):
+    def __init__(self, network: SliceFeatureExtractor | VolumeFeatureExtractor | PatchFeatureExtractor):
         of_slices = isinstance(network, SliceFeatureExtractor)
         kind, detail = ("slices", f"{network.config.num_slices} slices") if of_slices else ("volumes", "whole")
         super().__init__(f"{kind}/{type(network).__name__}/{detail}", network, network.config.num_features)
@@ -294,8 +299,9 @@ def check_identity(extractor: Extractor, stored: dict) -> None:
         )
 
 
-def _load_own(folder: Path) -> SliceFeatureExtractor | VolumeFeatureExtractor:
-    classes = {network.__name__: network for network in (SliceFeatureExtractor, VolumeFeatureExtractor)}
+def _load_own(folder: Path) -> SliceFeatureExtractor | VolumeFeatureExtractor | PatchFeatureExtractor:
+    networks = (SliceFeatureExtractor, VolumeFeatureExtractor, PatchFeatureExtractor)
+    classes = {network.__name__: network for network in networks}
     try:
         name = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:

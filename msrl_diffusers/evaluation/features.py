@@ -20,7 +20,7 @@ def extract_features(extractor: nn.Module, volumes: torch.Tensor, batch_size: in
     extractor.eval()
     parameter = next(extractor.parameters())
     batches = (batch.to(parameter.device, parameter.dtype) for batch in volumes.split(batch_size))
-    return torch.cat([extractor(batch).double().cpu() for batch in batches])
+    return torch.cat([extractor(batch).cpu().double() for batch in batches])
 
 
 @torch.no_grad()

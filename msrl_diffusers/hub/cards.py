@@ -31,6 +31,7 @@ MODELS = {  # what it is, task on the Hub
     "SliceRewardModel": ("a reward model of axial slices", None),
     "SliceFeatureExtractor": ("a feature extractor on slices of the three planes", "image-feature-extraction"),
     "VolumeFeatureExtractor": ("a feature extractor on whole volumes", "image-feature-extraction"),
+    "PatchFeatureExtractor": ("a feature extractor on patches of volumes", "image-feature-extraction"),
 }
 GENERATORS = ("UNet3DModel", "VQModel3D")
 FOLDERS = {
@@ -42,6 +43,7 @@ FOLDERS = {
     "reward_heldout": "reward model of another seed and width: a watchdog, never trained on",
     "extractor_label": "feature extractor that labels and selects",
     "extractor_judge": "feature extractor that only judges",
+    "extractor_second_judge": "another that only judges, of other architecture",
     "vae": "autoencoder",
     "text_encoder": "text encoder",
     "classifier_reward": "classifier of attributes that rewards",
@@ -277,7 +279,7 @@ def _eval_results(values: dict, report: dict, task: str) -> list[EvalResult]:
         "dataset_name": values["data_title"] or "unknown",
         "dataset_args": {"fingerprint": report["data_fingerprint"]} if report.get("data_fingerprint") else None,
     }
-    for role in ("judge", "label") if values["has_results"] and arm else ():
+    for role in report["extractors"] if values["has_results"] and arm else ():
         extractor = report["extractors"][role]
         args = {
             "extractor": extractor["name"],

@@ -27,7 +27,7 @@ def checked(
     conditions: Sequence | torch.Tensor,
     metadata: Sequence[Mapping] | None = None,
 ) -> torch.Tensor:
-    """The rewards of `reward`, with their shape and finiteness checked.
+    """The rewards of `reward`, float32 on the samples' device, with their shape and finiteness checked.
 
     Raises:
         ValueError: wrong shape, NaN or infinity; the sentence names the reward.
@@ -42,7 +42,7 @@ def checked(
         raise ValueError(
             f"Reward {reward.name!r} gave {int((~torch.isfinite(values)).sum())} values that are not finite."
         )
-    return values.float()
+    return values.to(samples.device, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Where the results of stages lie, and how later stages read them: from the study's folders or from a release."""
+"""Where the results of stages lie, and how later stages read them: from the study's folders or from a release.
+
+Networks are put on the device of this process; volumes stay in main memory, and batches of them follow.
+"""
 
 import json
 from pathlib import Path
@@ -7,14 +10,17 @@ import torch
 
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
-from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
+from ..models.feature_extractors import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
 from ..models.reward_models import SliceRewardModel, VolumeRewardModel
 from ..pipelines.med_volume import MedVolumePipeline
+from ..processes import process_state
 from .config import StudyConfig
 
 
 REWARD_CLASSES = {"volume": VolumeRewardModel, "slice": SliceRewardModel, "heldout": VolumeRewardModel}
-EXTRACTOR_CLASSES = {"label": SliceFeatureExtractor, "judge": VolumeFeatureExtractor}
+EXTRACTOR_CLASSES = {
+    "label": SliceFeatureExtractor, "judge": VolumeFeatureExtractor, "second_judge": PatchFeatureExtractor,
+}  # fmt: skip
 
 
 PRIOR_STAGES = ("extractors", "vqgan", "diffusion")
@@ -38,8 +44,7 @@ def load_split(config: StudyConfig, split: str) -> VolumeDataset:
 
 def load_pipeline(config: StudyConfig) -> MedVolumePipeline:
     """The pretrained pipeline, in float32."""
-    path = config.pretrained or Path(config.output_dir) / "diffusion" / "pipeline"
-    return MedVolumePipeline.from_pretrained(path, dtype=torch.float32)
+    return _on_device(MedVolumePipeline, config.pretrained or Path(config.output_dir) / "diffusion" / "pipeline")
 
 
 def load_reward_models(config: StudyConfig) -> dict[str, torch.nn.Module]:
@@ -48,13 +53,13 @@ def load_reward_models(config: StudyConfig) -> dict[str, torch.nn.Module]:
 
 
 def load_extractors(config: StudyConfig) -> dict[str, torch.nn.Module]:
-    """The feature extractors by role: `"label"` and `"judge"`."""
+    """The feature extractors by role: `"label"`, `"judge"` and `"second_judge"`."""
     return _load(config, EXTRACTOR_CLASSES, "extractors", "extractor")
 
 
 def load_tuned_pipeline(config: StudyConfig) -> MedVolumePipeline:
     """The pipeline that the study's method has tuned, in float32."""
-    return MedVolumePipeline.from_pretrained(Path(config.output_dir) / config.method / "pipeline", dtype=torch.float32)
+    return _on_device(MedVolumePipeline, Path(config.output_dir) / config.method / "pipeline")
 
 
 def load_scores(config: StudyConfig) -> dict:
@@ -71,7 +76,11 @@ def _load(config: StudyConfig, classes: dict, stage: str, prefix: str) -> dict[s
         else Path(config.output_dir) / stage / role
         for role in classes
     }
-    return {role: load_model(model_class, folders[role], dtype=torch.float32) for role, model_class in classes.items()}
+    return {role: _on_device(model_class, folders[role]) for role, model_class in classes.items()}
+
+
+def _on_device(model_class: type, path: str | Path) -> torch.nn.Module | MedVolumePipeline:
+    return load_model(model_class, path, dtype=torch.float32).to(process_state().device)
 
 
 def load_model(model_class: type, path: str | Path, **kwargs) -> torch.nn.Module | MedVolumePipeline:

@@ -54,7 +54,7 @@ def _prior_stages(config: StudyConfig) -> dict[str, Stage]:
         "extractors": Stage(
             stages.train_extractors,
             ("prepare",),
-            ("label_extractor", "judge_extractor", "extractors", "mixed_precision", "seed"),
+            ("label_extractor", "judge_extractor", "second_judge_extractor", "extractors", "mixed_precision", "seed"),
             split=True,
         ),
         "vqgan": Stage(stages.train_vqgan, ("prepare",), ("vqvae", "vqgan", "mixed_precision", "seed"), split=True),

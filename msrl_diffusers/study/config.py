@@ -73,6 +73,9 @@ class StudyConfig:
     )
     label_extractor: dict = field(default_factory=dict, metadata={"help": "Arguments of SliceFeatureExtractor."})
     judge_extractor: dict = field(default_factory=dict, metadata={"help": "Arguments of VolumeFeatureExtractor."})
+    second_judge_extractor: dict = field(
+        default_factory=dict, metadata={"help": "Arguments of PatchFeatureExtractor."}
+    )
 
     extractors: dict = field(default_factory=dict, metadata={"help": "Fields of FeatureConfig."})
     vqgan: dict = field(default_factory=dict, metadata={"help": "Fields of VQGANConfig."})

@@ -119,7 +119,7 @@ class _Instruments:
         self.config, self.volumes = config, train.take_per_class(config.curve_per_class)
         self.args: OnlineConfig = config.trainer_config(config.method)
         self.sampler = {name: getattr(self.args, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
-        self.pipeline = load_pipeline(config).to(process_state().default_device)
+        self.pipeline = load_pipeline(config)
         self.pipeline.set_progress_bar_config(disable=True)
         if self.args.use_lora:
             add_lora(self.pipeline.unet, self.args.lora_rank, self.args.lora_target_modules or LORA_TARGETS)

@@ -21,6 +21,11 @@ ARMS = {
     "standard": "standard diffusion",
     "rl": "RL-tuned",
 }
+EXTRACTORS = {
+    "judge": "used for nothing but this table",
+    "second_judge": "neither: of another architecture, to confirm the judge",
+    "label": "it also scored the reward data",
+}
 METHOD_NAMES = {
     "ppo": "PPO", "nft": "DiffusionNFT", "draft": "Reward backpropagation", "frechet": "Frechet distance as the loss",
 }  # fmt: skip
@@ -104,11 +109,10 @@ def markdown(content: dict) -> str:
         f"distance; seed {content['seed']}. Not for clinical use.",
         "",
     ]
-    for role in ("judge", "label"):
+    for role, purpose in EXTRACTORS.items():
         identity = content["extractors"][role]
-        purpose = "used for nothing but this table" if role == "judge" else "it also scored the reward data"
         lines += [
-            f"## Frechet distance to the training volumes, {role} extractor",
+            f"## Frechet distance to the training volumes, {role.replace('_', ' ')} extractor",
             "",
             f"`{identity['name']}` `{identity['sha256']}`, {purpose}. Lower is better; intervals: 95 % bootstrap by volume.",
             "",
@@ -133,15 +137,15 @@ def markdown(content: dict) -> str:
             "",
         ]
     lines += [
-        "## Both arms at both samplers (judge / label, all classes)",
+        "## Both arms at both samplers (all classes)",
         "",
-        "| arm and sampler | judge | label |",
-        "|---|---|---|",
+        "| arm and sampler | judge | second judge | label |",
+        "|---|---|---|---|",
     ]
     for name in content["fid_by_sampler"]["judge"]:
         if "@" in name:
-            judge, label = (content["fid_by_sampler"][role][name]["all"] for role in ("judge", "label"))
-            lines.append(f"| {name} | {judge:.4f} | {label:.4f} |")
+            cells = [f"{content['fid_by_sampler'][role][name]['all']:.4f}" for role in EXTRACTORS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"Samplers: {json.dumps(content['samplers'])}", "", "## Reward", ""]
     reward = content["reward"]
     lines += [

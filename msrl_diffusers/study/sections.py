@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 
 from ..errors import InputError
 from ..models.autoencoder_vq_3d import VQModel3D
-from ..models.feature_extractors import SliceFeatureExtractor, VolumeFeatureExtractor
+from ..models.feature_extractors import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
 from ..models.reward_models import SliceRewardModel, VolumeRewardModel
 from ..models.unet_3d import UNet3DModel
 from ..trainers.base_config import TrainingConfig
@@ -49,6 +49,7 @@ NETWORKS = {
     "heldout_reward": VolumeRewardModel,
     "label_extractor": SliceFeatureExtractor,
     "judge_extractor": VolumeFeatureExtractor,
+    "second_judge_extractor": PatchFeatureExtractor,
 }
 
 

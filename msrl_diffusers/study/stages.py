@@ -104,7 +104,7 @@ def train_vqgan(config: StudyConfig) -> dict:
     model.save_pretrained(folder / "vqvae")
     shown = heldout.take_per_class(4)
     with torch.no_grad():
-        reconstructed = model(shown.batch(range(len(shown)))["pixel_values"]).sample
+        reconstructed = model(shown.batch(range(len(shown)), model.device)["pixel_values"]).sample.cpu()
     plot_volumes({"held-out": shown.pixel_values, "reconstructed": reconstructed}, folder / "reconstructions.png")
     return figures
 

@@ -14,7 +14,7 @@ from .report import git_commit, versions
 from .variants import FULL
 
 
-ROLES = ("judge", "label")
+ROLES = ("judge", "second_judge", "label")
 ARMS = {"limit": "autoencoder (limit)", "standard": "standard diffusion", "rl": "RL-tuned"}
 METRICS = ("accuracy", "f1", "auc")
 REAL, STANDARD, TUNED = "real only", "+ standard synthetic", "+ RL synthetic"

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..data.degradations import DEGRADATIONS, degrade
+
 
 def augment_volumes(
     volumes: torch.Tensor, generator: torch.Generator, max_shift: int = 1, noise_level: float = 0.0
@@ -21,3 +23,18 @@ def augment_volumes(
     if noise_level:
         volumes = volumes + noise_level * torch.randn(volumes.shape, generator=generator).to(volumes.device)
     return volumes
+
+
+def degrade_some(volumes: torch.Tensor, share: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each of `volumes [B, C, D, H, W]` degraded with probability `share`, in a way and by a strength that are drawn; and the
+    ways `[B]`: 0 is none, k is `DEGRADATIONS[k - 1]`."""
+    B = len(volumes)
+    ways = torch.randint(1, len(DEGRADATIONS) + 1, (B,), generator=generator)
+    ways = torch.where(torch.rand(B, generator=generator) < share, ways, 0)
+    strengths = torch.rand(B, generator=generator).tolist()
+    return torch.cat(
+        [
+            degrade(volume[None], DEGRADATIONS[way - 1], strength, generator) if way else volume[None]
+            for volume, way, strength in zip(volumes, ways.tolist(), strengths, strict=True)
+        ]
+    ), ways

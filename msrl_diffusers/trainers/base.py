@@ -41,7 +41,7 @@ class TrainingRun:
         use_all_cores()
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
-            mixed_precision=resolve_precision(args.mixed_precision, process_state().default_device),
+            mixed_precision=resolve_precision(args.mixed_precision, process_state().device),
             gradient_accumulation_steps=gradient_accumulation_steps or args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir),
@@ -75,6 +75,7 @@ class TrainingRun:
             lr=learning_rate or args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.weight_decay,
+            fused=True if self.device.type == "cuda" else None,  # one kernel, where a small network waits for launches
         )
 
     def lr_scheduler(self, optimizer: torch.optim.Optimizer, num_updates: int):

@@ -34,8 +34,9 @@ class LatentDiffusionTrainer:
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
         ema = EMAModel(
-            accelerator.unwrap_model(unet).parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75
-        )
+            accelerator.unwrap_model(unet).parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75,
+            foreach=run.device.type == "cuda",
+        )  # fmt: skip
         ema.to(run.device)
         accelerator.register_for_checkpointing(ema)
         run.resume()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..errors import InputError
 from .base_config import TrainingConfig
 
 
@@ -13,3 +14,12 @@ class FeatureConfig(TrainingConfig):
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
     max_shift: int = field(default=1, metadata={"help": "Largest random shift along each axis, in voxels."})
     noise_level: float = field(default=0.02, metadata={"help": "Standard deviation of added noise."})
+    degraded_share: float = field(
+        default=0.5,
+        metadata={"help": "Share of the volumes that are degraded; the network learns to tell in which way."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.degraded_share <= 1:
+            raise InputError(f"degraded_share must lie in [0, 1], got {self.degraded_share}.")

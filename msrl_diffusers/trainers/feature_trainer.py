@@ -1,17 +1,18 @@
 """FeatureTrainer: feature networks for Frechet distances, without labels of quality.
 
-The features must carry anatomy, and must exist for any data set. So the network learns, from the training volumes
-alone, to tell whose volume it sees (every subject is a class of its own, as in arXiv 1406.6909), of which class the
-subject is, and which slice of which plane it looks at. The heads are thrown away.
+The features must carry anatomy and image quality, and must exist for any data set. So the network learns, from the training
+volumes alone, to tell whose volume it sees (every subject is a class of its own, as in arXiv 1406.6909), of which class the
+subject is, which slice of which plane it looks at, and whether and how the volume was degraded. The heads are thrown away.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.degradations import DEGRADATIONS
 from ..data.volumes import VolumeDataset
 from ..seeding import batch_indices, generator_for
-from .augmentation import augment_volumes
+from .augmentation import augment_volumes, degrade_some
 from .base import TrainingRun, channels_last
 from .feature_config import FeatureConfig
 
@@ -43,8 +44,10 @@ class FeatureTrainer:
         names = sorted(set(train_dataset.subject_ids))
         self.subjects = torch.tensor([names.index(subject) for subject in train_dataset.subject_ids])
         with torch.no_grad():
-            planes, slices = model(train_dataset.batch([0])["pixel_values"]).shape[1:3]
+            planes, slices = model(train_dataset.batch([0], model.device)["pixel_values"]).shape[1:3]
         num_outputs = {"subject": len(names), "label": train_dataset.num_classes}
+        if args.degraded_share:
+            num_outputs["degradation"] = 1 + len(DEGRADATIONS)
         if planes * slices > 1:
             num_outputs["position"] = planes * slices
         self.network = ExtractorWithHeads(model, num_outputs)
@@ -60,13 +63,15 @@ class FeatureTrainer:
         for step in run.steps():
             batch_size = args.train_batch_size * run.accelerator.num_processes
             indices = run.shard(batch_indices(len(self.train_dataset), batch_size, args.seed, step))
-            batch = self.train_dataset.batch(indices, run.device)
+            batch = self.train_dataset.batch(indices)
             generator = generator_for(args.seed, "augment", step, run.accelerator.process_index)
-            volumes = augment_volumes(batch["pixel_values"], generator, args.max_shift, args.noise_level)
+            volumes, ways = degrade_some(batch["pixel_values"], args.degraded_share, generator)
+            volumes = augment_volumes(volumes.to(run.device), generator, args.max_shift, args.noise_level)
+            classes = {"subject": self.subjects[indices], "label": batch["class_labels"], "degradation": ways}
             with run.accelerator.accumulate(network):
                 loss = 0
                 for name, logits in network(volumes).items():
-                    target = self._target(name, batch["class_labels"], indices, logits)
+                    target = _target(classes.get(name), logits)
                     loss = loss + F.cross_entropy(logits.flatten(0, 1), target.flatten())
                     run.record(**{f"accuracy_{name}": (logits.argmax(dim=-1) == target).float().mean()})
                 run.accelerator.backward(loss)
@@ -82,9 +87,9 @@ class FeatureTrainer:
         self.model.eval()
         return run.history[-1] if run.history else {}
 
-    def _target(self, name: str, labels: torch.Tensor, indices: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Classes `[B, P * S]` for a head's logits `[B, P * S, classes]`."""
-        if name == "position":
-            return torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
-        target = labels if name == "label" else self.subjects[indices].to(logits.device)
-        return target[:, None].expand(logits.shape[:2])
+
+def _target(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """What the logits `[B, P * S, classes]` of a head should tell, `[B, P * S]`: `classes [B]` of the volumes, or the position."""
+    if classes is None:
+        return torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+    return classes.to(logits.device)[:, None].expand(logits.shape[:2])

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ..functional.advantages import normalize_advantages
 from ..rewards import Reward, WeightedSum, as_reward
@@ -39,13 +40,16 @@ class Scoring:
     Make it after `run.resume()`: the scales that the first rollout gave are taken from `run.state`, if they are there.
 
     Args:
-        run: the training; its `args` are an `OnlineConfig`.
+        run: the training; its `args` are an `OnlineConfig`. Models behind the rewards go to its device.
         reward: the weighted sum that is trained on.
         conditions: what samples are made of, with the metadata that goes to rewards.
     """
 
     def __init__(self, run: TrainingRun, reward: WeightedSum, conditions: Conditions):
         self.run, self.args, self.reward, self.conditions = run, run.args, reward, conditions
+        for part in () if reward is None else reward.rewards:
+            if isinstance(getattr(part, "model", None), nn.Module):
+                part.model.to(run.device)
         if "scales" in run.state:
             reward.scales = {name: Scale(**scale) for name, scale in run.state["scales"].items()}
 

@@ -87,7 +87,9 @@ class TextToImageTrainer:
         trainable = [value for value in accelerator.unwrap_model(network).parameters() if value.requires_grad]
         ema = None
         if args.ema_decay is not None:
-            ema = EMAModel(trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+            ema = EMAModel(
+                trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=run.device.type == "cuda"
+            )
             accelerator.register_for_checkpointing(ema)
         run.resume()
         if ema is not None:

@@ -117,7 +117,9 @@ class TunedWeights:
         self._average = None
         if args.ema_decay is not None:
             parameters = list(self.trainable.values())
-            self._average = _Average(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+            self._average = _Average(
+                parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=run.device.type == "cuda"
+            )
             run.accelerator.register_for_checkpointing(self._average)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor | None:
