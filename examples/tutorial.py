@@ -43,8 +43,7 @@ SEED = 0
 NUM_PER_CLASS = 64
 NUM_RECONSTRUCTED = 32  # of each class
 NOISE_STEPS = (1, 30, 60, 90)
-NUM_STEPS = 20
-GUIDANCE_SCALE = 1.5
+NUM_STEPS = 8
 ROLLOUT_BATCH_SIZE = 64
 NUM_ROLLOUTS = 2
 
@@ -73,7 +72,7 @@ pipe = MedVolumePipeline.from_pretrained(RELEASE)
 pipe.set_progress_bar_config(disable=True)
 labels = train.class_labels[:8]
 generators = sample_generators(SEED, "tutorial", range(len(labels)))
-volumes = pipe(labels, NUM_STEPS, GUIDANCE_SCALE, generator=generators).volumes
+volumes = pipe(labels, NUM_STEPS, generator=generators).volumes
 plot_volumes(
     {"phantoms": train.pixel_values[:8], "generated": volumes},
     OUTPUT_DIR / "phantoms_and_generated.png",
@@ -85,7 +84,7 @@ plot_volumes(
 
 # %%
 generators = sample_generators(SEED, "tutorial", [0])
-image = pipe(labels[:1], NUM_STEPS, GUIDANCE_SCALE, generator=generators, output_type="nifti").volumes[0]
+image = pipe(labels[:1], NUM_STEPS, generator=generators, output_type="nifti").volumes[0]
 image.to_filename(OUTPUT_DIR / "brain.nii.gz")
 
 # %% [markdown]
@@ -139,14 +138,14 @@ for name, (_, values) in curves.items():
 # of the tuned pipeline will come from the same noise, and their differences are of the weights.
 
 # %%
-before = sample_volumes(pipe, len(train), NUM_STEPS, GUIDANCE_SCALE, seed=SEED)
+before = sample_volumes(pipe, len(train), NUM_STEPS, seed=SEED)
 
 # %% [markdown]
 # ## Tune
 #
 # Sampling is a chain of Gaussian steps, each an action whose probability is known: PPO raises that of steps which led to
-# rewards above the mean of their class. Only steps with enough noise are actions (`min_std`), and a quarter of these is trained
-# per rollout. The KL term holds the policy near the pretrained one. That is no ornament: reward models are wrong far from
+# rewards above the mean of their class. Only steps with enough noise are actions (`min_std`).
+# The KL term holds the policy near the pretrained one. That is no ornament: reward models are wrong far from
 # what they were trained on, and a policy without a leash goes there.
 
 # %%
@@ -159,11 +158,11 @@ config = DiffusionPPOConfig(
     train_batch_size=ROLLOUT_BATCH_SIZE // 2,
     num_updates=2,
     num_inference_steps=NUM_STEPS,
-    guidance_scale=GUIDANCE_SCALE,
-    learning_rate=6e-5,
+    use_lora=True,
+    learning_rate=1e-3,
     min_std=0.1,
-    timestep_fraction=0.25,
-    kl_coef=0.1,
+    clip_shift=0.05,
+    kl_coef=0.02,
     mixed_precision="auto",
     report_to="none",
 )
@@ -182,7 +181,7 @@ for line in read_log(config.output_dir):
 # there is nothing to gain. After two rollouts the intervals overlap; say nothing of a difference that small.
 
 # %%
-after = sample_volumes(pipe, len(train), NUM_STEPS, GUIDANCE_SCALE, seed=SEED)
+after = sample_volumes(pipe, len(train), NUM_STEPS, seed=SEED)
 extractors = {"label": label_extractor, "judge": load_extractor(str(RELEASE / "extractor_judge"))}
 real, unseen = open_source(train), open_source(held_out)
 comparison = {}

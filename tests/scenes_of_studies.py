@@ -105,7 +105,7 @@ def demo(stage: Stage) -> None:
 
 
 @scene(
-    "msrl generate --model model_cards/phantoms-32 --num_volumes 8 --num_inference_steps 20 --guidance_scale 3 "
+    "msrl generate --model model_cards/phantoms-32 --num_volumes 8 --num_inference_steps 20 "
     "--output_dir outputs/brains",
     here=True,
 )

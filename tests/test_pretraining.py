@@ -6,9 +6,10 @@ from safetensors.torch import load_file
 from tiny import copied, differing, tiny_phantoms
 from trainers_scene import build
 
-from msrl_diffusers import FeatureConfig
+from msrl_diffusers import FeatureConfig, MedVolumePipeline
 from msrl_diffusers.data.degradations import DEGRADATIONS
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.policies import make_policy
 from msrl_diffusers.trainers.augmentation import augment_volumes, degrade_some
 from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.vqgan_trainer import psnr, random_slices
@@ -147,3 +148,26 @@ def test_features_can_leave_degradations_out(tmp_path):
     assert "degradation" not in untold.network.heads
     with pytest.raises(InputError, match="degraded_share must lie in"):
         FeatureConfig(degraded_share=1.5)
+
+
+def test_a_denoiser_without_class_dropout_can_not_be_guided(tmp_path):
+    for dropout in (0.1, 0.0):
+        trainer, _ = build("diffusion", tmp_path / str(dropout), max_steps=1, class_dropout=dropout)
+        trainer.train()
+        trainer.pipeline.save_pretrained(tmp_path / "pipeline")
+        pipeline = MedVolumePipeline.from_pretrained(tmp_path / "pipeline")
+        assert pipeline.config.supports_guidance == (dropout > 0)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline("HGG", num_inference_steps=1)
+        if dropout:
+            pipeline("HGG", num_inference_steps=1, guidance_scale=2.0)
+    volumes = tiny_phantoms().pixel_values[:1].float()
+    policy = make_policy(pipeline)
+    step = torch.tensor(1)
+    for guided in (
+        lambda: pipeline("HGG", num_inference_steps=1, guidance_scale=2.0),
+        lambda: pipeline.reconstruct(volumes, 1, "HGG", guidance_scale=2.0),
+        lambda: policy.predict(torch.zeros(1, *policy.latent_shape), step, policy.encode(["HGG"]), 2.0),
+    ):
+        with pytest.raises(InputError, match="can't be guided: use guidance_scale=1"):
+            guided()

@@ -113,12 +113,13 @@ def test_volumes_of_another_generator_are_an_arm(study, tmp_path):
     write_phantoms(tmp_path / "other", 2, image_size=16, seed=7)
     rows = (tmp_path / "other" / "metadata.csv").read_text().replace(",grade,", ",label,")
     (tmp_path / "other" / "metadata.csv").write_text(rows)
-    config = settings_with(study, synthetic_arms={"phantoms": str(tmp_path / "other")})
+    config = settings_with(study, synthetic_arms={"phantoms": str(tmp_path / "other")}, downstream_per_class=3)
     run_study(config)
     report = json.loads((study / "report.json").read_text())
     assert list(report["downstream"])[-1] == "phantoms"
     found = json.loads((study / "downstream" / "downstream.json").read_text())
     assert found["n"]["synthetic"]["phantoms"] == {"HGG": 2, "LGG": 2}
+    assert found["n"]["train"] == {"HGG": 3, "LGG": 3}
     (tmp_path / "other" / "metadata.csv").write_text(rows.replace(",LGG,", ",healthy,"))
     with pytest.raises(InputError, match="class 'healthy'; the study's classes are"):
         load_arm("phantoms", tmp_path / "other", load_split(config, "train"), config)

@@ -159,6 +159,7 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
         "spearman": over_seeds(lambda report: report["reward_models"]["volume"]["spearman"]),
         "unet_forwards": over_seeds(lambda report: report["unet_forwards"]),
         "seconds": over_seeds(lambda report: report["seconds"][report["method"]]),
+        "peak_memory": over_seeds(lambda report: report[report["method"]]["peak_memory"]),
         "rollouts": [tuning["rollouts"] for tuning in tunings],
         "kept_after": [tuning["kept_after"] for tuning in tunings],
         "stopped": [tuning["stopped"] for tuning in tunings],
@@ -202,6 +203,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "held-out reward": lambda row: shown(row["heldout_reward_gain"], "+.2f"),
     "denoiser forwards": lambda row: shown(row["unet_forwards"], ",.0f"),
     "seconds": lambda row: shown(row["seconds"], ",.0f"),
+    "GPU memory, MiB": lambda row: shown(_in_mib(row["peak_memory"]), ",.0f"),
 }
 
 
@@ -240,6 +242,10 @@ def write_results(content: dict, title: str, lines: Sequence[str], figure: Figur
     write_text(output.with_suffix(".md"), "\n".join(page) + "\n")
     figure.savefig(output.with_suffix(".png"), dpi=100)
     write_json(output, content)
+
+
+def _in_mib(figure: Mapping | None) -> dict | None:
+    return figure and {name: figure[name] and figure[name] / 2**20 for name in ("mean", "sd")}
 
 
 def shown(figure: Mapping | None, form: str) -> str:

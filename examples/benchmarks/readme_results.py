@@ -8,11 +8,13 @@ Writes what stands between the two marks in README.md anew. A test holds that th
 import json
 from pathlib import Path
 
+from msrl_diffusers.study.tables import ARMS, REAL, STANDARD, TUNED
+
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
 START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->", "<!-- results: end -->"
-ROLES = ("judge", "label")
+ROLES = ("judge", "second_judge", "label")
 LEAST_AUC = 0.7  # of a reward model that learned something
 
 
@@ -32,6 +34,9 @@ def section() -> str:
     """The lines between the marks."""
     demos = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("phantoms-demo-seed*.json"))}
     lines = ["### Phantoms at 32^3: `make demo`", "", *_study_lines(demos), ""]
+    paper = RESULTS / "phantoms-study.json"
+    if paper.is_file():
+        lines += ["### The paper's study on phantoms at 32^3", "", *_paper_lines(json.loads(paper.read_text())), ""]
     others = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("ixi-*.json"))}
     if others:
         lines += ["### Real brains at 32^3: IXI, classes by age", "", *_study_lines(others), ""]
@@ -73,7 +78,7 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
             else:
                 cells += ["unchanged", "", ""]
             seed = f"[{report['seed']}](examples/results/{path.name})" if role == ROLES[0] else ""
-            lines.append(f"| {seed} | {role} | " + " | ".join(cells) + " |")
+            lines.append(f"| {seed} | {role.replace('_', ' ')} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Cost and rewards. A *rollout* is one batch of samples that the policy learns from; gains are in standard deviations of the "
@@ -102,6 +107,44 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
     if not tuned:
         verdicts.append("- No rollout led to weights of a lower label distance: tuning changed nothing.")
     return [*lines, "", *verdicts, *_reward_verdict(list(reports.values()))]
+
+
+def _paper_lines(tables: dict) -> list[str]:
+    """The tables of a study over seeds, each arm a row; and which of the paper's findings hold in it."""
+    downstream, own = tables["downstream"], {"standard": STANDARD, "rl": TUNED}
+    lines = [
+        f"{tables['n']['all']} volumes on each side of a distance, means and deviations over {len(tables['seeds'])} seeds of reward "
+        "models, PPO and evaluation, from one pretrained pipeline. Accuracy: of classifiers of held-out real volumes, pretrained on "
+        f"synthetic ones; on real ones alone {_shown(downstream[REAL]['accuracy'], 3)}. [Full tables, with the paper's values]"
+        "(examples/results/phantoms-study.md).",
+        "",
+        "| | " + " | ".join(role.replace("_", " ") for role in ROLES) + " | accuracy |",
+        "|---" * (len(ROLES) + 2) + "|",
+    ]
+    for arm, title in ARMS.items():
+        cells = [_shown(tables["fid"][role][arm]["all"], 4) for role in ROLES]
+        cells.append(_shown(downstream[own[arm]]["accuracy"], 3) if arm in own else "")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    closed = [_shown(tables["gap_closed"][role], 2) for role in ROLES]
+    lines += ["| share of the gap closed | " + " | ".join(closed) + " | |", ""]
+    for variant, row in tables["ablations"].items():
+        if variant != "full":
+            lines.append(
+                f"- Without: {variant.replace('_', ' ')}: judge {_shown(row['fid_judge'], 4)}, accuracy {_shown(row['accuracy'], 3)}."
+            )
+    answers = {True: "holds", False: "does not hold, the opposite does", None: "not shown"}
+    for finding in tables["findings"]:
+        low, high = finding["interval"]
+        lines.append(
+            f"- {finding['claim']}: {answers[finding['holds']]} ({finding['mean']:+.4f}, 95 % {low:+.4f} .. {high:+.4f}; positive: as "
+            "claimed)."
+        )
+    return lines
+
+
+def _shown(figure: dict | None, digits: int) -> str:
+    """Mean and deviation over seeds."""
+    return "" if figure is None else f"{figure['mean']:.{digits}f} +- {figure['sd']:.{digits}f}"
 
 
 def kept_rollouts(report: dict) -> int:
@@ -237,9 +280,13 @@ def _verdict(role: str, reports: list[dict], number: int) -> str:
     surely_lower = sum(difference["interval"][1] < 0 for difference in differences)
     surely_higher = sum(difference["interval"][0] > 0 for difference in differences)
     higher = sum(difference["value"] > 0 for difference in differences)
-    purpose = {"judge": "which scored no reward and picked no weights", "label": "which scored the reward data"}[role]
+    purpose = {
+        "judge": "which scored no reward and picked no weights",
+        "second_judge": "of another architecture, which did neither",
+        "label": "which scored the reward data and picked the weights",
+    }[role]
     return (
-        f"- By the {role}, {purpose}: unchanged in {number - len(reports)} of {number} seeds, lower after RL in {lower} (beyond the "
+        f"- By the {role.replace('_', ' ')}, {purpose}: unchanged in {number - len(reports)} of {number} seeds, lower after RL in {lower} (beyond the "
         f"interval in {surely_lower}), higher in {higher} (beyond it in {surely_higher})."
     )
 

@@ -1,9 +1,9 @@
 """msrl generate: volumes of given classes from a pipeline, as NIfTI images that any viewer opens.
 
-Eight volumes, classes in turn, and two of one class with stronger guidance:
+Eight volumes, classes in turn, and two of one class by few steps:
 
     msrl generate --model model_cards/phantoms-32 --num_volumes 8 --output_dir outputs/brains
-    msrl generate --model model_cards/phantoms-32 --class_label HGG --num_volumes 2 --guidance_scale 2 --output_dir outputs/hgg
+    msrl generate --model model_cards/phantoms-32 --class_label HGG --num_volumes 2 --num_inference_steps 8 --output_dir outputs/hgg
 
 OUTPUT_DIR gets CLASS-SEED-INDEX.nii.gz (RAS+, millimetres, intensities in [0, 1]), a metadata.csv that `msrl evaluate`,
 `msrl audit` and the nifti_folder loader read, sheet.png (slices of the first ones of every class, where their halves differ

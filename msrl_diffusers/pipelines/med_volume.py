@@ -47,6 +47,7 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
             `from_config(pipe.scheduler.config)`, which keeps what is predicted and the noise schedule.
         spacing (`tuple[float]`, *optional*): edge lengths of a voxel in millimetres, for the affine of NIfTI output.
         id2label (`dict`, *optional*): names of the classes; JSON's string keys are accepted.
+        supports_guidance (`bool`): whether the denoiser was also trained without class (class dropout), as guidance needs it.
 
     Example:
         >>> import msrl_diffusers
@@ -66,10 +67,13 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         scheduler: SchedulerMixin,
         spacing: list[float] | None = None,
         id2label: dict | None = None,
+        supports_guidance: bool = True,
     ):
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
-        self.register_to_config(spacing=spacing and list(spacing), id2label=id2label)
+        self.register_to_config(
+            spacing=spacing and list(spacing), id2label=id2label, supports_guidance=supports_guidance
+        )
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
@@ -108,6 +112,14 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
     def do_classifier_free_guidance(self) -> bool:
         """Whether the denoiser also runs without class in the step that runs."""
         return self._guidance_scale != 1.0
+
+    def check_guidance(self) -> None:
+        """Raise InputError if the denoiser can't be guided."""
+        if not self.config.supports_guidance:
+            raise InputError(
+                "This denoiser was trained without class dropout, so it can't be guided: use guidance_scale=1, or train one with "
+                "class_dropout=0.1."
+            )
 
     @property
     def num_timesteps(self) -> int:
@@ -211,7 +223,7 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
 
         Raises:
             ValueError: unknown class or `output_type`, or latents or generators that don't fit.
-            InputError: a scheduler of another kind.
+            InputError: a scheduler of another kind, or guidance of a denoiser that was not trained for it.
         """
         if num_volumes_per_label < 1:
             raise InputError(f"num_volumes_per_label must be at least 1, got {num_volumes_per_label}.")
@@ -311,6 +323,7 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         latents = self.scheduler.scale_model_input(latents, timestep)
         if not self.do_classifier_free_guidance:
             return self.unet(latents, timestep, labels).sample
+        self.check_guidance()
         all_labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
         conditional, unconditional = self.unet(torch.cat([latents] * 2), timestep, all_labels).sample.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)

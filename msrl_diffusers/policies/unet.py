@@ -29,12 +29,16 @@ class UNetPolicy:
         """The denoiser's output `[B, C, *S]` for `latents [B, C, *S]`, with classifier-free guidance unless the scale is 1."""
         if guidance_scale == 1.0:
             return self.denoiser(latents, timestep, **conditioning.positive, return_dict=False)[0]
+        self.check_guidance()
         both = {  # one call, as the pipelines do it
             name: torch.cat([conditioning.negative[name], value]) for name, value in conditioning.positive.items()
         }
         output = self.denoiser(torch.cat([latents, latents]), timestep, **both, return_dict=False)[0]
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def check_guidance(self) -> None:
+        """Raise InputError if the denoiser can't be guided, as far as its pipeline knows."""
 
     def frozen_copy(self) -> torch.nn.Module:
         """A copy of the reference, in one piece."""

@@ -27,6 +27,10 @@ class VolumePolicy(UNetPolicy):
             {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.pipeline.null_class)}
         )
 
+    def check_guidance(self) -> None:
+        """Raise InputError if the denoiser can't be guided."""
+        self.pipeline.check_guidance()
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Volumes `[B, C, D, H, W]` in [-1, 1] of latents `[B, c, d, h, w]`."""
         return self.pipeline.decode_latents(latents)

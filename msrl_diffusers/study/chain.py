@@ -114,7 +114,8 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         "downstream": Stage(
             stages.train_classifiers,
             ("prepare", "evaluate"),
-            ("downstream", "downstream_seeds", "synthetic_arms", "bootstrap_draws", "mixed_precision", "rl_seed"),
+            ("downstream", "downstream_seeds", *config.changed("downstream_per_class"), "synthetic_arms",
+             "bootstrap_draws", "mixed_precision", "rl_seed"),
             split=True,
         ),
         "report": Stage(report, ("evaluate", "downstream", *curve), ()),

@@ -159,6 +159,10 @@ class StudyConfig:
     downstream_seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the classifiers of stage downstream."}
     )
+    downstream_per_class: int | None = field(
+        default=None,
+        metadata={"help": "Real training volumes per class of those classifiers; all there are if unset."},
+    )
     synthetic_arms: dict = field(
         default_factory=dict,
         metadata={"help": "{name: folder of NIfTI or .safetensors}: other generators' volumes for stage downstream."},
@@ -185,7 +189,7 @@ class StudyConfig:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
             raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
-        for name in ("max_steps", "evaluation_per_class"):
+        for name in ("max_steps", "evaluation_per_class", "downstream_per_class"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         for sampler in self.samplers:

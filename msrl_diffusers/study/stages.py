@@ -184,8 +184,9 @@ def train_classifiers(config: StudyConfig) -> dict:
     seed = config.seed_of("downstream")
     seeds = [1000 * seed + number for number in config.downstream_seeds]
     args = config.trainer_config("downstream")
+    real = train.take_per_class(config.downstream_per_class) if config.downstream_per_class else train
     found = run_downstream(
-        train, load_split(config, "heldout"), arms, args, seeds, folder / "downstream", config.bootstrap_draws
+        real, load_split(config, "heldout"), arms, args, seeds, folder / "downstream", config.bootstrap_draws
     )
     return {name: found[name] for name in ("n", "reference", "arms", "differences")}
 

@@ -189,7 +189,7 @@ def _fid_lines(content: dict, role: str) -> list[str]:
     classes = list(table["standard"])
     columns = [f"{data}, all" for data in published.FID]
     lines = [
-        f"## Frechet distance to the training volumes, {role} extractor (Table 2)",
+        f"## Frechet distance to the training volumes, {role.replace('_', ' ')} (Table 2)",
         "",
         f"`{identity['name']}` `{identity['sha256']}`, lower is better.",
         "",

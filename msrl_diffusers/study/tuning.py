@@ -49,6 +49,9 @@ def tune(config: StudyConfig) -> dict:
     }
     rewards = [LearnedReward(role, models[role]) for role in TRAINED_ON]
     trainer = _MAKERS[config.method](config, pipeline, rewards, extractor, train, args, shared)
+    device = process_state().device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     figures = trainer.train()
     if process_state().is_main_process:
         pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
@@ -58,6 +61,7 @@ def tune(config: StudyConfig) -> dict:
         # a line of the log is of the weights that sampled its rollout, those before its update
         "kept_after": figures.get("updates_kept", figures.get("step", 1) - 1),
         "unet_forwards": trainer.unet_forwards,
+        "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,  # bytes
         "scales": {name: vars(scale) for name, scale in reward.scales.items()} if reward is not None else {},
     }
 

@@ -68,6 +68,7 @@ class LatentDiffusionTrainer:
             run.record(loss=loss)
         run.finish()
         self.pipeline.unet = accelerator.unwrap_model(unet, keep_fp32_wrapper=False).eval()
+        self.pipeline.register_to_config(supports_guidance=args.class_dropout > 0)
         ema.copy_to(self.pipeline.unet.parameters())
         return run.history[-1] if run.history else {}
 
