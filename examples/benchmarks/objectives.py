@@ -21,6 +21,7 @@ from msrl_diffusers.errors import sentence_instead_of_traceback
 CONFIG = Path(__file__).parents[1] / "configs" / "phantoms" / "objectives.yaml"
 VARIANTS: dict[str, dict] = {
     "ppo": {},  # the recipe of the base
+    "ppo_3d_only": {"ppo": {"reward_weights": [1.0, 0.0]}},
     "ppo_window": {"ppo": {"sde_window": 4, "policy_loss": "kl_mask", "timestep_fraction": 1.0}},
     "nft": {"method": "nft"},
     "awm": {"method": "nft", "nft": {"objective": "awm", "num_updates": 1}},

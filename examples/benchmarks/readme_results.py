@@ -16,6 +16,13 @@ RESULTS = ROOT / "examples" / "results"
 START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->", "<!-- results: end -->"
 ROLES = ("judge", "second_judge", "label")
 LEAST_AUC = 0.7  # of a reward model that learned something
+METHODS = {  # of benchmarks/objectives.py
+    "ppo": "any reward; the published method",
+    "ppo_3d_only": "the same by the reward of volumes alone",
+    "nft": "any reward; any sampler, only final samples are kept",
+    "draft": "rewards are differentiable; fewest forwards",
+    "frechet": "real volumes and extractors are at hand: no reward models to train",
+}
 
 
 def main() -> None:
@@ -34,6 +41,9 @@ def section() -> str:
     """The lines between the marks."""
     demos = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("phantoms-demo-seed*.json"))}
     lines = ["### Phantoms at 32^3: `make demo`", "", *_study_lines(demos), ""]
+    objectives = RESULTS / "objectives-phantoms.json"
+    if objectives.is_file():
+        lines += ["### The same pipeline by other methods", "", *_method_lines(json.loads(objectives.read_text())), ""]
     paper = RESULTS / "phantoms-study.json"
     if paper.is_file():
         lines += ["### The paper's study on phantoms at 32^3", "", *_paper_lines(json.loads(paper.read_text())), ""]
@@ -107,6 +117,46 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
     if not tuned:
         verdicts.append("- No rollout led to weights of a lower label distance: tuning changed nothing.")
     return [*lines, "", *verdicts, *_reward_verdict(list(reports.values()))]
+
+
+def _method_lines(content: dict) -> list[str]:
+    """One table, a row per method: what it closes of the gap, what it costs, and when to take it."""
+    first = next(iter(content["variants"].values()))
+    lines = [
+        f"{content['n']['all']} volumes on each side, {len(content['seeds'])} seeds of tuning and evaluation (means and deviations), the "
+        f"released reward models. Before tuning: {'; '.join(_before(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
+        "/ (standard - limit), in brackets the 95 % interval over seeds. Forwards of the denoiser, seconds and memory on one H200 GPU, "
+        "of which so small a model uses little ([JSON](examples/results/objectives-phantoms.json), [page]"
+        "(examples/results/objectives-phantoms.md)).",
+        "",
+        "| method | take it when | judge | gap closed, judge | gap closed, second judge | label | forwards | seconds | GPU memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in content["variants"].items():
+        memory = row["peak_memory"]
+        cells = [
+            METHODS[name],
+            _shown(row["fid"]["judge"]["rl"], 3),
+            *(_closed(row["gap_closed"][role]) for role in ("judge", "second_judge")),
+            _shown(row["fid"]["label"]["rl"], 3),
+            f"{row['unet_forwards']['mean']:,.0f}",
+            f"{row['seconds']['mean']:.0f}",
+            "" if memory is None else f"{memory['mean'] / 2**30:.1f} GiB",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _before(role: str, row: dict) -> str:
+    fids = row["fid"][role]
+    return f"{role.replace('_', ' ')} {fids['standard']['mean']:.3f} (limit {fids['limit']['mean']:.3f})"
+
+
+def _closed(figure: dict | None) -> str:
+    if figure is None:
+        return "no gap"
+    low, high = figure["interval"]
+    return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
 
 
 def _paper_lines(tables: dict) -> list[str]:
