@@ -141,10 +141,10 @@ def test_some_volumes_are_degraded_and_the_network_is_told_how():
     assert not ways.any()
 
 
-def test_features_can_leave_degradations_out(tmp_path):
-    told, _ = build("features-volume", tmp_path, max_steps=1)
+def test_features_may_be_told_degradations(tmp_path):
+    told, _ = build("features-volume", tmp_path, max_steps=1, degraded_share=0.5)
     assert told.network.heads["degradation"].out_features == len(DEGRADATIONS) + 1
-    untold, _ = build("features-volume", tmp_path, max_steps=1, degraded_share=0.0)
+    untold, _ = build("features-volume", tmp_path, max_steps=1)
     assert "degradation" not in untold.network.heads
     with pytest.raises(InputError, match="degraded_share must lie in"):
         FeatureConfig(degraded_share=1.5)

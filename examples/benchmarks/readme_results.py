@@ -77,12 +77,12 @@ def _study_lines(reports: dict[Path, dict]) -> list[str]:
             difference, closed = report["fid_rl_minus_standard"][role], report["gap_closed"][role]
             low, high = difference["interval"]
             before = report["fid_interval"][role]["standard"]
-            cells = [f"{fids[arm]:.3f}" for arm in ("real_floor", "limit")]
-            cells.append(f"{fids['standard']:.3f} ({before[0]:.3f} .. {before[1]:.3f})")
+            cells = [f"{fids[arm]:.4f}" for arm in ("real_floor", "limit")]
+            cells.append(f"{fids['standard']:.4f} ({before[0]:.4f} .. {before[1]:.4f})")
             if kept_rollouts(report):
                 cells += [
-                    f"{fids['rl']:.3f}",
-                    f"{difference['value']:+.3f} ({low:+.3f} .. {high:+.3f})",
+                    f"{fids['rl']:.4f}",
+                    f"{difference['value']:+.4f} ({low:+.4f} .. {high:+.4f})",
                     "" if closed is None else f"{closed:.0%}",
                 ]
             else:

@@ -15,8 +15,10 @@ class FeatureConfig(TrainingConfig):
     max_shift: int = field(default=1, metadata={"help": "Largest random shift along each axis, in voxels."})
     noise_level: float = field(default=0.02, metadata={"help": "Standard deviation of added noise."})
     degraded_share: float = field(
-        default=0.5,
-        metadata={"help": "Share of the volumes that are degraded; the network learns to tell in which way."},
+        default=0.0,
+        metadata={
+            "help": "Share of the volumes that are degraded, and the network learns to tell how. It then sees blur above all."
+        },
     )
 
     def __post_init__(self):

@@ -1,0 +1,59 @@
+"""benchmarks/class_agreement.py on a study of seconds, as a user runs it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_release import released_study, write_tiny_release
+
+from msrl_diffusers import StudyConfig
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.study import run_study
+
+
+SCRIPT = str(Path(__file__).parent.parent / "examples" / "benchmarks" / "class_agreement.py")
+
+
+def test_every_arm_is_read_by_classifiers_of_real_volumes(tmp_path, monkeypatch, capsys):
+    release = write_tiny_release(tmp_path / "release")
+    run_study(StudyConfig(**released_study(tmp_path / "study", release)))
+    output = tmp_path / "results" / "agreement.json"
+    options = [
+        "--studies",
+        str(tmp_path / "study"),
+        "--num_classifiers",
+        "2",
+        "--max_steps",
+        "1",
+        "--output",
+        str(output),
+    ]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *options])
+    runpy.run_path(SCRIPT, run_name="__main__")
+    content = json.loads(output.read_text())
+    study = content["studies"]["study"]
+    assert set(study["agreement"]) == {"real_floor", "limit", "standard", "rl"}
+    for arm in study["agreement"].values():
+        assert set(arm) == {"all", "HGG", "LGG"}
+        assert all(0 <= row["interval"][0] <= row["value"] <= row["interval"][1] <= 1 for row in arm.values())
+    after, before = (study["agreement"][arm]["all"]["value"] for arm in ("rl", "standard"))
+    assert study["difference"]["value"] == pytest.approx(after - before)
+    assert json.loads(capsys.readouterr().out) == {"study": study["difference"]}
+    assert "| study | real, held out |" in output.with_suffix(".md").read_text()
+
+
+def test_the_share_is_the_mean_over_classifiers_and_volumes():
+    share = runpy.run_path(SCRIPT)["share"]
+    found = share(torch.tensor([1.0, 0.5, 0.0, 0.5], dtype=torch.float64), seed=0)
+    assert found["value"] == 0.5
+    assert 0 <= found["interval"][0] < 0.5 < found["interval"][1] <= 1
+
+
+def test_a_study_that_was_not_evaluated_is_refused(tmp_path, monkeypatch):
+    script = runpy.run_path(SCRIPT)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "--studies", str(tmp_path)])
+    with pytest.raises(InputError, match="run the study of that folder to its end first"):
+        script["main"]()
