@@ -319,7 +319,7 @@ def tutorial(stage: Stage) -> None:
                 "NUM_PER_CLASS = 64": "NUM_PER_CLASS = 6",
                 "NUM_RECONSTRUCTED = 32": "NUM_RECONSTRUCTED = 3",
                 "NOISE_STEPS = (1, 30, 60, 90)": "NOISE_STEPS = (1, 3)",
-                "NUM_STEPS = 20": "NUM_STEPS = 4",
+                "NUM_STEPS = 8": "NUM_STEPS = 4",
                 "ROLLOUT_BATCH_SIZE = 64": "ROLLOUT_BATCH_SIZE = 4",
             },
         )

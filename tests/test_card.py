@@ -49,10 +49,9 @@ def test_every_figure_is_the_report_s(folder):
     assert f"| **after reinforcement learning** | {fid:.4f} ({interval[0]:.4f} .. {interval[1]:.4f}) | " in card
     assert f"| before reinforcement learning | {REPORT['fid']['label']['standard']['all']:.4f} (" in card
     change = REPORT["fid_rl_minus_standard"]["judge"]
-    assert (
-        f"paired: {change['value']:+.4f} ({change['interval'][0]:+.4f} .. {change['interval'][1]:+.4f}), no diff"
-        in card
-    )
+    low, high = change["interval"]
+    word = "no diff" if low <= 0 <= high else "better" if high < 0 else "worse"
+    assert f"paired: {change['value']:+.4f} ({low:+.4f} .. {high:+.4f}), {word}" in card
     found = REPORT["memorization"]["rl"]
     assert f"{found['n_copies']} of {found['n_generated']} generated volumes look like copies" in card
     low, high = (f"{100 * bound:.1f} %" for bound in found["interval"])

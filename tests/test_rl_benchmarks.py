@@ -80,10 +80,10 @@ def test_rows_and_tables_of_reports(benchmarks):
     def report(judge, method="ppo"):
         arms = {arm: {"all": value} for arm, value in (("limit", 1.0), ("standard", 3.0), ("rl", judge))}
         return {
-            "method": method, method: {"rollouts": 4, "kept_after": 2, "stopped": None}, "curve": None,
-            "fid": {"judge": arms, "label": arms}, "fid_heldout": {"judge": arms},
-            "kid": {role: {arm: value["all"] / 10 for arm, value in arms.items()} for role in ("judge", "label")},
-            "gap_closed": dict.fromkeys(("judge", "label"), (3.0 - judge) / 2.0),
+            "method": method, method: {"rollouts": 4, "kept_after": 2, "stopped": None, "peak_memory": 2**20}, "curve": None,
+            "fid": dict.fromkeys(_runs.ROLES, arms), "fid_heldout": {"judge": arms},
+            "kid": {role: {arm: value["all"] / 10 for arm, value in arms.items()} for role in _runs.ROLES},
+            "gap_closed": dict.fromkeys(_runs.ROLES, (3.0 - judge) / 2.0),
             "fid_by_sampler": {"judge": {"rl @ best": arms["rl"], "rl @ rollout": arms["standard"]}},
             "kid_by_sampler": {"judge": {"rl @ best": 0.1, "rl @ rollout": 0.2}},
             "diversity": {"real": {"ms_ssim": {"value": 0.5}}, "rl": {"ms_ssim": {"value": 0.6}}},

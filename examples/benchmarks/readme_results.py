@@ -44,6 +44,14 @@ def section() -> str:
     objectives = RESULTS / "objectives-phantoms.json"
     if objectives.is_file():
         lines += ["### The same pipeline by other methods", "", *_method_lines(json.loads(objectives.read_text())), ""]
+    agreement = RESULTS / "class-agreement.json"
+    if agreement.is_file():
+        lines += [
+            "### Is the tumor that was asked for to be seen?",
+            "",
+            *_agreement_lines(json.loads(agreement.read_text())),
+            "",
+        ]
     paper = RESULTS / "phantoms-study.json"
     if paper.is_file():
         lines += ["### The paper's study on phantoms at 32^3", "", *_paper_lines(json.loads(paper.read_text())), ""]
@@ -144,6 +152,30 @@ def _method_lines(content: dict) -> list[str]:
             "" if memory is None else f"{memory['mean'] / 2**30:.1f} GiB",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _agreement_lines(content: dict) -> list[str]:
+    """One table, a row per study: the share of samples in which classifiers see the class asked for."""
+    first = next(iter(content["studies"].values()))
+    real = first["agreement"]["real_floor"]["all"]["value"]
+    lines = [
+        f"Of the samples above, and of {real:.1%} of held-out real volumes, {content['classifiers']} classifiers that were trained on real "
+        "volumes alone and had no part in anything else read it ([with intervals and by class](examples/results/class-agreement.md)):",
+        "",
+        "| run | before | after | after minus before, paired | HGG (ring), before | HGG, after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, study in content["studies"].items():
+        rows, (low, high) = study["agreement"], study["difference"]["interval"]
+        cells = [
+            f"{rows['standard']['all']['value']:.1%}",
+            f"{rows['rl']['all']['value']:.1%}",
+            f"{100 * study['difference']['value']:+.1f} points ({100 * low:+.1f} .. {100 * high:+.1f})",
+            f"{rows['standard']['HGG']['value']:.1%}",
+            f"{rows['rl']['HGG']['value']:.1%}",
+        ]
+        lines.append(f"| {name.replace('-', ', ').replace('seed', 'seed ')} | " + " | ".join(cells) + " |")
     return lines
 
 
