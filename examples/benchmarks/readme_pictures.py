@@ -29,8 +29,8 @@ def main() -> None:
 
 
 def draw_volumes(run: Path, path: Path) -> None:
-    """Training phantoms above samples of the pretrained pipeline; three slices of each through its tumor."""
-    places = {"phantoms": "prepare/train", "generated": "evaluate/standard"}
+    """Training phantoms, samples of the pretrained pipeline, and those after PPO; three slices of each through its tumor."""
+    places = {"phantoms": "prepare/train", "generated": "evaluate/standard", "after PPO": "evaluate/rl"}
     arms = {name: VolumeDataset.load(found(run, f"{place}.safetensors")) for name, place in places.items()}
     plot_volumes({name: its.take_per_class(4).pixel_values for name, its in arms.items()}, path, at_asymmetry=True)
 
