@@ -8,8 +8,6 @@ Writes what stands between the two marks in README.md anew. A test holds that th
 import json
 from pathlib import Path
 
-from msrl_diffusers.study.tables import ARMS, REAL, STANDARD, TUNED
-
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
@@ -18,8 +16,6 @@ ROLES = ("judge", "second_judge", "label")
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py
     "ppo": "any reward; the published method",
-    "ppo_3d_only": "the same by the reward of volumes alone",
-    "nft": "any reward; any sampler, only final samples are kept",
     "draft": "rewards are differentiable; fewest forwards",
     "frechet": "real volumes and extractors are at hand: no reward models to train",
 }
@@ -52,9 +48,6 @@ def section() -> str:
             *_agreement_lines(json.loads(agreement.read_text())),
             "",
         ]
-    paper = RESULTS / "phantoms-study.json"
-    if paper.is_file():
-        lines += ["### The paper's study on phantoms at 32^3", "", *_paper_lines(json.loads(paper.read_text())), ""]
     others = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("ixi-*.json"))}
     if others:
         lines += ["### Real brains at 32^3: IXI, classes by age", "", *_study_lines(others), ""]
@@ -134,7 +127,7 @@ def _method_lines(content: dict) -> list[str]:
         f"{content['n']['all']} volumes on each side, {len(content['seeds'])} seeds of tuning and evaluation (means and deviations), the "
         f"released reward models. Before tuning: {'; '.join(_before(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
         "/ (standard - limit), in brackets the 95 % interval over seeds. Forwards of the denoiser, seconds and memory on one H200 GPU, "
-        "of which so small a model uses little ([JSON](examples/results/objectives-phantoms.json), [page]"
+        "of which so small a model uses little; evaluated on two CPU cores, from weights rounded to float16 ([JSON](examples/results/objectives-phantoms.json), [page]"
         "(examples/results/objectives-phantoms.md)).",
         "",
         "| method | take it when | judge | gap closed, judge | gap closed, second judge | label | forwards | seconds | GPU memory |",
@@ -189,39 +182,6 @@ def _closed(figure: dict | None) -> str:
         return "no gap"
     low, high = figure["interval"]
     return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
-
-
-def _paper_lines(tables: dict) -> list[str]:
-    """The tables of a study over seeds, each arm a row; and which of the paper's findings hold in it."""
-    downstream, own = tables["downstream"], {"standard": STANDARD, "rl": TUNED}
-    lines = [
-        f"{tables['n']['all']} volumes on each side of a distance, means and deviations over {len(tables['seeds'])} seeds of reward "
-        "models, PPO and evaluation, from one pretrained pipeline. Accuracy: of classifiers of held-out real volumes, pretrained on "
-        f"synthetic ones; on real ones alone {_shown(downstream[REAL]['accuracy'], 3)}. [Full tables, with the paper's values]"
-        "(examples/results/phantoms-study.md).",
-        "",
-        "| | " + " | ".join(role.replace("_", " ") for role in ROLES) + " | accuracy |",
-        "|---" * (len(ROLES) + 2) + "|",
-    ]
-    for arm, title in ARMS.items():
-        cells = [_shown(tables["fid"][role][arm]["all"], 4) for role in ROLES]
-        cells.append(_shown(downstream[own[arm]]["accuracy"], 3) if arm in own else "")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    closed = [_shown(tables["gap_closed"][role], 2) for role in ROLES]
-    lines += ["| share of the gap closed | " + " | ".join(closed) + " | |", ""]
-    for variant, row in tables["ablations"].items():
-        if variant != "full":
-            lines.append(
-                f"- Without: {variant.replace('_', ' ')}: judge {_shown(row['fid_judge'], 4)}, accuracy {_shown(row['accuracy'], 3)}."
-            )
-    answers = {True: "holds", False: "does not hold, the opposite does", None: "not shown"}
-    for finding in tables["findings"]:
-        low, high = finding["interval"]
-        lines.append(
-            f"- {finding['claim']}: {answers[finding['holds']]} ({finding['mean']:+.4f}, 95 % {low:+.4f} .. {high:+.4f}; positive: as "
-            "claimed)."
-        )
-    return lines
 
 
 def _shown(figure: dict | None, digits: int) -> str:

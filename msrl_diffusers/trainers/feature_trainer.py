@@ -1,8 +1,9 @@
 """FeatureTrainer: feature networks for Frechet distances, without labels of quality.
 
-The features must carry anatomy and image quality, and must exist for any data set. So the network learns, from the training
-volumes alone, to tell whose volume it sees (every subject is a class of its own, as in arXiv 1406.6909), of which class the
-subject is, which slice of which plane it looks at, and whether and how the volume was degraded. The heads are thrown away.
+The features must carry anatomy, and must exist for any data set. So the network learns, from the training volumes
+alone, to tell whose volume it sees (every subject is a class of its own, as in arXiv 1406.6909), of which class the
+subject is, which slice of which plane it looks at and, with `degraded_share`, how the volume was degraded. The heads are
+thrown away.
 """
 
 import torch
