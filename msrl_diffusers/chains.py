@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import InputError
 from .files import write_json
-from .processes import process_state, use_all_cores
+from .processes import process_state, use_whole_cpu
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Chain:
         Raises:
             InputError: an unknown stage, or one whose inputs are not there (when run alone).
         """
-        use_all_cores()
+        use_whole_cpu()
         names = list(only or self.stages)
         unknown = [name for name in names if name not in self.stages]
         if unknown:

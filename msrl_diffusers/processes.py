@@ -1,5 +1,6 @@
 """Processes and threads, as `accelerate launch` set them up."""
 
+import ctypes
 import os
 import sys
 
@@ -12,6 +13,7 @@ from .errors import InputError
 
 
 LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def process_state() -> PartialState:
@@ -22,13 +24,26 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def use_all_cores() -> None:
-    """Let torch compute on all cores this process may run on, where it is alone and has no accelerator: `accelerate launch`
-    leaves it with one thread, whatever the machine has."""
+def use_whole_cpu() -> None:
+    """Let torch compute on all cores this process may run on, where it is alone and has no accelerator (`accelerate launch`
+    leaves it with one thread, whatever the machine has), and keep the memory that it frees."""
     state = process_state()
     if state.num_processes == 1 and state.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse the large blocks that are freed. It gives them back to the kernel by default, which hands them out
+    again page by page: convolutions of many volumes spend more time there than on arithmetic
+    (`examples/benchmarks/memory_reuse.py`). Does nothing where there is no glibc."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def start_missing_processes() -> None:

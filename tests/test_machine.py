@@ -1,13 +1,15 @@
 """Precision, threads and processes, as the machine and the launcher give them."""
 
+import ctypes
 import os
 
 import pytest
 import torch
 
+from msrl_diffusers import processes
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.precision import autocast, resolve_precision
-from msrl_diffusers.processes import _asked_of_accelerate, start_missing_processes, use_all_cores
+from msrl_diffusers.processes import _asked_of_accelerate, keep_freed_memory, start_missing_processes, use_whole_cpu
 
 
 @pytest.mark.parametrize(
@@ -35,10 +37,27 @@ def test_a_process_alone_uses_all_cores():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        use_all_cores()
+        use_whole_cpu()
         assert torch.get_num_threads() == len(os.sched_getaffinity(0))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("linux", {(-4, 0), (-1, -1)}), ("darwin", set()), ("win32", set())])
+def test_freed_memory_is_kept_where_there_is_glibc(monkeypatch, platform, calls):
+    found = set()
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            found.add((option, value))
+
+    monkeypatch.setattr(processes.sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    keep_freed_memory()
+    assert found == calls
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # musl has no such function
+    keep_freed_memory()
 
 
 def test_an_ordinary_process_starts_no_others(monkeypatch):

@@ -9,10 +9,12 @@ from msrl_diffusers import (
     RewardConfig,
     RewardTrainer,
     ScoredVolumes,
+    SliceRewardModel,
     VolumeRewardModel,
 )
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.reward_models import scores_of
+from msrl_diffusers.trainers.augmentation import draw_slices
 
 
 def test_reward_trainer_splits_by_subject(tmp_path):
@@ -54,6 +56,35 @@ def build_ensemble(output_dir, dataset=None, additional=None, num_heads=3, sprea
     settings = {"train_batch_size": 4, "max_steps": 2, "logging_steps": 1, "report_to": "none", **settings}
     config = RewardConfig(output_dir=str(output_dir), **settings)
     return RewardTrainer(model, config, dataset or scored_volumes(), additional), model
+
+
+def test_slices_are_drawn_without_replacement_and_empty_ones_last():
+    volumes = torch.full((64, 1, 6, 4, 4), -1.0)
+    volumes[:, :, 1:5] = torch.arange(1, 5).view(1, 1, 4, 1, 1) / 10  # the first and the last are empty
+    drawn = draw_slices(volumes, 3, 0.05, torch.Generator().manual_seed(0))
+    assert drawn.shape == (64, 1, 3, 4, 4)
+    values = drawn[:, 0, :, 0, 0]
+    assert values.min() > 0
+    assert all(len(set(row.tolist())) == 3 for row in values)
+    counts = [(values == value / 10).float().mean().item() for value in range(1, 5)]
+    assert counts == pytest.approx([0.25] * 4, abs=0.08)  # each as often as the others
+    for number in (6, 9):
+        every = draw_slices(volumes, number, 0.05, torch.Generator().manual_seed(0))[:, 0, :, 0, 0]
+        assert torch.equal(every.sort(dim=1).values, volumes[:, 0, :, 0, 0].sort(dim=1).values)
+        assert (every[:, -2:] == -1).all()
+
+
+@pytest.mark.parametrize(("model_class", "seen"), [(SliceRewardModel, 2), (VolumeRewardModel, 16)])
+def test_only_slice_rewards_are_trained_on_some_of_the_slices(model_class, seen, tmp_path):
+    model, depths = model_class(block_out_channels=(8, 8)), []
+    model.register_forward_pre_hook(
+        lambda module, inputs: depths.append(inputs[0].shape[2]) if module.training else None
+    )
+    args = RewardConfig(
+        output_dir=str(tmp_path), report_to="none", max_steps=2, train_batch_size=4, slices_per_volume=2
+    )
+    RewardTrainer(model, args, scored_volumes()).train()
+    assert depths == [seen, seen]
 
 
 def test_a_reward_ensemble_trains_every_head_and_resumes(tmp_path):

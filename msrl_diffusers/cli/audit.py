@@ -19,6 +19,7 @@ from ..evaluation.memorization import Pair, audit
 from ..evaluation.page import Figure, write_report
 from ..evaluation.sources import VolumeSource
 from ..plots import plot_volumes
+from ..processes import keep_freed_memory
 from ..study.report import git_commit, versions
 from .sets import SET, SetArguments, open_generated, open_set
 
@@ -55,6 +56,7 @@ def run(arguments: Sequence[str]) -> None:
         [AuditArguments, SetArguments], None, arguments,
         positionals=("train", "generated"), prog="msrl audit", description=__doc__,
     )  # fmt: skip
+    keep_freed_memory()
     train = open_set(args.train, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)
     generated = open_generated(args.generated, set_args, args.output_dir)

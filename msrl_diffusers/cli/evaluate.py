@@ -19,6 +19,7 @@ from ..evaluation.extractors import load_extractor
 from ..evaluation.page import Figure, write_report
 from ..evaluation.sources import VolumeSource
 from ..plots import plot_volumes
+from ..processes import keep_freed_memory
 from ..study.report import git_commit, versions
 from .sets import SET, SetArguments, open_generated, open_set
 
@@ -56,6 +57,7 @@ def run(arguments: Sequence[str]) -> None:
         [EvaluateArguments, SetArguments], None, arguments,
         positionals=("real", "generated"), prog="msrl evaluate", description=__doc__,
     )  # fmt: skip
+    keep_freed_memory()
     extractor = load_extractor(args.extractor)
     extractor.to("cuda" if torch.cuda.is_available() else "cpu")
     real = open_set(args.real, set_args)

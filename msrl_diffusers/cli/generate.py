@@ -33,6 +33,7 @@ from ..evaluation.features import hash_tensors
 from ..files import write_json, write_text
 from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_volumes
+from ..processes import keep_freed_memory
 from ..seeding import sample_generators
 from ..study.artifacts import load_model
 from ..study.report import git_commit, versions
@@ -88,6 +89,7 @@ class GenerateArguments:
 def run(arguments: Sequence[str]) -> None:
     """Generate what the command line says."""
     (args,) = parse([GenerateArguments], None, arguments, prog="msrl generate", description=__doc__)
+    keep_freed_memory()
     output_dir = Path(args.output_dir)
     record = _read_record(output_dir)
     pipeline = open_pipeline(args.model, args.dtype, args.lora, args.lora_scale, args.revision, args.variant)

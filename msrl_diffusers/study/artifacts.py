@@ -69,6 +69,13 @@ def load_scores(config: StudyConfig) -> dict:
     return json.loads((folder / "scores.json").read_text())
 
 
+def best_sampler(config: StudyConfig) -> dict:
+    """`{"num_inference_steps", "eta", "guidance_scale"}`: where the pretrained pipeline has its lowest label FID."""
+    scores = load_scores(config)
+    best = scores["samplers"][scores["best_sampler"]]
+    return {"guidance_scale": 1.0, **{key: value for key, value in best.items() if key != "fid"}}
+
+
 def _load(config: StudyConfig, classes: dict, stage: str, prefix: str) -> dict[str, torch.nn.Module]:
     folders = {
         role: Path(config.pretrained) / f"{prefix}_{role}"

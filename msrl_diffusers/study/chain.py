@@ -81,6 +81,8 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
     reward_data = ("trajectories", "score") if config.refreshes else ()
     validity = ("validity",) if config.validity_floors else ()
     curve = ("curve",) if config.num_curve_points else ()
+    watch = config.changed("watch_per_class")  # at the sampler that stage score chose
+    watched = ("score",) if watch else ()
     table = {
         "rewards": Stage(
             train_rewards,
@@ -96,8 +98,8 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         ),
         method: Stage(
             tune,
-            ("prepare", "extractors", "diffusion", *reward_data, "rewards", *validity),
-            (method, "select_by", *refresh, *(("snapshots",) if curve else ()), "mixed_precision", "rl_seed"),
+            ("prepare", "extractors", "diffusion", *(reward_data or watched), "rewards", *validity),
+            (method, "select_by", *watch, *refresh, *(("snapshots",) if curve else ()), "mixed_precision", "rl_seed"),
             split=True,
         ),
         "curve": Stage(

@@ -77,7 +77,10 @@ class StudyConfig:
         default_factory=dict, metadata={"help": "Arguments of PatchFeatureExtractor."}
     )
 
-    extractors: dict = field(default_factory=dict, metadata={"help": "Fields of FeatureConfig."})
+    extractors: dict = field(
+        default_factory=dict,
+        metadata={"help": "Fields of FeatureConfig; the label extractor is told no degradations."},
+    )
     vqgan: dict = field(default_factory=dict, metadata={"help": "Fields of VQGANConfig."})
     diffusion: dict = field(default_factory=dict, metadata={"help": "Fields of LatentDiffusionConfig."})
     rewards: dict = field(default_factory=dict, metadata={"help": "Fields of RewardConfig."})
@@ -146,6 +149,13 @@ class StudyConfig:
         default="heldout_reward",
         metadata={"help": "heldout_reward (highest) or -label_fid (lowest): picks the weights that PPO keeps."},
     )
+    watch_per_class: int = field(
+        default=0,
+        metadata={
+            "help": "Volumes per class, at the standard arm's best sampler, that -label_fid is measured on after every rollout; "
+            "0: the rollout's own."
+        },
+    )
     num_curve_points: int = field(
         default=0, metadata={"help": "Points of the over-optimization curve; 0 measures none."}
     )
@@ -183,8 +193,9 @@ class StudyConfig:
         for name in ("image_size", "num_per_class", "sampling_batch_size", "num_validity_subjects", "bootstrap_draws"):
             check_positive(self, name)
         check_positive(self, "curve_per_class")
-        if self.num_curve_points < 0:
-            raise InputError(f"StudyConfig: num_curve_points must be 0 or more, got {self.num_curve_points}.")
+        for name in ("num_curve_points", "watch_per_class"):
+            if getattr(self, name) < 0:
+                raise InputError(f"StudyConfig: {name} must be 0 or more, got {getattr(self, name)}.")
         if self.dataset != "phantoms" and not self.data_dir:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():

@@ -19,10 +19,10 @@ from ..rewards import LearnedReward, WeightedSum
 from ..seeding import fold_seed
 from ..trajectories import SetSpec, frechet_by_class, sample_set
 from .artifacts import (
+    best_sampler,
     load_extractors,
     load_pipeline,
     load_reward_models,
-    load_scores,
     load_split,
     load_tuned_pipeline,
 )
@@ -116,10 +116,9 @@ def evaluate(config: StudyConfig) -> dict:
 
 def _samplers(config: StudyConfig) -> dict[str, dict]:
     """`best`: the standard arm's best; `rollout`: the one reinforcement learning sampled with."""
-    scores, tuning = load_scores(config), config.trainer_config(config.method)
-    best = {key: value for key, value in scores["samplers"][scores["best_sampler"]].items() if key != "fid"}
+    tuning = config.trainer_config(config.method)
     rollout = {name: getattr(tuning, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
-    return {"best": {"guidance_scale": 1.0, **best}, "rollout": rollout}
+    return {"best": best_sampler(config), "rollout": rollout}
 
 
 def _choose_sampler(

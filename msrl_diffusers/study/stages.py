@@ -76,12 +76,17 @@ def prepare(config: StudyConfig) -> dict:
 
 
 def train_extractors(config: StudyConfig) -> dict:
-    """The label and the judge extractor, on the training volumes."""
+    """The label extractor and both judges, on the training volumes.
+
+    Only judges may be told degradations (`degraded_share`). A label extractor that is told them sees the autoencoder's blur
+    above all: no policy can mend it, and rewards regressed on such distances pay for little else.
+    """
     train, results = load_split(config, "train"), {}
     for role, model_class in EXTRACTOR_CLASSES.items():
         torch.manual_seed(fold_seed(config.seed, "init", role))
         model = model_class(**{"in_channels": train.num_channels, **getattr(config, f"{role}_extractor")})
-        args = config.trainer_config("extractors", role, seed=fold_seed(config.seed, role) % 2**31)
+        untold = {"degraded_share": 0.0} if role == "label" else {}
+        args = config.trainer_config("extractors", role, seed=fold_seed(config.seed, role) % 2**31, **untold)
         figures = FeatureTrainer(model, args, train).train()
         model.half().float()  # rounded, so that a release in float16 measures the very same
         if process_state().is_main_process:

@@ -11,18 +11,21 @@ from ..evaluation.features import extract_features
 from ..evaluation.fidelity import frechet_distance
 from ..evaluation.set_labels import SetLabeler
 from ..evaluation.validity import check_validity
+from ..pipelines.med_volume import MedVolumePipeline
 from ..processes import process_state
 from ..rewards import LearnedReward
 from ..rollouts import Rollout
+from ..seeding import fold_seed
 from ..trainers.frechet_trainer import FrechetTrainer
 from ..trainers.nft_trainer import DiffusionNFTTrainer
 from ..trainers.ppo_trainer import DiffusionPPOTrainer
 from ..trainers.refresh import RewardRefresh
 from ..trainers.reward_backprop_trainer import RewardBackpropTrainer
 from ..trainers.snapshots import SnapshotCallback
-from .artifacts import load_extractors, load_pipeline, load_reward_models, load_split
+from .artifacts import best_sampler, load_extractors, load_pipeline, load_reward_models, load_split
 from .config import StudyConfig
 from .reward_data import reward_data, reward_seed, reward_sets
+from .stages import sample_with
 
 
 TRAINED_ON = ("volume", "slice")  # the third reward model only watches
@@ -43,7 +46,7 @@ def tune(config: StudyConfig) -> dict:
     extractor = load_extractors(config)["label"]
     args = config.trainer_config(config.method)
     shared = {
-        "watchdogs": watchdogs(models["heldout"], extractor, train),
+        "watchdogs": watchdogs(config, pipeline, models["heldout"], extractor, train),
         "select_by": config.select_by,
         "callbacks": [SnapshotCallback(args.output_dir, config.num_curve_points)] if config.num_curve_points else (),
     }
@@ -67,9 +70,18 @@ def tune(config: StudyConfig) -> dict:
 
 
 def watchdogs(
-    heldout_model: torch.nn.Module, extractor: torch.nn.Module, train: VolumeDataset
+    config: StudyConfig,
+    pipeline: MedVolumePipeline,
+    heldout_model: torch.nn.Module,
+    extractor: torch.nn.Module,
+    train: VolumeDataset,
 ) -> dict[str, Callable[[Rollout], float]]:
-    """`heldout_reward`, by the model that is never trained on, and `label_fid`, the mean distance over the classes."""
+    """`heldout_reward`, by the model that is never trained on, and `label_fid`, the mean distance over the classes.
+
+    With `watch_per_class` the second is of samples of `pipeline`, whose denoiser is tuned, at the best sampler of the
+    pretrained one: few noisy steps leave errors that a policy can mend although no other sampler makes them. They start
+    from the same noise every time, so that weights differ in nothing else.
+    """
     heldout = LearnedReward("heldout", heldout_model)
     real_features = extract_features(extractor, train.pixel_values)
 
@@ -77,13 +89,17 @@ def watchdogs(
         return heldout(rollout.samples, rollout.conditions).mean().item()
 
     def label_fid(rollout: Rollout) -> float:
-        features = extract_features(extractor, rollout.samples)
+        samples, conditions = rollout.samples, rollout.conditions.cpu()
+        if config.watch_per_class:
+            wanted, seed = train.take_per_class(config.watch_per_class), config.seed_of(config.method)
+            drawn = sample_with(pipeline, wanted, best_sampler(config), config, fold_seed(seed, "watch"))
+            samples, conditions = drawn.pixel_values, drawn.class_labels
+        features = extract_features(extractor, samples).cpu()
         distances = []
         for label in train.id2label:
-            rows = (rollout.conditions == label).nonzero()[:, 0]
-            real_rows = (train.class_labels == label).nonzero()[:, 0]
-            count = min(len(rows), len(real_rows))
-            distances.append(frechet_distance(real_features[real_rows[:count]], features[rows[:count].cpu()]))
+            real, generated = real_features[train.class_labels == label], features[conditions == label]
+            count = min(len(real), len(generated))
+            distances.append(frechet_distance(real[:count], generated[:count]))
         return sum(distances) / len(distances)
 
     return {"heldout_reward": heldout_reward, "label_fid": label_fid}

@@ -3,6 +3,7 @@
 import torch
 
 from ..data.degradations import DEGRADATIONS, degrade
+from ..models.reward_models import non_empty_slices
 
 
 def augment_volumes(
@@ -23,6 +24,21 @@ def augment_volumes(
     if noise_level:
         volumes = volumes + noise_level * torch.randn(volumes.shape, generator=generator).to(volumes.device)
     return volumes
+
+
+def draw_slices(
+    volumes: torch.Tensor, number: int, empty_threshold: float, generator: torch.Generator
+) -> torch.Tensor:
+    """`number` axial slices of each of `volumes [B, C, D, H, W]`, `[B, C, number, H, W]`, in the order in which they were drawn;
+    empty ones (`models.reward_models.non_empty_slices`) only where there are no others left. All where there are no more.
+
+    Slices of one volume resemble each other: a few of many volumes teach more than all of few.
+    """
+    B, C, D, H, W = volumes.shape
+    ranks = torch.rand(B, D, generator=generator).to(volumes.device)
+    ranks = ranks + (~non_empty_slices(volumes, empty_threshold)).float()
+    chosen = ranks.argsort(dim=1)[:, :number]
+    return volumes.gather(2, chosen[:, None, :, None, None].expand(B, C, chosen.shape[1], H, W))
 
 
 def degrade_some(volumes: torch.Tensor, share: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

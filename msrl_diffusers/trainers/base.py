@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import write_text
 from ..precision import resolve_precision
-from ..processes import process_state, use_all_cores
+from ..processes import process_state, use_whole_cpu
 from ..seeding import fold_seed
 from .base_config import TrainingConfig
 from .callbacks import Callbacks
@@ -38,7 +38,7 @@ class TrainingRun:
     def __init__(self, args: TrainingConfig, description: str, gradient_accumulation_steps: int | None = None):
         self.args, self.description = args, description
         self.output_dir = Path(args.output_dir)
-        use_all_cores()
+        use_whole_cpu()
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(args.mixed_precision, process_state().device),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import TrainingConfig
+from .base_config import TrainingConfig, check_positive
 
 
 @dataclass
@@ -21,6 +21,12 @@ class RewardConfig(TrainingConfig):
     noise_level: float = field(
         default=0.0, metadata={"help": "Standard deviation of added noise; noise hides texture."}
     )
+    slices_per_volume: int | None = field(
+        default=None,
+        metadata={
+            "help": "Axial slices of a volume in one step of a slice reward, drawn anew every time; all if unset."
+        },
+    )
     bootstrap_heads: bool = field(
         default=True,
         metadata={"help": "Draw weights of the subjects for every head of an ensemble; a single head has none."},
@@ -28,5 +34,7 @@ class RewardConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.slices_per_volume is not None:
+            check_positive(self, "slices_per_volume")
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction must lie in (0, 1), got {self.validation_fraction}.")

@@ -13,9 +13,9 @@ from torch import nn
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from ..errors import InputError
-from ..models.reward_models import is_conditional, pessimistic_score, scores_of
+from ..models.reward_models import SliceRewardModel, is_conditional, pessimistic_score, scores_of
 from ..seeding import batch_indices, fold_seed, generator_for
-from .augmentation import augment_volumes
+from .augmentation import augment_volumes, draw_slices
 from .base import TrainingRun, channels_last
 from .reward_config import RewardConfig
 
@@ -180,6 +180,8 @@ class RewardTrainer:
             generator = generator_for(args.seed, "augment", step, run.accelerator.process_index)
             volumes = self.train_dataset.pixel_values[rows].to(run.device, torch.float32)
             volumes = augment_volumes(volumes, generator, args.max_shift, args.noise_level)
+            if args.slices_per_volume and isinstance(self.model, SliceRewardModel):
+                volumes = draw_slices(volumes, args.slices_per_volume, self.model.config.empty_threshold, generator)
             with run.accelerator.accumulate(model):
                 loss = self._loss(model, volumes, rows)
                 run.accelerator.backward(loss)
