@@ -112,6 +112,18 @@ def test_feature_trainer_tells_subjects_apart(tmp_path):
     assert set(slices.train()) >= {*heads, "loss"}
 
 
+def test_augmentation_changes_the_brightness_and_leaves_black():
+    volumes = torch.rand(64, 1, 4, 4, 4)
+    volumes[:, :, 0] = -1.0
+    plain = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=0)
+    changed = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=0, max_gain=0.2)
+    assert (changed[:, :, 0] == -1).all()
+    ratios = ((changed + 1) / (plain + 1))[:, :, 1:].flatten(1)
+    torch.testing.assert_close(ratios, ratios[:, :1].expand_as(ratios))  # one for all voxels of a volume
+    assert 0.8 <= ratios.min() < 0.85
+    assert 1.15 < ratios.max() <= 1.2
+
+
 def test_augmentation_flips_shifts_and_adds_noise():
     volumes = torch.rand(16, 1, 4, 4, 4)
     flipped = augment_volumes(volumes, torch.Generator().manual_seed(0), max_shift=0)

@@ -425,9 +425,11 @@ def test_the_recipes_say_what_they_are():
     )
     assert StudyConfig(**objectives).pretrained_rewards
     assert set(METHODS) <= set(objectives)
-    for name in ("pretrained", "num_per_class", "evaluation_per_class", "samplers", "select_by"):
+    for name in ("pretrained", "num_per_class", "evaluation_per_class", "samplers", "select_by", "watch_per_class"):
         assert objectives[name] == default[name], name
     assert {**objectives["ppo"], "max_steps": default["ppo"]["max_steps"]} == default["ppo"]
-    for name in ("rewards", "heldout_reward", "num_per_class", "samplers", "num_curve_points"):
+    for name in ("heldout_reward", "num_per_class", "samplers", "num_curve_points"):
         assert paper[name] == default[name]
+    assert {**paper["rewards"], "max_gain": default["rewards"]["max_gain"]} == default["rewards"]
+    assert "max_gain" not in paper["rewards"]
     assert not {"refresh", "marginal_labels", "validity_floors", "degraded_anchors"} & set(paper)

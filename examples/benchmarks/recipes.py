@@ -21,13 +21,14 @@ from msrl_diffusers.study import StudyConfig
 RECIPES = Path(__file__).parents[1] / "configs" / "phantoms" / "recipes"
 REMEDIES: dict[str, dict] = {
     "by_class": {"conditional_rewards": True},
+    "any_brightness": {"rewards": {"max_gain": 0.15}},
     "refresh": {"refresh": {"every": 3, "max_steps": 200, "train_batch_size": 16}},
     "marginal_labels": {"marginal_labels": 0.3},
     "ensemble": {
         "volume_reward": {"num_heads": 5, "spread_penalty": 1.0},
         "slice_reward": {"num_heads": 5, "spread_penalty": 1.0},
     },
-    "early_stop": {"select_by": "-label_fid", "ppo": {"patience": 4}},
+    "early_stop": {"select_by": "-label_fid", "watch_per_class": 64, "ppo": {"patience": 4}},
     "adaptive_kl": {"ppo": {"kl_mode": "adaptive", "kl_target": 1.5e-3, "kl_budget": 3e-3}},
     "gated_kl": {"ppo": {"kl_gate_quantile": 0.7, "kl_coef": 1.0}},
     "moving_reference": {"ppo": {"reference_update_steps": 4}},
@@ -39,7 +40,7 @@ REMEDIES: dict[str, dict] = {
     "antithetic": {"ppo": {"antithetic": True}},
     "large_rollouts": {"ppo": {"num_rollout_batches": 8, "timestep_fraction": 0.5}},
 }  # fmt: skip
-RECIPE = ("by_class", "early_stop")  # what the default recipe is made of
+RECIPE = ("by_class", "any_brightness", "early_stop")  # what the default recipe is made of
 FLOORS = {"validity_floors": {"auc": 0.7, "spearman": 0.3}}
 
 

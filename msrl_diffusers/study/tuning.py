@@ -63,7 +63,7 @@ def tune(config: StudyConfig) -> dict:
         **figures,
         # a line of the log is of the weights that sampled its rollout, those before its update
         "kept_after": figures.get("updates_kept", figures.get("step", 1) - 1),
-        "unet_forwards": trainer.unet_forwards,
+        "unet_forwards": trainer.unet_forwards + figures["rollouts"] * _watch_forwards(config, train),
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,  # bytes
         "scales": {name: vars(scale) for name, scale in reward.scales.items()} if reward is not None else {},
     }
@@ -82,7 +82,7 @@ def watchdogs(
     pretrained one: few noisy steps leave errors that a policy can mend although no other sampler makes them. They start
     from the same noise every time, so that weights differ in nothing else.
     """
-    heldout = LearnedReward("heldout", heldout_model)
+    heldout, watched = LearnedReward("heldout", heldout_model), _watched(config, train)
     real_features = extract_features(extractor, train.pixel_values)
 
     def heldout_reward(rollout: Rollout) -> float:
@@ -90,9 +90,9 @@ def watchdogs(
 
     def label_fid(rollout: Rollout) -> float:
         samples, conditions = rollout.samples, rollout.conditions.cpu()
-        if config.watch_per_class:
-            wanted, seed = train.take_per_class(config.watch_per_class), config.seed_of(config.method)
-            drawn = sample_with(pipeline, wanted, best_sampler(config), config, fold_seed(seed, "watch"))
+        if watched is not None:
+            seed = config.seed_of(config.method)
+            drawn = sample_with(pipeline, watched, best_sampler(config), config, fold_seed(seed, "watch"))
             samples, conditions = drawn.pixel_values, drawn.class_labels
         features = extract_features(extractor, samples).cpu()
         distances = []
@@ -103,6 +103,23 @@ def watchdogs(
         return sum(distances) / len(distances)
 
     return {"heldout_reward": heldout_reward, "label_fid": label_fid}
+
+
+def _watched(config: StudyConfig, train: VolumeDataset) -> VolumeDataset | None:
+    """The training volumes of whose classes samples are drawn to be watched; None where the rollout's own are. `FrechetTrainer`
+    with `eval_steps` draws its own."""
+    if not config.watch_per_class or (config.method == "frechet" and config.trainer_config("frechet").eval_steps):
+        return None
+    return train.take_per_class(config.watch_per_class)
+
+
+def _watch_forwards(config: StudyConfig, train: VolumeDataset) -> int:
+    """Denoiser forwards that watching one rollout takes."""
+    watched = _watched(config, train)
+    if watched is None:
+        return 0
+    sampler = best_sampler(config)
+    return len(watched) * sampler["num_inference_steps"] * (1 if sampler["guidance_scale"] == 1.0 else 2)
 
 
 def _ppo(config, pipeline, rewards, extractor, train, args, shared):

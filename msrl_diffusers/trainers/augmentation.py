@@ -7,9 +7,14 @@ from ..models.reward_models import non_empty_slices
 
 
 def augment_volumes(
-    volumes: torch.Tensor, generator: torch.Generator, max_shift: int = 1, noise_level: float = 0.0
+    volumes: torch.Tensor,
+    generator: torch.Generator,
+    max_shift: int = 1,
+    noise_level: float = 0.0,
+    max_gain: float = 0.0,
 ) -> torch.Tensor:
-    """Left-right flips, shifts of whole voxels and noise, per volume; `[B, C, D, H, W]` in [-1, 1].
+    """Left-right flips, shifts of whole voxels, noise and a factor of the brightness, per volume; `[B, C, D, H, W]` in [-1, 1],
+    of which -1 is black and stays so.
 
     Sharpness and contrast stay as they are: they are what fidelity is about.
     """
@@ -23,6 +28,9 @@ def augment_volumes(
         )
     if noise_level:
         volumes = volumes + noise_level * torch.randn(volumes.shape, generator=generator).to(volumes.device)
+    if max_gain:
+        gains = 1 + max_gain * (2 * torch.rand(B, 1, 1, 1, 1, generator=generator) - 1)
+        volumes = (volumes + 1) * gains.to(volumes.device) - 1
     return volumes
 
 

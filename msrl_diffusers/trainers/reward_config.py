@@ -21,6 +21,13 @@ class RewardConfig(TrainingConfig):
     noise_level: float = field(
         default=0.0, metadata={"help": "Standard deviation of added noise; noise hides texture."}
     )
+    max_gain: float = field(
+        default=0.0,
+        metadata={
+            "help": "Largest random change of the brightness, as a share. Intensities of MRI have no unit, and a policy that finds "
+            "brightness rewarded goes on beyond the real one."
+        },
+    )
     slices_per_volume: int | None = field(
         default=None,
         metadata={
@@ -34,6 +41,8 @@ class RewardConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.max_gain < 1:
+            raise InputError(f"max_gain must lie in [0, 1), got {self.max_gain}.")
         if self.slices_per_volume is not None:
             check_positive(self, "slices_per_volume")
         if not 0 < self.validation_fraction < 1:

@@ -179,7 +179,7 @@ class RewardTrainer:
             rows = run.shard(batch_indices(len(self.train_dataset), batch_size, args.seed, step))
             generator = generator_for(args.seed, "augment", step, run.accelerator.process_index)
             volumes = self.train_dataset.pixel_values[rows].to(run.device, torch.float32)
-            volumes = augment_volumes(volumes, generator, args.max_shift, args.noise_level)
+            volumes = augment_volumes(volumes, generator, args.max_shift, args.noise_level, args.max_gain)
             if args.slices_per_volume and isinstance(self.model, SliceRewardModel):
                 volumes = draw_slices(volumes, args.slices_per_volume, self.model.config.empty_threshold, generator)
             with run.accelerator.accumulate(model):
