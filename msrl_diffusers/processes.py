@@ -36,7 +36,7 @@ def use_whole_cpu() -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc reuse the large blocks that are freed. It gives them back to the kernel by default, which hands them out
-    again page by page: convolutions of many volumes spend more time there than on arithmetic
+    again page by page: features of many volumes take more time there than on arithmetic, samplers a quarter of theirs
     (`examples/benchmarks/memory_reuse.py`). Does nothing where there is no glibc."""
     if not sys.platform.startswith("linux"):
         return
