@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from .models.autoencoder_vq_3d import VQModel3D
-    from .models.feature_extractors import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
+    from .models.feature_extractors import (
+        PatchFeatureExtractor,
+        RewardFeatureExtractor,
+        SliceFeatureExtractor,
+        VolumeFeatureExtractor,
+    )
     from .models.reward_models import SliceRewardModel, VolumeRewardModel
     from .models.unet_3d import UNet3DModel
     from .pipelines.med_volume import MedVolumePipeline, MedVolumePipelineOutput
@@ -36,6 +41,7 @@ _LAZY = {
     "MedVolumePipeline": "pipelines.med_volume",
     "MedVolumePipelineOutput": "pipelines.med_volume",
     "PatchFeatureExtractor": "models.feature_extractors",
+    "RewardFeatureExtractor": "models.feature_extractors",
     "SliceFeatureExtractor": "models.feature_extractors",
     "SliceRewardModel": "models.reward_models",
     "UNet3DModel": "models.unet_3d",

@@ -220,6 +220,32 @@ def test_a_watchdog_s_limits_stop_the_run(tmp_path):
         config(tmp_path, watch_limits={"diversity": 3})
 
 
+def test_watchdogs_look_now_and_then_at_the_weights_that_would_be_kept(tmp_path):
+    pipeline, looks = tiny_pipeline(), []
+
+    def look(rollout):
+        looks.append(copied(pipeline.unet))
+        return float(len(looks))
+
+    settings = {
+        "max_steps": 5,
+        "ema_decay": 0.5,
+        "save_steps": 1,
+        "save_total_limit": 9,
+        "watch_steps": 2,
+        "patience": 3,
+    }
+    watching = {"watchdogs": {"look": look}, "select_by": "look", "watch_limits": {"look": [0, 9]}}
+    _, _, log = train(tmp_path, pipeline, **settings, **watching)
+    assert [line.get("watch/look") for line in log] == [1.0, None, 2.0, None, 3.0]
+    assert all("watch/diversity" in line for line in log)
+    # what was seen last, the average after four updates, is what the pipeline ends with; the trained weights are others
+    assert differing(copied(pipeline.unet), looks[-1]) == []
+    assert differing(copied(pipeline.unet), load_file(tmp_path / "checkpoint-4/model.safetensors"))
+    with pytest.raises(InputError, match="watch_steps"):
+        config(tmp_path, watch_steps=0)
+
+
 class Recorder(TrainerCallback):
     def __init__(self, stop_at=None, save_at=None):
         self.events, self.stop_at, self.save_at = [], stop_at, save_at

@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict] = {
     "draft_lv": {"method": "draft", "draft": {"variant": "draft_lv"}},
     "refl": {"method": "draft", "draft": {"variant": "refl"}},
     "frechet": {"method": "frechet"},
+    "frechet_short": {"method": "frechet", "watch_per_class": 32, "frechet": {"max_steps": 6}},
+    "frechet_label": {"method": "frechet", "frechet_features": ["label"]},
 }
 BY_SAMPLER = {
     f"judge distance, {sampler} sampler": lambda row, sampler=sampler: shown(

@@ -1,4 +1,5 @@
-"""Feature extractors for Frechet distances, trained in the domain they judge: on slices, on volumes, on patches of volumes."""
+"""Feature extractors for Frechet distances, trained in the domain they judge: on slices, on volumes, on patches of volumes; and
+what reward models see."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from diffusers.models.embeddings import get_3d_sincos_pos_embed
 from torch import nn
 
 from .layers import ResnetBlock, conv
+from .reward_models import SliceRewardModel, VolumeRewardModel
 
 
 def plane_slices(volumes: torch.Tensor, num_slices: int) -> list[torch.Tensor]:
@@ -138,3 +140,26 @@ class PatchFeatureExtractor(ModelMixin, ConfigMixin):
         )
         hidden = self.layers(self.embed(patches) + positions.flatten(0, 1).to(patches.dtype)).float()
         return self.project(torch.cat([hidden.mean(dim=1), hidden.amax(dim=1)], dim=1))[:, None, None]
+
+
+class RewardFeatureExtractor(nn.Module):
+    """The features from which a reward model scores: those in which better and worse volumes differ.
+
+    A Frechet distance in them asks for the real *distribution* of what the reward sees, where the reward itself asks for ever
+    more of it.
+
+    Args:
+        model (`VolumeRewardModel` or `SliceRewardModel`): the reward model; it is not copied.
+        num_slices (`int`): axial slices that a slice reward sees, evenly spaced over the middle 60 % of the axis.
+    """
+
+    def __init__(self, model: VolumeRewardModel | SliceRewardModel, num_slices: int = 12):
+        super().__init__()
+        self.model, self.num_slices = model, num_slices
+
+    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Features `[B, 1, S, F]`, float32, of `volumes [B, C, D, H, W]` in [-1, 1]; S is 1 for a volume reward."""
+        if not isinstance(self.model, SliceRewardModel):
+            return self.model.network.features(volumes)[:, None, None]
+        axial = plane_slices(volumes, self.num_slices)[0]
+        return self.model.network.features(axial.flatten(0, 1)).unflatten(0, axial.shape[:2])[:, None]

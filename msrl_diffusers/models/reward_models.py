@@ -50,11 +50,15 @@ class ScoreNetwork(nn.Module):
         self.head = _score_head(channels, num_classes)
         self.other_heads = nn.ModuleList(_score_head(channels, num_classes) for _ in range(num_heads - 1))
 
-    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def features(self, sample: torch.Tensor) -> torch.Tensor:
+        """What the heads score: pooled features `[B, F]`, float32."""
         hidden = F.silu(self.layers(sample)).float().flatten(2)
         # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
         pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
-        features = self.norm_out(pooled)
+        return self.norm_out(pooled)
+
+    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        features = self.features(sample)
         scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1)
         if self.num_classes is None:
             return scores[..., 0]

@@ -83,6 +83,7 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
     curve = ("curve",) if config.num_curve_points else ()
     watch = config.changed("watch_per_class")  # at the sampler that stage score chose
     watched = ("score",) if watch else ()
+    features = config.changed("frechet_features") if method == "frechet" else ()
     table = {
         "rewards": Stage(
             train_rewards,
@@ -99,7 +100,7 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         method: Stage(
             tune,
             ("prepare", "extractors", "diffusion", *(reward_data or watched), "rewards", *validity),
-            (method, "select_by", *watch, *refresh, *(("snapshots",) if curve else ()), "mixed_precision", "rl_seed"),
+            (method, "select_by", *watch, *features, *refresh, *(("snapshots",) if curve else ()), "mixed_precision", "rl_seed"),
             split=True,
         ),
         "curve": Stage(

@@ -14,6 +14,7 @@ from .sections import METHODS, NETWORKS, TRAINER_CONFIGS, check_network, make_tr
 __all__ = ["RL_STAGES", "TRAINER_CONFIGS", "StudyConfig"]
 
 
+FRECHET_FEATURES = ("label", "volume", "slice")  # the judges are not among them, nor the reward that watches
 # The seed of these is `rl_seed`.
 RL_STAGES = ("rewards", "validity", "refresh", *METHODS, "curve", "evaluate", "downstream", "report")
 
@@ -91,6 +92,12 @@ class StudyConfig:
     nft: dict = field(default_factory=dict, metadata={"help": "Fields of DiffusionNFTConfig."})
     draft: dict = field(default_factory=dict, metadata={"help": "Fields of RewardBackpropConfig."})
     frechet: dict = field(default_factory=dict, metadata={"help": "Fields of FrechetConfig."})
+    frechet_features: list[str] = field(
+        default_factory=lambda: ["label"],
+        metadata={
+            "help": "Whose features method frechet takes the distance in: label (the extractor), volume, slice (reward models)."
+        },
+    )
     refresh: dict = field(
         default_factory=dict,
         metadata={"help": "Fields of RefreshConfig, for method ppo; without any the reward models stay as they are."},
@@ -203,6 +210,10 @@ class StudyConfig:
         for name in ("max_steps", "evaluation_per_class", "downstream_per_class"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
+        if not self.frechet_features or not set(self.frechet_features) <= set(FRECHET_FEATURES):
+            raise InputError(
+                f"StudyConfig: frechet_features must be of {list(FRECHET_FEATURES)}, got {self.frechet_features}."
+            )
         for sampler in self.samplers:
             if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
                 raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")

@@ -11,6 +11,7 @@ from ..evaluation.features import extract_features
 from ..evaluation.fidelity import frechet_distance
 from ..evaluation.set_labels import SetLabeler
 from ..evaluation.validity import check_validity
+from ..models.feature_extractors import RewardFeatureExtractor
 from ..pipelines.med_volume import MedVolumePipeline
 from ..processes import process_state
 from ..rewards import LearnedReward
@@ -32,7 +33,7 @@ TRAINED_ON = ("volume", "slice")  # the third reward model only watches
 
 
 def tune(config: StudyConfig) -> dict:
-    """The pipeline tuned by `config.method` on the two rewards, or on the label extractor; watched by the held-out reward and
+    """The pipeline tuned by `config.method` on the two rewards, or on the Frechet distance; watched by the held-out reward and
     the label FID, which also pick the weights that are kept. The judge has no part in it.
 
     Raises:
@@ -63,7 +64,8 @@ def tune(config: StudyConfig) -> dict:
         **figures,
         # a line of the log is of the weights that sampled its rollout, those before its update
         "kept_after": figures.get("updates_kept", figures.get("step", 1) - 1),
-        "unet_forwards": trainer.unet_forwards + figures["rollouts"] * _watch_forwards(config, train),
+        "unet_forwards": trainer.unet_forwards
+        + -(-figures["rollouts"] // args.watch_steps) * _watch_forwards(config, train),
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,  # bytes
         "scales": {name: vars(scale) for name, scale in reward.scales.items()} if reward is not None else {},
     }
@@ -106,15 +108,12 @@ def watchdogs(
 
 
 def _watched(config: StudyConfig, train: VolumeDataset) -> VolumeDataset | None:
-    """The training volumes of whose classes samples are drawn to be watched; None where the rollout's own are. `FrechetTrainer`
-    with `eval_steps` draws its own."""
-    if not config.watch_per_class or (config.method == "frechet" and config.trainer_config("frechet").eval_steps):
-        return None
-    return train.take_per_class(config.watch_per_class)
+    """The training volumes of whose classes samples are drawn to be watched; None where the rollout's own are."""
+    return train.take_per_class(config.watch_per_class) if config.watch_per_class else None
 
 
 def _watch_forwards(config: StudyConfig, train: VolumeDataset) -> int:
-    """Denoiser forwards that watching one rollout takes."""
+    """Denoiser forwards that one look takes."""
     watched = _watched(config, train)
     if watched is None:
         return 0
@@ -151,7 +150,8 @@ def _draft(config, pipeline, rewards, extractor, train, args, shared):
 def _frechet(config, pipeline, rewards, extractor, train, args, shared):
     if args.eval_steps:  # it picks by the distance of fresh samples then, which is none of a rollout
         shared = {**shared, "select_by": None}
-    return FrechetTrainer(pipeline, {"label": extractor}, train, args, **shared)
+    known = {"label": extractor, **{reward.name: RewardFeatureExtractor(reward.model) for reward in rewards}}
+    return FrechetTrainer(pipeline, {name: known[name] for name in config.frechet_features}, train, args, **shared)
 
 
 _MAKERS = {"ppo": _ppo, "nft": _nft, "draft": _draft, "frechet": _frechet}

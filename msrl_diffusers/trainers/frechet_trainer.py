@@ -92,7 +92,7 @@ class FrechetTrainer:
         limits = dict(args.watch_limits or {})
         fresh_limits = {FRESH: limits.pop(FRESH)} if FRESH in limits and args.eval_steps else {}
         self._picks = select_by is None and args.eval_steps > 0
-        self.watch = Watch(watchdogs, select_by, limits, args.patience)
+        self.watch = Watch(watchdogs, select_by, limits, args.patience, args.watch_steps)
         self._fresh = Watch({FRESH: None}, f"-{FRESH}" if self._picks else None, fresh_limits, args.patience)
         self._etas = list(dict.fromkeys(args.samplers))
         self.unet_forwards = 0
@@ -118,7 +118,8 @@ class FrechetTrainer:
             for step in run.steps():
                 eta = args.samplers[step % len(args.samplers)]
                 rollout, numbers, features = self._sample(run, "rollout", step, eta)
-                figures = self.watch.figures(run, self.policy, self._tables[eta], rollout, {}, args.guidance_scale)
+                with weights.averaged():  # those that would be kept
+                    figures = self.watch.figures(run, self.policy, self._tables[eta], rollout, {}, args.guidance_scale)
                 if self.watch.judge(run, figures, step):
                     weights.save_best()
                 pulls = self._pulls(run, eta, features)

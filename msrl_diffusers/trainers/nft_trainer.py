@@ -95,7 +95,7 @@ class DiffusionNFTTrainer:
         args = self.args
         self.reward = join_rewards(reward_funcs, args.reward_weights)
         self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
-        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience)
+        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.callbacks = callbacks
         self.unet_forwards = 0
         self.policy = tunable_policy(pipeline, args)
@@ -123,7 +123,8 @@ class DiffusionNFTTrainer:
                 scoring.record(rewards, scores, rollout.conditions)
                 advantages = scoring.advantages(rewards, rollout.conditions, args.adv_clip_max)
                 rollout = replace(rollout, advantages=advantages)
-                figures = self.watch.figures(run, self.policy, self.sampler.middle, rollout, scores, 1.0)
+                with weights.averaged():  # those that would be kept
+                    figures = self.watch.figures(run, self.policy, self.sampler.middle, rollout, scores, 1.0)
                 if self.watch.judge(run, figures, step):
                     weights.save_best()
                 draw_samples(run, rollout.samples, rewards, step)

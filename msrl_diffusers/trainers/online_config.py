@@ -35,7 +35,10 @@ class OnlineConfig(TrainingConfig):
         default=False, metadata={"help": "Score a batch in another thread while the next one is denoised."}
     )
 
-    # when to stop
+    # what is watched, and when to stop
+    watch_steps: int = field(
+        default=1, metadata={"help": "Rollouts between two looks of the watchdogs that the trainer was given."}
+    )
     patience: int | None = field(
         default=None, metadata={"help": "Stop when the selection figure has not improved for so many rollouts."}
     )
@@ -71,7 +74,7 @@ class OnlineConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("rollout_batch_size", "num_rollout_batches", "num_inference_steps", "lora_rank"):
+        for name in ("rollout_batch_size", "num_rollout_batches", "num_inference_steps", "watch_steps", "lora_rank"):
             check_positive(self, name)
         for name in ("reward_batch_size", "patience"):
             if getattr(self, name) is not None:

@@ -78,7 +78,7 @@ class DiffusionPPOTrainer:
         args = self.args
         self.reward = join_rewards(reward_funcs, args.reward_weights)
         self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
-        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience)
+        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.callbacks, self.refresh = callbacks, refresh
         self.unet_forwards = 0
         if args.kl_gate_quantile is not None:
@@ -120,7 +120,8 @@ class DiffusionPPOTrainer:
             advantages = scoring.advantages(rewards, rollout.conditions, args.adv_clip_max)
             rollout = rollout.with_advantages(advantages)
             self._leash.choose(self.reward, rollout, scores)
-            figures = self.watch.figures(run, self.policy, noisy, rollout, scores, args.train_guidance_scale)
+            with weights.averaged():  # those that would be kept
+                figures = self.watch.figures(run, self.policy, noisy, rollout, scores, args.train_guidance_scale)
             if self.watch.judge(run, figures, step):
                 weights.save_best()
             draw_samples(run, rollout.samples, rewards, step)

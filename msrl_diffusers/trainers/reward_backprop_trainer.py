@@ -101,7 +101,7 @@ class RewardBackpropTrainer:
                 "not; leave decode at straight_through."
             )
         self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
-        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience)
+        self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.callbacks = callbacks
         self.unet_forwards = 0
         self.policy = tunable_policy(pipeline, args)
@@ -126,7 +126,8 @@ class RewardBackpropTrainer:
                 rollout, drawn, scores = self._sample(run, scoring, table, step)
                 rewards = scoring.combine(scores)
                 scoring.record(rewards, scores, rollout.conditions)
-                figures = self.watch.figures(run, self.policy, table, rollout, scores, args.guidance_scale)
+                with weights.averaged():  # those that would be kept
+                    figures = self.watch.figures(run, self.policy, table, rollout, scores, args.guidance_scale)
                 if self.watch.judge(run, figures, step):
                     weights.save_best()
                 draw_samples(run, rollout.samples, rewards, step)

@@ -24,6 +24,7 @@ class Watch:
         select_by: name of the one of `watchdogs` whose highest value (`"-name"`: lowest) marks the best weights.
         limits: `{figure: [low, high]}`; the run stops when a figure leaves them.
         patience: the run stops when the selected figure has not improved for so many rollouts.
+        every: rollouts between two looks of `watchdogs`; those of this file look at every one.
 
     Raises:
         InputError: `select_by` names no watchdog.
@@ -35,9 +36,10 @@ class Watch:
         select_by: str | None = None,
         limits: Mapping[str, Sequence[float]] | None = None,
         patience: int | None = None,
+        every: int = 1,
     ):
         self.watchdogs, self.select_by = dict(watchdogs or {}), select_by
-        self.limits, self.patience = dict(limits or {}), patience
+        self.limits, self.patience, self.every = dict(limits or {}), patience, every
         if select_by is not None and select_by.removeprefix("-") not in self.watchdogs:
             raise InputError(f"select_by={select_by!r} is no watchdog; there are {sorted(self.watchdogs)}.")
 
@@ -52,7 +54,8 @@ class Watch:
     ) -> dict[str, float]:
         """The figures of a rollout, averaged over processes and logged as `watch/NAME`.
 
-        They are of the weights before this rollout's update. `scores` are its raw rewards by name; `guidance_scale` is
+        They are of the weights before this rollout's update, averaged where there is an average, as those that are kept are.
+        `scores` are its raw rewards by name; `guidance_scale` is
         that of the policy which is trained.
         """
         head = rollout.select(slice(run.args.train_batch_size)).to(run.device)
@@ -65,7 +68,8 @@ class Watch:
         }
         if len(scores) > 1:
             figures["reward_disagreement"] = reward_disagreement(scores)
-        figures.update({name: watchdog(rollout) for name, watchdog in self.watchdogs.items()})
+        if run.step % self.every == 0:
+            figures.update({name: watchdog(rollout) for name, watchdog in self.watchdogs.items()})
         values = torch.tensor(list(figures.values()), dtype=torch.float32, device=run.device)
         figures = dict(zip(figures, run.accelerator.reduce(values, "mean").tolist(), strict=True))
         run.record(**{f"watch/{name}": value for name, value in figures.items()})
@@ -79,14 +83,18 @@ class Watch:
             InputError: a limit on a figure that there is not.
         """
         for name, (low, high) in self.limits.items():
+            if name in self.watchdogs and name not in figures:
+                continue  # it did not look at this rollout
             if name not in figures:
                 raise InputError(f"watch_limits names {name!r}, which is no watchdog; there are {sorted(figures)}.")
             if not low <= figures[name] <= high:
                 run.stop(f"the watchdog {name} left its limits {low} to {high}")
         if self.select_by is None:
             return False
-        figure = figures[self.select_by.removeprefix("-")] * (-1 if self.select_by.startswith("-") else 1)
-        improved = figure > run.state.get("best_figure", float("-inf"))
+        figure, improved = figures.get(self.select_by.removeprefix("-")), False
+        if figure is not None:
+            figure = -figure if self.select_by.startswith("-") else figure
+            improved = figure > run.state.get("best_figure", float("-inf"))
         if improved:
             run.state.update(best_figure=figure, best_step=step)
         if self.patience is not None and step - run.state["best_step"] >= self.patience:
