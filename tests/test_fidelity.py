@@ -3,7 +3,14 @@ import torch
 from monai.metrics.fid import get_fid_score
 from scipy.linalg import sqrtm
 
-from msrl_diffusers import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
+from msrl_diffusers import (
+    PatchFeatureExtractor,
+    RewardFeatureExtractor,
+    SliceFeatureExtractor,
+    SliceRewardModel,
+    VolumeFeatureExtractor,
+    VolumeRewardModel,
+)
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features, extractor_identity, hash_tensors
 from msrl_diffusers.evaluation.fidelity import (
@@ -14,6 +21,7 @@ from msrl_diffusers.evaluation.fidelity import (
     frechet_infinity,
     kernel_distance,
 )
+from msrl_diffusers.models.feature_extractors import plane_slices
 
 
 def gaussian(count, seed, shift=0.0, planes=1, slices=1, features=4):
@@ -210,6 +218,25 @@ def test_features_do_not_depend_on_the_batch_size(extractor_class, settings, sha
     torch.testing.assert_close(features, extract_features(extractor, volumes), atol=1e-5, rtol=1e-5)
     assert not extractor.training
     assert features.std(dim=0).min() > 0
+
+
+def test_features_of_a_reward_model_are_what_its_heads_score():
+    torch.manual_seed(0)
+    volumes = torch.rand(3, 1, 16, 16, 16) * 2 - 1
+    whole = VolumeRewardModel(block_out_channels=(8, 16)).eval()
+    features = extract_features(RewardFeatureExtractor(whole), volumes, batch_size=2)
+    assert features.shape == (3, 1, 1, 32)
+    scores = whole.network.head(features[:, 0, 0].float())[:, 0]
+    torch.testing.assert_close(scores, whole(volumes), atol=1e-5, rtol=1e-5)
+
+    of_slices = SliceRewardModel(block_out_channels=(8, 16), num_classes=2).eval()
+    features = extract_features(RewardFeatureExtractor(of_slices, num_slices=4), volumes)
+    assert features.shape == (3, 1, 4, 32)
+    last = plane_slices(volumes, 4)[0][:, -1]
+    scores = of_slices.network.head(features[:, 0, -1].float())[:, 1]
+    torch.testing.assert_close(
+        scores, of_slices(last, class_labels=torch.ones(3, dtype=torch.long)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_identity_of_an_extractor_follows_its_weights():

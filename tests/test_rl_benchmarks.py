@@ -156,7 +156,18 @@ def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
     output = tmp_path / "objectives.json"
     run("objectives.py", "--config", config, "--output", str(output), "--seeds", "0", monkeypatch=monkeypatch)
     content = json.loads(output.read_text())
-    names = ["ppo", "ppo_window", "nft", "awm", "draft", "draft_lv", "refl", "frechet"]
+    names = [
+        "ppo",
+        "ppo_window",
+        "nft",
+        "awm",
+        "draft",
+        "draft_lv",
+        "refl",
+        "frechet",
+        "frechet_short",
+        "frechet_label",
+    ]
     assert list(content["variants"]) == names
     assert {name: row["method"] for name, row in content["variants"].items() if name == row["method"]}.keys() == {
         "ppo", "nft", "draft", "frechet",

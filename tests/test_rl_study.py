@@ -112,6 +112,10 @@ def test_options_that_are_not_used_change_no_fingerprint():
         "validity_floors": ({"validity_floors": LOW}, "ppo"),
         "watch_per_class": ({"watch_per_class": 4}, "ppo"),
     }
+    features = {"frechet_features": ["label", "slice"]}
+    assert fingerprint(StudyConfig(**features), "ppo") == marks["ppo"]  # of no effect there
+    frechet = [fingerprint(StudyConfig(method="frechet", **fields), "frechet") for fields in ({}, features)]
+    assert frechet[0] != frechet[1]
     names = list(STAGES)
     for option, (fields, first) in changed.items():
         other = StudyConfig(**fields)
@@ -230,7 +234,7 @@ def test_the_label_distance_is_of_the_rollout_or_of_the_best_sampler(per_class, 
 
 
 def test_watching_counts_as_forwards(release, tmp_path):
-    settings = {"watch_per_class": 3, "ppo": {"max_steps": 3, "watch_steps": 2}}
+    settings = {"watch_per_class": 3, "max_steps": 3, "ppo": {"max_steps": 3, "watch_steps": 2}}
     run_study(StudyConfig(**released_study(tmp_path / "watched", release, **settings)), ["prepare", "ppo"])
     run_study(
         StudyConfig(**released_study(tmp_path / "plain", release, **settings | {"watch_per_class": 0})),
@@ -362,6 +366,10 @@ def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path)
     ("fields", "message"),
     [
         ({"method": "magic"}, r"method must be one of \['ppo', 'nft', 'draft', 'frechet'\], got 'magic'"),
+        (
+            {"frechet_features": ["judge"]},
+            r"frechet_features must be of \['label', 'volume', 'slice'\], got \['judge'\]",
+        ),
         ({"marginal_labels": 1.5}, r"marginal_labels must lie in \[0, 1\], got 1.5"),
         ({"num_curve_points": -1}, "num_curve_points must be 0 or more, got -1"),
         ({"degraded_anchors": {"kinds": ["blur"]}}, "needs two lists, kinds and strengths"),
@@ -408,7 +416,7 @@ def test_a_study_by_another_method(method, release, tmp_path):
     }
     config = StudyConfig(
         **released_study(tmp_path, release, method=method, num_curve_points=2, curve_per_class=3, evaluation_per_class=3,
-            **{method: {**section, **extra[method]}})
+            frechet_features=["label", "volume", "slice"], **{method: {**section, **extra[method]}})
     )  # fmt: skip
     run_study(config)
     report = report_of(config)
