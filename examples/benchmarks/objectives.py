@@ -26,10 +26,10 @@ VARIANTS: dict[str, dict] = {
     "nft": {"method": "nft"},
     "awm": {"method": "nft", "nft": {"objective": "awm", "num_updates": 1}},
     "draft": {"method": "draft"},
+    "draft_cheap": {"method": "draft", "watch_per_class": 32, "draft": {"watch_steps": 7}},  # hardly watched
     "draft_lv": {"method": "draft", "draft": {"variant": "draft_lv"}},
     "refl": {"method": "draft", "draft": {"variant": "refl"}},
     "frechet": {"method": "frechet"},
-    "frechet_short": {"method": "frechet", "watch_per_class": 32, "frechet": {"max_steps": 6}},
     "frechet_label": {"method": "frechet", "frechet_features": ["label"]},
 }
 BY_SAMPLER = {

@@ -17,9 +17,9 @@ ROLES = ("judge", "second_judge", "label")
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py
     "ppo": "any reward, a black box too; the published method",
-    "draft": "rewards are differentiable, and little time",
-    "frechet": "real volumes are at hand; rewards lend their features",
-    "frechet_short": "the same in a fifth of PPO's forwards",
+    "draft": "rewards are differentiable: PPO's result in a third of its forwards",
+    "draft_cheap": "the same, looked at only twice",
+    "frechet": "real volumes are at hand: rewards lend their features only",
 }
 
 
