@@ -89,12 +89,11 @@ class Watch:
                 raise InputError(f"watch_limits names {name!r}, which is no watchdog; there are {sorted(figures)}.")
             if not low <= figures[name] <= high:
                 run.stop(f"the watchdog {name} left its limits {low} to {high}")
-        if self.select_by is None:
-            return False
-        figure, improved = figures.get(self.select_by.removeprefix("-")), False
-        if figure is not None:
-            figure = -figure if self.select_by.startswith("-") else figure
-            improved = figure > run.state.get("best_figure", float("-inf"))
+        figure = figures.get((self.select_by or "").removeprefix("-"))
+        if figure is None:
+            return False  # nothing is selected by, or it did not look at this rollout
+        figure = -figure if self.select_by.startswith("-") else figure
+        improved = figure > run.state.get("best_figure", float("-inf"))
         if improved:
             run.state.update(best_figure=figure, best_step=step)
         if self.patience is not None and step - run.state["best_step"] >= self.patience:
