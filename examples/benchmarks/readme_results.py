@@ -135,8 +135,10 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
     lines = [
         f"{content['n']['all']} volumes on each side, {len(content['seeds'])} seeds of tuning and evaluation (means and deviations), one set of "
         f"reward models. Before tuning: {'; '.join(_before(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
-        "/ (standard - limit), in brackets the 95 % interval over seeds. Forwards of the denoiser include those of watching; GPU memory is "
-        "that of batches of as many samples in [an earlier run](examples/results/objectives-phantoms-h200.md) on an H200 ([JSON]"
+        "/ (standard - limit), in brackets the 95 % interval over seeds. PPO's runs are those of `make demo`. Settings were picked on other "
+        "seeds, without a judge; frechet's a second time, by its own distances, when the first had been judged on two of these. Forwards of "
+        "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
+        "on an H200, with as many samples in a batch, but frechet's gradients through one step instead of four ([JSON]"
         "(examples/results/objectives-phantoms.json), [page](examples/results/objectives-phantoms.md)).",
         *_earlier_release(content),
         "",
