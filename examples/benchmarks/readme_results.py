@@ -17,8 +17,7 @@ ROLES = ("judge", "second_judge", "label")
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py
     "ppo": "any reward, a black box too; the published method",
-    "draft": "rewards are differentiable: PPO's result in a third of its forwards",
-    "draft_cheap": "the same, looked at only twice",
+    "draft_cheap": "rewards are differentiable, and little time",
     "frechet": "real volumes are at hand: rewards lend their features only",
 }
 
