@@ -227,14 +227,9 @@ def test_watchdogs_look_now_and_then_at_the_weights_that_would_be_kept(tmp_path)
         looks.append(copied(pipeline.unet))
         return float(len(looks))
 
-    settings = {
-        "max_steps": 5,
-        "ema_decay": 0.5,
-        "save_steps": 1,
-        "save_total_limit": 9,
-        "watch_steps": 2,
-        "patience": 3,
-    }
+    settings = {  # a patience shorter than the time between looks ends nothing that improves at each
+        "max_steps": 5, "ema_decay": 0.5, "save_steps": 1, "save_total_limit": 9, "watch_steps": 2, "patience": 1,
+    }  # fmt: skip
     watching = {"watchdogs": {"look": look}, "select_by": "look", "watch_limits": {"look": [0, 9]}}
     _, _, log = train(tmp_path, pipeline, **settings, **watching)
     assert [line.get("watch/look") for line in log] == [1.0, None, 2.0, None, 3.0]

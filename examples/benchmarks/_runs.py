@@ -119,6 +119,7 @@ def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]],
         "variants": {name: row_of(by_seed) for name, by_seed in reports.items()},
         "cpu_count": os.cpu_count(),
         "commit": git_commit(),
+        "commits_of_runs": sorted({report["commit"] for report in finished if report["commit"]}),
         "versions": versions(),
     }
 
@@ -232,6 +233,8 @@ def write_results(content: dict, title: str, lines: Sequence[str], figure: Figur
         "",
         f"{content['dataset']} `{content['data_fingerprint']}`, {content['n']['all']} volumes on each side of a distance, "
         f"{len(content['seeds'])} seeds: means, with deviations over seeds. Not for clinical use.",
+        "",
+        f"{content['what']}.",
         "",
         *(f"- {role}: `{one['name']}` `{one['sha256']}`" for role, one in content["extractors"].items()),
         "",

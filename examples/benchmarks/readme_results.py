@@ -12,12 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
 START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->", "<!-- results: end -->"
-SCORES = ROOT / "model_cards" / "phantoms-32" / "scores.json"
 ROLES = ("judge", "second_judge", "label")
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py
     "ppo": "any reward, a black box too; the published method",
-    "draft_cheap": "rewards are differentiable, and little time",
+    "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, looked at twice)",
     "frechet": "real volumes are at hand: rewards lend their features only",
 }
 
@@ -135,17 +134,17 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
         f"{content['n']['all']} volumes on each side, {len(content['seeds'])} seeds of tuning and evaluation (means and deviations), one set of "
         f"reward models. Before tuning: {'; '.join(_before(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
         "/ (standard - limit), in brackets the 95 % interval over seeds. PPO's runs are those of `make demo`. Settings were picked on other "
-        "seeds, without a judge; frechet's a second time, by its own distances, when the first had been judged on two of these. Forwards of "
+        "seeds, without a judge; those of frechet (by its own distances) and of draft_cheap (how often it is looked at) a second time, when a "
+        "first had been judged on two of these. Forwards of "
         "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
         "on an H200, with as many samples in a batch, but frechet's gradients through one step instead of four ([JSON]"
         "(examples/results/objectives-phantoms.json), [page](examples/results/objectives-phantoms.md)).",
-        *_earlier_release(content),
         "",
         "| method | take it when | judge | gap closed, judge | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in content["variants"].items():
-        memory = on_gpu["variants"].get(name.split("_")[0], {}).get("peak_memory")
+        memory = on_gpu["variants"][row["method"]]["peak_memory"]
         cells = [
             METHODS[name],
             _shown(row["fid"]["judge"]["rl"], 3),
@@ -154,26 +153,11 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
             f"{row['ms_ssim_over_real']['mean']:.2f}",
             f"{row['copies']['rl']['mean']:.1%}",
             f"{row['unet_forwards']['mean']:,.0f}",
-            "" if memory is None else f"{memory['mean'] / 2**30:.1f} GiB",
+            f"{memory['mean'] / 2**30:.1f} GiB",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     copies = first["copies"]["standard"]["mean"]
     return [*lines, "", f"Before tuning the audit calls {copies:.1%} of samples copies."]
-
-
-def _earlier_release(content: dict) -> list[str]:
-    """A line where a benchmark was measured with another label extractor than that of the release."""
-    measured, released = (
-        content["extractors"]["label"]["sha256"],
-        json.loads(SCORES.read_text())["extractor"]["sha256"],
-    )
-    if measured == released:
-        return []
-    return [
-        "",
-        f"Measured before the runs above, on the same pipeline with an earlier label extractor (`{measured}`, now `{released}`), reward "
-        "models made from it without `max_gain`, and rollouts of 8 steps: neither gains nor forwards compare with theirs.",
-    ]
 
 
 def _agreement_lines(content: dict) -> list[str]:

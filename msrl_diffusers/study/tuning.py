@@ -1,6 +1,7 @@
 """The stage in which the policy is tuned, by any of the methods; watched alike, and judged by none of what is reported."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ TRAINED_ON = ("volume", "slice")  # the third reward model only watches
 
 def tune(config: StudyConfig) -> dict:
     """The pipeline tuned by `config.method` on the two rewards, or on the Frechet distance; watched by the held-out reward and
-    the label FID, which also pick the weights that are kept. The judge has no part in it.
+    the label FID, one of which picks the weights that are kept (with `frechet.eval_steps` fresh samples do). The judge has no part in it.
 
     Raises:
         InputError: rewards below `validity_floors`.
@@ -59,13 +60,12 @@ def tune(config: StudyConfig) -> dict:
     figures = trainer.train()
     if process_state().is_main_process:
         pipeline.save_pretrained(Path(args.output_dir) / "pipeline")
-    reward = getattr(trainer, "reward", None)
+    reward, looks = getattr(trainer, "reward", None), math.ceil(figures["rollouts"] / args.watch_steps)
     return {
         **figures,
         # a line of the log is of the weights that sampled its rollout, those before its update
         "kept_after": figures.get("updates_kept", figures.get("step", 1) - 1),
-        "unet_forwards": trainer.unet_forwards
-        + -(-figures["rollouts"] // args.watch_steps) * _watch_forwards(config, train),
+        "unet_forwards": trainer.unet_forwards + looks * _watch_forwards(config, train),
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,  # bytes
         "scales": {name: vars(scale) for name, scale in reward.scales.items()} if reward is not None else {},
     }

@@ -23,7 +23,7 @@ class Watch:
         watchdogs: figures of the user's own, by name; beside those of this file.
         select_by: name of the one of `watchdogs` whose highest value (`"-name"`: lowest) marks the best weights.
         limits: `{figure: [low, high]}`; the run stops when a figure leaves them.
-        patience: the run stops when the selected figure has not improved for so many rollouts.
+        patience: the run stops at a look at which the selected figure has not improved for so many rollouts.
         every: rollouts between two looks of `watchdogs`; those of this file look at every one.
 
     Raises:
@@ -54,9 +54,9 @@ class Watch:
     ) -> dict[str, float]:
         """The figures of a rollout, averaged over processes and logged as `watch/NAME`.
 
-        They are of the weights before this rollout's update, averaged where there is an average, as those that are kept are.
-        `scores` are its raw rewards by name; `guidance_scale` is
-        that of the policy which is trained.
+        They are of the weights before this rollout's update. Where an average is kept, trainers call this within it: what runs
+        the denoiser sees the averaged weights, while the samples of the rollout are of the trained ones. `scores` are its raw
+        rewards by name; `guidance_scale` is that of the policy which is trained.
         """
         head = rollout.select(slice(run.args.train_batch_size)).to(run.device)
         with run.accelerator.autocast():

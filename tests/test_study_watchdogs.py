@@ -1,0 +1,68 @@
+"""What watches the tuning of a study: at which samples it looks, and what that costs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_release import released_study, write_tiny_release
+
+from msrl_diffusers import StudyConfig, run_study
+from msrl_diffusers.seeding import fold_seed
+from msrl_diffusers.study.artifacts import (
+    best_sampler,
+    load_extractors,
+    load_pipeline,
+    load_reward_models,
+    load_split,
+)
+from msrl_diffusers.study.stages import sample_with
+from msrl_diffusers.study.tuning import watchdogs
+from msrl_diffusers.trajectories import score_set
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return write_tiny_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.mark.parametrize("per_class", [0, 3])
+def test_the_label_distance_is_of_the_rollout_or_of_the_best_sampler(per_class, release, tmp_path):
+    config = StudyConfig(**released_study(tmp_path, release, watch_per_class=per_class))
+    run_study(config, ["prepare"])
+    train, extractor = load_split(config, "train"), load_extractors(config)["label"]
+    pipeline = load_pipeline(config)
+    watched = watchdogs(config, pipeline, load_reward_models(config)["heldout"], extractor, train)["label_fid"]
+
+    def distance(values: torch.Tensor) -> float:
+        return watched(SimpleNamespace(samples=values.float(), conditions=train.class_labels))
+
+    real, noise = train.pixel_values, torch.rand(train.pixel_values.shape)
+    if per_class == 0:
+        assert distance(real) == pytest.approx(0, abs=1e-4)
+        assert distance(noise) > 1e-2
+        return
+    before = distance(real)
+    assert before == distance(noise)  # the same noise every time, whatever the rollout was
+    wanted = train.take_per_class(per_class)
+    sampled = sample_with(pipeline, wanted, best_sampler(config), config, fold_seed(config.seed, "watch"))
+    by_class = score_set(extractor, wanted, sampled)
+    assert before == pytest.approx((by_class["HGG"] + by_class["LGG"]) / 2, rel=1e-4)
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter.mul_(1.2)
+    assert distance(real) != before
+
+
+def test_watching_counts_as_forwards(release, tmp_path):
+    settings = {"watch_per_class": 3, "max_steps": 3, "ppo": {"max_steps": 3, "watch_steps": 2}}
+    run_study(StudyConfig(**released_study(tmp_path / "watched", release, **settings)), ["prepare", "ppo"])
+    run_study(
+        StudyConfig(**released_study(tmp_path / "plain", release, **settings | {"watch_per_class": 0})),
+        ["prepare", "ppo"],
+    )
+    forwards = [
+        json.loads((tmp_path / name / "ppo" / "stage.json").read_text())["result"]["unet_forwards"]
+        for name in ("watched", "plain")
+    ]
+    assert forwards[0] - forwards[1] == 2 * 6 * 2  # looks x volumes x steps of the release's best sampler
