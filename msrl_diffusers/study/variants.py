@@ -99,7 +99,7 @@ def run_shared(config: StudyConfig) -> None:
 def run_linked(config: StudyConfig, made: Sequence[StudyConfig]) -> None:
     """Run a study; a stage that one of `made` has finished with the same settings is linked instead."""
     for stage in enabled_stages(config):
-        if process_state().is_main_process:
+        if stage != "report" and process_state().is_main_process:  # a report lies outside its stage's folder
             link_finished(stage, config, made)
         process_state().wait_for_everyone()
         run_study(config, [stage])
