@@ -84,8 +84,8 @@ def test_rows_and_tables_of_reports(benchmarks):
             "fid": dict.fromkeys(_runs.ROLES, arms), "fid_heldout": {"judge": arms},
             "kid": {role: {arm: value["all"] / 10 for arm, value in arms.items()} for role in _runs.ROLES},
             "gap_closed": dict.fromkeys(_runs.ROLES, (3.0 - judge) / 2.0),
-            "fid_by_sampler": {"judge": {"rl @ best": arms["rl"], "rl @ rollout": arms["standard"]}},
-            "kid_by_sampler": {"judge": {"rl @ best": 0.1, "rl @ rollout": 0.2}},
+            "fid_by_sampler": {"judge": {f"rl @ {sampler}": arms["rl"] for sampler in _runs.SAMPLERS}},
+            "kid_by_sampler": {"judge": {"rl @ best": 0.1, "rl @ rollout": 0.2, "rl @ stochastic": 0.3}},
             "diversity": {"real": {"ms_ssim": {"value": 0.5}}, "rl": {"ms_ssim": {"value": 0.6}}},
             "memorization": {"standard": {"share": 0.0}, "rl": {"share": 0.25}},
             "reward": {"gain": 1.5, "parts": {"after": {"heldout": 0.5}}},
@@ -166,7 +166,7 @@ def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
     assert set(content["share_of_ppo"]) == set(names) - {"ppo"}
     assert json.loads(capsys.readouterr().out) == content["share_of_ppo"]
     for row in content["variants"].values():
-        for sampler in ("best", "rollout"):
+        for sampler in ("best", "rollout", "stochastic"):
             assert row["judge_by_sampler"][sampler]["fid"]["values"]
     assert "| frechet |" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".png").stat().st_size > 5000

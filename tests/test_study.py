@@ -89,12 +89,13 @@ def test_distances_of_every_arm_by_all_extractors(report):
 
 
 def test_both_arms_stand_at_both_samplers(report):
-    names = {f"{arm} @ {sampler}" for arm in ("standard", "rl") for sampler in ("best", "rollout")}
+    names = {f"{arm} @ {sampler}" for arm in ("standard", "rl") for sampler in ("best", "rollout", "stochastic")}
     for role in ROLES:
         assert names <= set(report["fid_by_sampler"][role])
     assert report["samplers"]["rollout"] == {"num_inference_steps": 4, "eta": 1.0, "guidance_scale": 1.0}
+    assert report["samplers"]["stochastic"] == report["samplers"]["rollout"]
     assert report["chosen"]["standard"] == "standard @ best"
-    assert report["chosen"]["rl"] in ("rl @ best", "rl @ rollout")
+    assert report["chosen"]["rl"] in ("rl @ best", "rl @ rollout")  # equal ones go by the first name
     for arm, name in report["chosen"].items():
         assert report["fid"]["judge"][arm] == report["fid_by_sampler"]["judge"][name]
 

@@ -1,6 +1,7 @@
 """Studies over seeds and with ablations: what is shared, what differs, and the tables made of them."""
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,16 @@ def test_findings_of_a_downstream_study(finished):
     by_claim = {finding["claim"]: finding["holds"] for finding in findings(reports)}
     assert [holds for claim, holds in by_claim.items() if "classifier" in claim] == [True]
     assert by_claim["pretraining on RL-tuned volumes raises it more than on standard ones"] is False
+
+
+def test_the_readme_says_what_the_tables_say(tables):
+    script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "benchmarks" / "readme_results.py"))
+    lines = script["_paper_lines"](tables, "study-phantoms-32")
+    fid = tables["ablations"]["reward_3d_only"]["fid_judge"]
+    assert any(line.startswith(f"| RL, reward 3d only | {fid['mean']:.3f} +- {fid['sd']:.3f} |") for line in lines)
+    assert sum(line.startswith("- ") for line in lines) == len(tables["findings"])
+    (unseen,) = [line for line in lines if "of many noise steps" in line]
+    assert unseen.endswith("not shown, not measured over seeds.")
 
 
 def test_a_page_without_ablations_or_classifier(finished, tables):

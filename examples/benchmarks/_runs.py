@@ -24,7 +24,7 @@ from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
 
 
 Changes = Mapping | Callable[[StudyConfig, int], Mapping]  # of StudyConfig's fields; some depend on the seed
-SAMPLERS = ("best", "rollout")
+SAMPLERS = ("best", "rollout", "stochastic")
 ROLES = ("judge", "second_judge", "label")
 
 

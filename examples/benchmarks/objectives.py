@@ -4,8 +4,8 @@
     python examples/benchmarks/objectives.py --config CONFIG --data_dir DIR --variants ppo frechet --seeds 0 1 2
 
 Beside the JSON lie the same as a table and a figure. `share_of_ppo` says of each method how many of PPO's denoiser forwards it
-took, and whether it reached PPO's distance. Every tuned model stands at both samplers: the pretrained model's best and the
-rollouts' own.
+took, and whether it reached PPO's distance. Every tuned model stands at two samplers: the pretrained model's best, and the
+rollouts' with all the noise of DDPM.
 """
 
 import json
@@ -36,7 +36,7 @@ BY_SAMPLER = {
     f"judge distance, {sampler} sampler": lambda row, sampler=sampler: shown(
         row["judge_by_sampler"][sampler]["fid"], ".4f"
     )
-    for sampler in ("best", "rollout")
+    for sampler in ("best", "stochastic")
 }
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
 START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->", "<!-- results: end -->"
 ROLES = ("judge", "second_judge", "label")
+STANDARD = "+ standard synthetic"  # an arm of the downstream study
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py
     "ppo": "any reward, a black box too; the published method",
@@ -54,6 +55,8 @@ def section() -> str:
             *_method_lines(json.loads(objectives.read_text()), on_gpu),
             "",
         ]
+    for path in sorted(RESULTS.glob("study-*.json")):
+        lines += ["### The paper's tables", "", *_paper_lines(json.loads(path.read_text()), path.stem), ""]
     others = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("ixi-*.json"))}
     if others:
         lines += ["### Real brains at 32^3: IXI, classes by age", "", *_study_lines(others), ""]
@@ -158,6 +161,56 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     copies = first["copies"]["standard"]["mean"]
     return [*lines, "", f"Before tuning the audit calls {copies:.1%} of samples copies."]
+
+
+def _paper_lines(content: dict, name: str) -> list[str]:
+    """What a study over seeds (`tables.json`) says: its ablations, its classifiers, and which of the paper's findings hold."""
+    data = next(iter(content["published"]["fid"]))
+    seeds = len(content["seeds"])
+    lines = [
+        f"One command, `msrl study --config examples/configs/phantoms/study.yaml --seeds {' '.join(map(str, content['seeds']))} --ablations "
+        f"{' '.join(variant for variant in content['ablations'] if variant != 'full')}`: {content['n']['all']} volumes on each side, mean and "
+        f"deviation over {seeds} seeds of the reward models, PPO and the evaluation ([all tables](examples/results/{name}.md)). Published "
+        f"figures ({content['published']['source']}, {data}) are of other data and another extractor; compare shares of the gap.",
+        "",
+        "| | judge | gap closed, judge | accuracy with its volumes | published: distance | published: accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    theirs = content["published"]
+    standard = [
+        content["fid"]["judge"]["standard"]["all"],
+        None,
+        (content["downstream"] or {}).get(STANDARD, {}).get("accuracy"),
+    ]
+    rows = {
+        "standard diffusion": (
+            standard,
+            theirs["fid"][data]["standard"]["all"],
+            theirs["downstream"][data][STANDARD]["accuracy"][0],
+        )
+    }
+    for variant, row in content["ablations"].items():
+        published = theirs["ablations"][variant]
+        figures = [row["fid_judge"], row["gap_closed_judge"], row["accuracy"]]
+        rows[f"RL, {variant.replace('_', ' ')}"] = (figures, published["fid"], published["accuracy"])
+    for title, (figures, fid, accuracy) in rows.items():
+        cells = [_shown(figure, digits) for figure, digits in zip(figures, (3, 2, 2), strict=True)]
+        lines.append(f"| {title} | " + " | ".join([*cells, f"{fid:.2f}", f"{accuracy:.2f}"]) + " |")
+    lines += [
+        "",
+        "What the paper found, and whether it holds here (mean of differences over seeds, positive as claimed, 95 % interval):",
+        "",
+    ]
+    for finding in content["findings"]:
+        holds = {True: "holds", False: "the opposite holds", None: "not shown"}[finding["holds"]]
+        interval = finding["interval"]
+        shown = (
+            f"{finding['mean']:+.4f} ({interval[0]:+.4f} .. {interval[1]:+.4f})"
+            if interval
+            else "not measured over seeds"
+        )
+        lines.append(f"- {finding['claim']}: {holds}, {shown}.")
+    return lines
 
 
 def _agreement_lines(content: dict) -> list[str]:

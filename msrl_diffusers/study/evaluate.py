@@ -39,7 +39,7 @@ def evaluate(config: StudyConfig) -> dict:
     """All figures of the report that need models or volumes. Saves the volumes of every reported arm.
 
     Each arm stands at the sampler that the label extractor chooses for it on other samples than these: the standard arm
-    among all of the config, in stage score; the tuned one between that sampler and the rollouts'.
+    among all of the config, in stage score; the tuned one among that sampler, the rollouts', and the latter with noise.
     """
     seed = config.seed_of("evaluate")
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
@@ -61,8 +61,7 @@ def evaluate(config: StudyConfig) -> dict:
     with tqdm(total=len(pipelines) * len(samplers), desc="evaluate") as progress:
         for arm, pipeline in pipelines.items():
             for name, sampler in samplers.items():
-                same = next(other for other in samplers if samplers[other] == sampler)  # the first of its kind
-                volumes = arms.get(f"{arm} @ {same}")
+                volumes = arms.get(f"{arm} @ {_first_like(sampler, samplers)}")
                 if volumes is None:
                     volumes = sample_with(pipeline, train, sampler, config, fold_seed(seed, "evaluate"))
                 arms[f"{arm} @ {name}"] = volumes
@@ -115,19 +114,30 @@ def evaluate(config: StudyConfig) -> dict:
 
 
 def _samplers(config: StudyConfig) -> dict[str, dict]:
-    """`best`: the standard arm's best; `rollout`: the one reinforcement learning sampled with."""
+    """`best`: the standard arm's best; `rollout`: the one tuning sampled with (the first, of several); `stochastic`: that
+    with all the noise of DDPM, so that a sampler with noise is among them whatever the other two are."""
     tuning = config.trainer_config(config.method)
-    rollout = {name: getattr(tuning, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
-    return {"best": best_sampler(config), "rollout": rollout}
+    rollout = {
+        "num_inference_steps": tuning.num_inference_steps,
+        "eta": tuning.etas[0],
+        "guidance_scale": tuning.guidance_scale,
+    }
+    return {"best": best_sampler(config), "rollout": rollout, "stochastic": {**rollout, "eta": 1.0}}
+
+
+def _first_like(sampler: dict, samplers: dict[str, dict]) -> str:
+    """The first name of a sampler that has several."""
+    return next(name for name, other in samplers.items() if other == sampler)
 
 
 def _choose_sampler(
     pipeline: MedVolumePipeline, samplers: dict, train: VolumeDataset, extractor: torch.nn.Module, config: StudyConfig
 ) -> str:
     """The sampler of the lowest label FID; on other samples than those of the report, and fewer where there are many."""
-    train, distances = train.take_per_class(CHOICE_PER_CLASS), {}
-    if len({tuple(sorted(sampler.items())) for sampler in samplers.values()}) == 1:
+    samplers = {_first_like(sampler, samplers): sampler for sampler in samplers.values()}
+    if len(samplers) == 1:
         return next(iter(samplers))
+    train, distances = train.take_per_class(CHOICE_PER_CLASS), {}
     real = extract_features(extractor, train.pixel_values)
     for name, sampler in samplers.items():
         sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))

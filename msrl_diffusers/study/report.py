@@ -137,7 +137,7 @@ def markdown(content: dict) -> str:
             "",
         ]
     lines += [
-        "## Both arms at both samplers (all classes)",
+        "## Both arms at every sampler (all classes)",
         "",
         "| arm and sampler | judge | second judge | label |",
         "|---|---|---|---|",

@@ -98,3 +98,8 @@ class FrechetConfig(OnlineConfig):
                 "FrechetConfig: there are no rewards; unset reward_weights, reward_batch_size, async_rewards."
             )
         self.check_divisible(1)
+
+    @property
+    def etas(self) -> list[float]:
+        """The values of `samplers`, each once."""
+        return list(dict.fromkeys(self.samplers))

@@ -94,7 +94,7 @@ class FrechetTrainer:
         self._picks = select_by is None and args.eval_steps > 0
         self.watch = Watch(watchdogs, select_by, limits, args.patience, args.watch_steps)
         self._fresh = Watch({FRESH: None}, f"-{FRESH}" if self._picks else None, fresh_limits, args.patience)
-        self._etas = list(dict.fromkeys(args.samplers))
+        self._etas = args.etas
         self.unet_forwards = 0
         self.policy = tunable_policy(pipeline, args)
 

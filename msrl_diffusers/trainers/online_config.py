@@ -97,6 +97,11 @@ class OnlineConfig(TrainingConfig):
             )
 
     @property
+    def etas(self) -> list[float]:
+        """Noise of the samplers that rollouts come from; of one sampler here."""
+        return [self.eta]
+
+    @property
     def samples_per_rollout(self) -> int:
         """Samples one process denoises per rollout."""
         return self.rollout_batch_size * self.num_rollout_batches
