@@ -8,7 +8,6 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
 
 from ..data.volumes import VolumeDataset
 from ..pipelines.med_volume import MedVolumePipeline
@@ -16,6 +15,7 @@ from ..seeding import batch_indices, generator_for
 from .base import TrainingRun, channels_last
 from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .diffusion_config import LatentDiffusionConfig
+from .weight_average import WeightAverage
 
 
 class LatentDiffusionTrainer:
@@ -33,14 +33,9 @@ class LatentDiffusionTrainer:
         optimizer = run.optimizer(unet.parameters())
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-        ema = EMAModel(
-            accelerator.unwrap_model(unet).parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75,
-            foreach=run.device.type == "cuda",
-        )  # fmt: skip
-        ema.to(run.device)
+        ema = WeightAverage(accelerator.unwrap_model(unet).parameters(), args.ema_decay, run.device)
         accelerator.register_for_checkpointing(ema)
         run.resume()
-        ema.to(run.device)  # a checkpoint's averages are loaded on the CPU
         unet.train()
         for step in run.steps():
             batch_size = args.train_batch_size * accelerator.num_processes

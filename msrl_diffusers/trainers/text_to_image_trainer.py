@@ -12,7 +12,6 @@
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers.training_utils import EMAModel
 
 from ..data.image_folder import ImageDataset
 from ..errors import InputError
@@ -22,6 +21,7 @@ from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .lora import ATTENTION, merge_lora, save_lora
 from .text_to_image_config import TextToImageConfig
 from .tuned_weights import add_lora
+from .weight_average import WeightAverage
 
 
 class PromptedUNet(torch.nn.Module):
@@ -87,13 +87,9 @@ class TextToImageTrainer:
         trainable = [value for value in accelerator.unwrap_model(network).parameters() if value.requires_grad]
         ema = None
         if args.ema_decay is not None:
-            ema = EMAModel(
-                trainable, decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=run.device.type == "cuda"
-            )
+            ema = WeightAverage(trainable, args.ema_decay, run.device)
             accelerator.register_for_checkpointing(ema)
         run.resume()
-        if ema is not None:
-            ema.to(run.device)  # a checkpoint's averages are loaded on the CPU
         network.train()
         for step in run.steps():
             batch_size = args.train_batch_size * accelerator.num_processes

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import DistributedType
-from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +14,7 @@ from ..models.adapters import carried_adapters, carries_fresh_adapters
 from ..policies import DenoisingPolicy, make_policy
 from .base import TrainingRun, channels_last
 from .online_config import OnlineConfig
+from .weight_average import WeightAverage
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
@@ -116,10 +116,7 @@ class TunedWeights:
         self.trainable = {name: value for name, value in inner.named_parameters() if value.requires_grad}
         self._average = None
         if args.ema_decay is not None:
-            parameters = list(self.trainable.values())
-            self._average = _Average(
-                parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=run.device.type == "cuda"
-            )
+            self._average = WeightAverage(list(self.trainable.values()), args.ema_decay, run.device)
             run.accelerator.register_for_checkpointing(self._average)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor | None:
@@ -204,12 +201,3 @@ class TunedWeights:
         if self.args.push_to_hub and self.run.is_main:
             repository = self.args.hub_model_id or self.run.output_dir.resolve().name
             self.pipeline.push_to_hub(repository, private=self.args.hub_private_repo)
-
-
-class _Average(EMAModel):
-    """Stays on its device when it is loaded; accelerate reads checkpoints of such objects to the CPU."""
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        device = self.shadow_params[0].device
-        super().load_state_dict(state_dict)
-        self.to(device)
