@@ -88,6 +88,7 @@ def test_rows_and_tables_of_reports(benchmarks):
             "kid_by_sampler": {"judge": {"rl @ best": 0.1, "rl @ rollout": 0.2, "rl @ stochastic": 0.3}},
             "diversity": {"real": {"ms_ssim": {"value": 0.5}}, "rl": {"ms_ssim": {"value": 0.6}}},
             "memorization": {"standard": {"share": 0.0}, "rl": {"share": 0.25}},
+            "downstream": {"+ RL synthetic": {"accuracy": 0.75, "f1": 0.5, "auc": judge / 2}},
             "reward": {"gain": 1.5, "parts": {"after": {"heldout": 0.5}}},
             "reward_models": {"volume": {"auc": 0.9, "spearman": 0.6}},
             "unet_forwards": 1000, "seconds": {method: 60.0},
@@ -102,6 +103,7 @@ def test_rows_and_tables_of_reports(benchmarks):
     assert high - 0.75 == pytest.approx(12.706 * 0.5 / 2, rel=1e-3) == 0.75 - low  # Student's t of two values
     assert row["ms_ssim_over_real"]["mean"] == pytest.approx(1.2)
     assert row["copies"]["rl"]["mean"] == 0.25
+    assert row["downstream"]["+ RL synthetic"]["auc"]["values"] == [0.5, 1.0]
     assert row["judge_by_sampler"]["rollout"]["kid"]["mean"] == 0.2
     lines = _runs.table({"variants": {"a": row, "b": {"seeds": [], "refused": {"0": "No."}}}})
     assert lines[2].startswith("| a | 75% (")

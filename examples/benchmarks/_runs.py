@@ -19,7 +19,7 @@ from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.report import git_commit, versions
-from msrl_diffusers.study.tables import summary, verdict
+from msrl_diffusers.study.tables import TUNED, downstream_table, summary, verdict
 from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
 
 
@@ -154,6 +154,7 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
         "fid_heldout": over_seeds(lambda report: report["fid_heldout"]["judge"]["rl"]["all"]),
         "ms_ssim_over_real": over_seeds(_similarity),
         "copies": {arm: over_seeds(lambda report, arm=arm: _copies(report, arm)) for arm in ("standard", "rl")},
+        "downstream": downstream_table(reports),
         "reward_gain": over_seeds(lambda report: report["reward"]["gain"]),
         "heldout_reward_gain": over_seeds(lambda report: report["reward"]["parts"]["after"]["heldout"]),
         "auc": over_seeds(lambda report: report["reward_models"]["volume"]["auc"]),
@@ -200,6 +201,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "label distance": lambda row: shown(row["fid"]["label"]["rl"], ".4f"),
     "MS-SSIM over real": lambda row: shown(row["ms_ssim_over_real"], ".3f"),
     "copies": lambda row: shown(row["copies"]["rl"], ".1%"),
+    "accuracy with its volumes": lambda row: shown(row["downstream"] and row["downstream"][TUNED]["accuracy"], ".3f"),
     "reward gained": lambda row: shown(row["reward_gain"], "+.2f"),
     "held-out reward": lambda row: shown(row["heldout_reward_gain"], "+.2f"),
     "denoiser forwards": lambda row: shown(row["unet_forwards"], ",.0f"),

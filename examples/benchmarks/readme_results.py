@@ -134,13 +134,12 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
     earlier run of the same batches."""
     first = next(iter(content["variants"].values()))
     lines = [
-        f"{content['n']['all']} volumes on each side, {len(content['seeds'])} seeds of tuning and evaluation (means and deviations), one set of "
-        f"reward models. Before tuning: {'; '.join(_before(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
+        f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(content)}); one set "
+        f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
         "/ (standard - limit), in brackets the 95 % interval over seeds. PPO's runs are those of `make demo`. Settings were picked on other "
-        "seeds, without a judge; those of frechet (by its own distances) and of draft_cheap (how often it is looked at) a second time, when a "
-        "first had been judged on two of these. Forwards of "
+        "seeds, without a judge; how often draft_cheap is looked at a second time, when a first had been judged on two of these. Forwards of "
         "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
-        "on an H200, with as many samples in a batch, but frechet's gradients through one step instead of four ([JSON]"
+        "on an H200, with as many samples in a batch, but frechet's gradients through one step instead of six ([JSON]"
         "(examples/results/objectives-phantoms.json), [page](examples/results/objectives-phantoms.md)).",
         "",
         "| method | take it when | judge | gap closed, judge | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
@@ -150,17 +149,16 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
         memory = on_gpu["variants"][row["method"]]["peak_memory"]
         cells = [
             METHODS[name],
-            _shown(row["fid"]["judge"]["rl"], 3),
+            _change(row["fid"]["judge"]),
             *(_closed(row["gap_closed"][role]) for role in ("judge", "second_judge")),
-            _shown(row["fid"]["label"]["rl"], 3),
+            _change(row["fid"]["label"]),
             f"{row['ms_ssim_over_real']['mean']:.2f}",
-            f"{row['copies']['rl']['mean']:.1%}",
+            " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
             f"{row['unet_forwards']['mean']:,.0f}",
             f"{memory['mean'] / 2**30:.1f} GiB",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    copies = first["copies"]["standard"]["mean"]
-    return [*lines, "", f"Before tuning the audit calls {copies:.1%} of samples copies."]
+    return lines
 
 
 def _paper_lines(content: dict, name: str) -> list[str]:
@@ -237,9 +235,21 @@ def _agreement_lines(content: dict) -> list[str]:
     return lines
 
 
-def _before(role: str, row: dict) -> str:
-    fids = row["fid"][role]
-    return f"{role.replace('_', ' ')} {fids['standard']['mean']:.3f} (limit {fids['limit']['mean']:.3f})"
+def _seeds_of(content: dict) -> str:
+    """Which seeds each variant was run with; variants of the same seeds together."""
+    names: dict[str, list[str]] = {}
+    for name, row in content["variants"].items():
+        names.setdefault(", ".join(map(str, row["seeds"])), []).append(name)
+    return "; ".join(f"{seeds} of {', '.join(of)}" for seeds, of in names.items())
+
+
+def _limit(role: str, row: dict) -> str:
+    return f"{role.replace('_', ' ')} {row['fid'][role]['limit']['mean']:.3f}"
+
+
+def _change(fids: dict) -> str:
+    """A distance before and after tuning."""
+    return " -> ".join(_shown(fids[arm], 3) for arm in ("standard", "rl"))
 
 
 def _closed(figure: dict | None) -> str:
