@@ -3,7 +3,13 @@
 import sys
 import types
 import typing
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -65,7 +71,7 @@ def parse(
     """Instances of `config_classes` from the command line. `defaults` (from a YAML file) stand behind it. The fields
     `positionals` are given in that order, without a name. `--help` shows `prog` (the command, as it is typed) and
     `description` with its lines as they are, so that it can hold examples, and also the options `taken` out of the command
-    line before, `{name: help}`.
+    line before, `{name: help}`. A mapping is written as in YAML or JSON, and stands for the whole one of `defaults`.
 
     Raises:
         InputError: an option that does not exist, or one that is missing; a default that no class has a field for; a value
@@ -80,6 +86,9 @@ def parse(
     for action in parser._actions:  # a field with a value from the file is not required any more
         if action.dest in (defaults or {}):
             action.required = False
+    for action in parser._actions:
+        if action.type is dict:
+            action.type = _mapping
     for name in positionals:  # TRL's parser makes options only
         action = parser._option_string_actions[f"--{name}"]
         for flag in action.option_strings:
@@ -94,6 +103,17 @@ def parse(
     if rest:
         raise InputError(f"No option takes {rest[0]!r}; --help shows the options.")
     return tuple(configs)
+
+
+def _mapping(text: str) -> dict:
+    """A mapping on the command line, such as `{a: 1}` or `{"a": 1}`."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"needs a mapping such as {{name: value}}, got {text!r}")
+    return value
 
 
 def _check_options(arguments: Sequence[str], known: Sequence[str]) -> None:

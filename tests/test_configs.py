@@ -271,6 +271,15 @@ def test_options_may_be_shortened_and_values_may_look_like_options():
     assert (placed.place, placed.track, config.max_steps) == ("--here", False, 4)
 
 
+def test_a_mapping_is_an_option_too():
+    arguments = ["--synthetic_arms", '{"other": "DIR"}', "--ppo", "{max_steps: 3, learning_rate: 1.0e-4}"]
+    (config,) = parse([StudyConfig], {"ppo": {"clip_range": 0.1}}, arguments)
+    assert config.synthetic_arms == {"other": "DIR"}
+    assert config.ppo == {"max_steps": 3, "learning_rate": 1e-4}
+    with pytest.raises(InputError, match=r"needs a mapping such as \{name: value\}, got 'DIR'; --help"):
+        parse([StudyConfig], None, ["--synthetic_arms", "DIR"])
+
+
 def test_help_keeps_the_lines_of_the_description(capsys):
     with pytest.raises(SystemExit) as ended:
         parse([Placed], None, ["--help"], prog="msrl test", description="Does it.\n\n    msrl test --place here\n")

@@ -228,6 +228,11 @@ class StudyConfig:
         """Whether the reward models train on while the policy is tuned."""
         return bool(self.refresh) and self.method == "ppo"
 
+    @property
+    def shows_lesions(self) -> bool:
+        """Whether pictures look for a lesion in each volume; else all of them show the same place."""
+        return self.dataset in ("phantoms", "brats2019")
+
     def seed_of(self, stage: str) -> int:
         """The seed of a stage."""
         return self.rl_seed if stage in RL_STAGES and self.rl_seed is not None else self.seed

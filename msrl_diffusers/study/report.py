@@ -234,7 +234,7 @@ def _draw(config: StudyConfig, content: dict) -> None:
     shown = {"real": load_split(config, "train"), **arms}
     titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
     rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}
-    plot_volumes(rows, figures / "comparison.png", at_asymmetry=True)
+    plot_volumes(rows, figures / "comparison.png", at_asymmetry=config.shows_lesions)
     method = config.method
     plot_history(
         output_dir / method,

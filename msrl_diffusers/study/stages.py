@@ -136,7 +136,9 @@ def train_diffusion(config: StudyConfig) -> dict:
     shown = train.take_per_class(4)
     samples = sample_set(pipeline, shown, SetSpec("synthetic", 50), config.seed)
     plot_volumes(
-        {"real": shown.pixel_values, "generated": samples.pixel_values}, folder / "samples.png", at_asymmetry=True
+        {"real": shown.pixel_values, "generated": samples.pixel_values},
+        folder / "samples.png",
+        at_asymmetry=config.shows_lesions,
     )
     return figures
 
