@@ -271,6 +271,11 @@ def test_options_may_be_shortened_and_values_may_look_like_options():
     assert (placed.place, placed.track, config.max_steps) == ("--here", False, 4)
 
 
+def test_pictures_look_for_lesions_where_there_are_any():
+    assert StudyConfig().shows_lesions
+    assert not StudyConfig(dataset="nifti_folder", data_dir="DIR").shows_lesions
+
+
 def test_a_mapping_is_an_option_too():
     arguments = ["--synthetic_arms", '{"other": "DIR"}', "--ppo", "{max_steps: 3, learning_rate: 1.0e-4}"]
     (config,) = parse([StudyConfig], {"ppo": {"clip_range": 0.1}}, arguments)

@@ -361,7 +361,7 @@ def test_a_study_by_another_method(method, release, tmp_path):
     extra = {
         "nft": {},
         "draft": {},
-        "frechet": {"queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]},
+        "frechet": {"queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [0.0]},
     }
     config = StudyConfig(
         **released_study(tmp_path, release, method=method, num_curve_points=2, curve_per_class=3, evaluation_per_class=3,
@@ -373,6 +373,9 @@ def test_a_study_by_another_method(method, release, tmp_path):
     assert report["n"] == {"all": 6, "HGG": 3, "LGG": 3}
     assert report[method]["rollouts"] == 2
     assert report["unet_forwards"] == report[method]["unet_forwards"] > 0
+    assert report["samplers"]["rollout"]["eta"] == {"nft": 0.0, "draft": 1.0, "frechet": 0.0}[method]
+    assert report["samplers"]["stochastic"] == {**report["samplers"]["rollout"], "eta": 1.0}
+    assert "rl @ stochastic" in report["fid_by_sampler"]["judge"]
     assert report["curve"]["points"][-1]["rollout"] == 2
     assert f"figures/{method}.png" in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "ppo").exists()
