@@ -89,9 +89,9 @@ def test_a_reference_that_moves_at_once_holds_nothing_at_first(use_lora, tmp_pat
     """After each rollout it is the policy of that moment: at the next rollout's only update the penalty has no gradient."""
     settings = {"max_steps": 3, "use_lora": use_lora}
     _, free, free_log = train(tmp_path / "free", kl_coef=0.0, **settings)
-    _, moving, log = train(tmp_path / "moving", kl_coef=1e3, reference_update_steps=1, **settings)
-    for name, value in free.items():
-        torch.testing.assert_close(moving[name], value, atol=1e-6, rtol=1e-4)
+    _, held, _ = train(tmp_path / "held", kl_coef=0.1, **settings)
+    _, moving, log = train(tmp_path / "moving", kl_coef=0.1, reference_update_steps=1, **settings)
+    assert distance(moving, free) < 0.02 * distance(held, free)  # but for rounding, which the coefficient magnifies
     # what is reported is the divergence from the pretrained weights, which are left behind
     assert [line["ppo/kl"] for line in log] == pytest.approx([line["ppo/kl"] for line in free_log], rel=1e-3, abs=1e-9)
     assert log[2]["ppo/kl"] > 1e-9
