@@ -83,10 +83,9 @@ def parse(
     if unknown:
         raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
     parser.set_defaults(**_readable(config_classes, defaults or {}))
-    for action in parser._actions:  # a field with a value from the file is not required any more
-        if action.dest in (defaults or {}):
-            action.required = False
     for action in parser._actions:
+        if action.dest in (defaults or {}):  # what the file says is not required any more
+            action.required = False
         if action.type is dict:
             action.type = _mapping
     for name in positionals:  # TRL's parser makes options only
