@@ -90,7 +90,7 @@ def test_rows_and_tables_of_reports(benchmarks):
             "memorization": {"standard": {"share": 0.0}, "rl": {"share": 0.25}},
             "downstream": {"+ RL synthetic": {"accuracy": 0.75, "f1": 0.5, "auc": judge / 2}},
             "reward": {"gain": 1.5, "parts": {"after": {"heldout": 0.5}}},
-            "reward_models": {"volume": {"auc": 0.9, "spearman": 0.6}},
+            "reward_models": {role: {"auc": 0.9, "spearman": 0.6} for role in ("volume", "slice")},
             "unet_forwards": 1000, "seconds": {method: 60.0},
         }  # fmt: skip
 
@@ -105,6 +105,7 @@ def test_rows_and_tables_of_reports(benchmarks):
     assert row["copies"]["rl"]["mean"] == 0.25
     assert row["downstream"]["+ RL synthetic"]["auc"]["values"] == [0.5, 1.0]
     assert row["judge_by_sampler"]["rollout"]["kid"]["mean"] == 0.2
+    assert row["validity"]["slice"]["auc"]["mean"] == 0.9
     lines = _runs.table({"variants": {"a": row, "b": {"seeds": [], "refused": {"0": "No."}}}})
     assert lines[2].startswith("| a | 75% (")
     assert "- b, seed 0, was refused: No." in lines

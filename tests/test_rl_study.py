@@ -407,3 +407,26 @@ def test_the_recipes_say_what_they_are():
     assert {**paper["rewards"], "max_gain": default["rewards"]["max_gain"]} == default["rewards"]
     assert "max_gain" not in paper["rewards"]
     assert not {"refresh", "marginal_labels", "validity_floors", "degraded_anchors"} & set(paper)
+
+
+def test_the_published_recipe_on_other_data_is_the_same():
+    """nifti_folder/recipes/paper.yaml: the data of nifti_folder/cpu.yaml, the method of phantoms/recipes/paper.yaml."""
+    folder = CONFIGS.parent / "nifti_folder"
+    found, data, method = (
+        read_study(path)
+        for path in (folder / "recipes/paper.yaml", folder / "cpu.yaml", CONFIGS / "recipes/paper.yaml")
+    )
+    for name in (
+        "dataset",
+        "image_size",
+        "field_of_view",
+        "label_column",
+        "label_bins",
+        "holdout_fraction",
+        "samplers",
+    ):
+        assert found[name] == data[name], name
+    for name in ("ppo", "volume_reward", "slice_reward", "heldout_reward", "select_by", "pretrained_rewards"):
+        assert found[name] == method[name], name
+    assert found["rewards"] == {name: value for name, value in data["rewards"].items() if name != "max_gain"}
+    assert not set(found) - set(method) - set(data)

@@ -157,8 +157,13 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
         "downstream": downstream_table(reports),
         "reward_gain": over_seeds(lambda report: report["reward"]["gain"]),
         "heldout_reward_gain": over_seeds(lambda report: report["reward"]["parts"]["after"]["heldout"]),
-        "auc": over_seeds(lambda report: report["reward_models"]["volume"]["auc"]),
-        "spearman": over_seeds(lambda report: report["reward_models"]["volume"]["spearman"]),
+        "validity": {
+            role: {
+                figure: over_seeds(lambda report, role=role, figure=figure: report["reward_models"][role][figure])
+                for figure in ("auc", "spearman")
+            }
+            for role in ("volume", "slice")
+        },
         "unet_forwards": over_seeds(lambda report: report["unet_forwards"]),
         "seconds": over_seeds(lambda report: report["seconds"][report["method"]]),
         "peak_memory": over_seeds(lambda report: report[report["method"]]["peak_memory"]),

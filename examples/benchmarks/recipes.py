@@ -1,7 +1,7 @@
 """Rewards that hold under optimization: the published recipe, each remedy alone, and the default recipe of several.
 
     python examples/benchmarks/recipes.py --output examples/results/recipes-phantoms.json
-    python examples/benchmarks/recipes.py --config CONFIG --data_dir DIR --variants paper default --seeds 0 1 2
+    python examples/benchmarks/recipes.py --config CONFIG --data_dir DIR --variants paper unchecked --seeds 0 1 2
 
 From one pretrained pipeline, over seeds: how much of the judge's gap each closes, at what cost in diversity and copies, for
 how many denoiser forwards. Beside the JSON lie the same as a table and a figure. The base (`--config`) is the recipe `paper`.
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from _runs import chosen, gathered, merged, parse_benchmark, run_all, table, write_results
+from _runs import COLUMNS, chosen, gathered, merged, parse_benchmark, run_all, shown, table, write_results
 from matplotlib.figure import Figure
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
@@ -41,6 +41,7 @@ REMEDIES: dict[str, dict] = {
     "large_rollouts": {"ppo": {"num_rollout_batches": 8, "timestep_fraction": 0.5}},
 }  # fmt: skip
 RECIPE = ("by_class", "any_brightness", "early_stop")  # what the default recipe is made of
+DEFAULT = merged(*(REMEDIES[name] for name in RECIPE))
 FLOORS = {"validity_floors": {"auc": 0.7, "spearman": 0.3}}
 
 
@@ -52,9 +53,21 @@ def earlier_policy(base: StudyConfig, seed: int) -> dict:
 
 VARIANTS = {
     "paper": {},
-    "default": merged(*(REMEDIES[name] for name in RECIPE), FLOORS),
+    "default": merged(DEFAULT, FLOORS),
+    "unchecked": DEFAULT,  # started whatever its rewards are worth
+    "extremes": merged(
+        DEFAULT, {"reconstruction_steps": [1], "synthetic_steps": [100]}
+    ),  # AUC where nothing else is learned
     **REMEDIES,
     "policy_anchors": earlier_policy,
+}
+
+
+VALIDITY = {
+    f"AUC, {role}": lambda row, role=role: shown(row["validity"][role]["auc"], ".2f") for role in ("volume", "slice")
+} | {
+    f"Spearman, {role}": lambda row, role=role: shown(row["validity"][role]["spearman"], ".2f")
+    for role in ("volume", "slice")
 }
 
 
@@ -100,7 +113,7 @@ def lines(content: dict) -> list[str]:
                 f"{turning['rollout']} (sqrt(KL) {turning['sqrt_kl']:.4f})" if turning else "the end, or no curve"
             )
             found.append(f"| {name}, seed {seed} | " + " | ".join(map(str, cells)) + " |")
-    return [*table(content), *found]
+    return [*table(content, {**COLUMNS, **VALIDITY}), *found]
 
 
 def main() -> None:
