@@ -173,3 +173,27 @@ def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
             assert row["judge_by_sampler"][sampler]["fid"]["values"]
     assert "| frechet |" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".png").stat().st_size > 5000
+
+
+def test_the_ceiling_of_reward_models(benchmarks, tmp_path, monkeypatch, capsys):
+    """reward_ceiling.py stops before any tuning, and goes on where it was."""
+    config = base_config(tmp_path, validity_floors={"auc": 0.0})
+    output = tmp_path / "results" / "ceiling.json"
+    arguments = ["--config", config, "--output", str(output), "--seeds", "0", "1"]
+    run("reward_ceiling.py", *arguments, monkeypatch=monkeypatch)
+    content = json.loads(output.read_text())
+    assert list(content["rows"]) == ["all sets", "extremes"]
+    for row in content["rows"].values():
+        assert list(row) == ["volume", "slice", "heldout"]
+        assert all(0 <= value <= 1 for value in row["slice"]["auc"]["values"])
+    assert "| extremes |" in output.with_suffix(".md").read_text() == capsys.readouterr().out
+    runs = tmp_path / "runs"
+    assert not list(runs.glob("*/ppo"))
+    sets = json.loads((runs / "extremes-seed1" / "trajectories" / "stage.json").read_text())["result"]["sets"]
+    assert sets == ["reconstruction-001", "synthetic-100"]
+    before = records(runs)
+    run("reward_ceiling.py", *arguments, monkeypatch=monkeypatch)
+    assert records(runs) == before
+    with pytest.raises(SystemExit):
+        run("reward_ceiling.py", "--config", config, "--validity_floors", "null", monkeypatch=monkeypatch)
+    assert "has no stage validity" in capsys.readouterr().err

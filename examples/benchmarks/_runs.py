@@ -18,7 +18,7 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.command_line import read_study
-from msrl_diffusers.study.report import git_commit, versions
+from msrl_diffusers.study.report import git_commit
 from msrl_diffusers.study.tables import TUNED, downstream_table, summary, verdict
 from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
 
@@ -120,7 +120,7 @@ def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]],
         "cpu_count": os.cpu_count(),
         "commit": git_commit(),
         "commits_of_runs": sorted({report["commit"] for report in finished if report["commit"]}),
-        "versions": versions(),
+        "versions": first["versions"],
     }
 
 

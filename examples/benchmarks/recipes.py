@@ -55,9 +55,6 @@ VARIANTS = {
     "paper": {},
     "default": merged(DEFAULT, FLOORS),
     "unchecked": DEFAULT,  # started whatever its rewards are worth
-    "extremes": merged(
-        DEFAULT, {"reconstruction_steps": [1], "synthetic_steps": [100]}
-    ),  # AUC where nothing else is learned
     **REMEDIES,
     "policy_anchors": earlier_policy,
 }

@@ -96,9 +96,10 @@ def run_shared(config: StudyConfig) -> None:
     run_study(config, shared)
 
 
-def run_linked(config: StudyConfig, made: Sequence[StudyConfig]) -> None:
-    """Run a study; a stage that one of `made` has finished with the same settings is linked instead."""
-    for stage in enabled_stages(config):
+def run_linked(config: StudyConfig, made: Sequence[StudyConfig], only: Sequence[str] | None = None) -> None:
+    """Run a study, or of its stages those in `only`; one that a study of `made` has finished with the same settings is linked
+    instead."""
+    for stage in (stage for stage in enabled_stages(config) if only is None or stage in only):
         if stage != "report" and process_state().is_main_process:  # a report lies outside its stage's folder
             link_finished(stage, config, made)
         process_state().wait_for_everyone()
