@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict] = {
     "draft_lv": {"method": "draft", "draft": {"variant": "draft_lv"}},
     "refl": {"method": "draft", "draft": {"variant": "refl"}},
     "frechet": {"method": "frechet"},
+    "frechet_50": {"method": "frechet", "frechet": {"num_inference_steps": 50, "gradient_steps": 10}},
     "frechet_label": {"method": "frechet", "frechet_features": ["label"]},
 }
 BY_SAMPLER = {

@@ -15,7 +15,7 @@ START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->"
 ROLES = ("judge", "second_judge", "label")
 STANDARD = "+ standard synthetic"  # an arm of the downstream study
 LEAST_AUC = 0.7  # of a reward model that learned something
-METHODS = {  # of benchmarks/objectives.py
+METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "ppo": "any reward, a black box too; the published method",
     "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, looked at twice)",
     "frechet": "real volumes are at hand: rewards lend their features only",
@@ -147,7 +147,7 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
         "| method | take it when | judge | gap closed, judge | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in content["variants"].items():
+    for name, row in ((name, content["variants"][name]) for name in METHODS):
         memory = on_gpu["variants"][row["method"]]["peak_memory"]
         cells = [
             METHODS[name],
@@ -252,8 +252,8 @@ def _agreement_lines(content: dict) -> list[str]:
 def _seeds_of(content: dict) -> str:
     """Which seeds each variant was run with; variants of the same seeds together."""
     names: dict[str, list[str]] = {}
-    for name, row in content["variants"].items():
-        names.setdefault(", ".join(map(str, row["seeds"])), []).append(name)
+    for name in METHODS:
+        names.setdefault(", ".join(map(str, content["variants"][name]["seeds"])), []).append(name)
     return "; ".join(f"{seeds} of {', '.join(of)}" for seeds, of in names.items())
 
 
