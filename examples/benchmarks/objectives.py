@@ -14,6 +14,7 @@ from pathlib import Path
 
 from _runs import COLUMNS, chosen, gathered, parse_benchmark, run_all, shown, table, write_results
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
 
@@ -81,6 +82,9 @@ def draw(content: dict) -> Figure:
                 if found is not None:
                     axis.plot(row[cost]["values"], found["values"], "o", markersize=5, label=name)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel(cost_title, fontsize=9)
             axis.set_title(title, fontsize=10)
             axis.grid(alpha=0.3)
