@@ -18,7 +18,7 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.command_line import read_study
-from msrl_diffusers.study.report import git_commit
+from msrl_diffusers.study.report import gap_closed, git_commit
 from msrl_diffusers.study.tables import TUNED, downstream_table, summary, verdict
 from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
 
@@ -140,6 +140,7 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
         "refused": refused,
         "method": reports[0]["method"],
         "gap_closed": {role: _interval([report["gap_closed"][role] for report in reports]) for role in ROLES},
+        "gap_closed_kid": {role: _interval([_kid_gap_closed(report, role) for report in reports]) for role in ROLES},
         "fid": {role: _arms(over_seeds, "fid", role, lambda fid: fid["all"]) for role in ROLES},
         "kid": {role: _arms(over_seeds, "kid", role, float) for role in ROLES},
         "judge_by_sampler": {
@@ -181,6 +182,11 @@ def _arms(over_seeds: Callable, figure: str, role: str, value: Callable) -> dict
     }
 
 
+def _kid_gap_closed(report: dict, role: str) -> float | None:
+    """The same of the kernel distance, which has no bias of a finite number of volumes."""
+    return gap_closed({arm: {"all": value} for arm, value in report["kid"][role].items()})
+
+
 def _interval(values: Sequence[float | None]) -> dict | None:
     """Mean, interval and values; None where there was no gap to close."""
     if None in values:
@@ -201,6 +207,7 @@ def _copies(report: dict, arm: str) -> float | None:
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "judge gap closed (95 %)": lambda row: shown_interval(row["gap_closed"]["judge"]),
     "second judge": lambda row: shown_interval(row["gap_closed"]["second_judge"]),
+    "judge, KID": lambda row: shown_interval(row["gap_closed_kid"]["judge"]),
     "judge distance": lambda row: shown(row["fid"]["judge"]["rl"], ".4f"),
     "judge KID": lambda row: shown(row["kid"]["judge"]["rl"], ".5f"),
     "label distance": lambda row: shown(row["fid"]["label"]["rl"], ".4f"),

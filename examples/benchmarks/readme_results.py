@@ -14,6 +14,7 @@ RESULTS = ROOT / "examples" / "results"
 START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->", "<!-- results: end -->"
 ROLES = ("judge", "second_judge", "label")
 STANDARD = "+ standard synthetic"  # an arm of the downstream study
+GAPS = (("gap_closed", "judge"), ("gap_closed_kid", "judge"), ("gap_closed", "second_judge"))
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "ppo": "any reward, a black box too; the published method",
@@ -138,14 +139,14 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
     lines = [
         f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(content)}); one set "
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
-        "/ (standard - limit), in brackets the 95 % interval over seeds. PPO's runs are those of `make demo`. Settings were picked on other "
+        "/ (standard - limit), in brackets the 95 % interval over seeds; KID is the kernel distance, whose mean no number of volumes shifts. PPO's runs are those of `make demo`. Settings were picked on other "
         "seeds, without a judge; how often draft_cheap is looked at a second time, when a first had been judged on two of these. Forwards of "
         "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
         "on an H200, with as many samples in a batch, that of frechet of rollouts of 50 steps with gradients through ten, which close no more "
         "([JSON](examples/results/objectives-phantoms.json), [page](examples/results/objectives-phantoms.md)).",
         "",
-        "| method | take it when | judge | gap closed, judge | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | take it when | judge | gap closed, judge | by its KID | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in ((name, content["variants"][name]) for name in METHODS):
         larger = content["variants"].get(f"{name}_50")  # run on that GPU
@@ -153,7 +154,7 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
         cells = [
             METHODS[name],
             _change(row["fid"]["judge"]),
-            *(_closed(row["gap_closed"][role]) for role in ("judge", "second_judge")),
+            *(_closed(row[gap][role]) for gap, role in GAPS),
             _change(row["fid"]["label"]),
             f"{row['ms_ssim_over_real']['mean']:.2f}",
             " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
