@@ -313,7 +313,7 @@ def seeds_and_ablations(stage: Stage) -> None:
     stage.monkeypatch.setattr("msrl_diffusers.cli.study.run_variants", lambda *given: runs.append(given) or {})
     stage.monkeypatch.setattr("msrl_diffusers.cli.study.write_tables", lambda *_: None)
     stage.carry_out()
-    ((config, seeds, ablations),) = runs
+    ((config, seeds, ablations, _),) = runs
     assert seeds == [0, 1, 2]
     for ablation in ablations:
         assert variant_config(config, ablation, 1).output_dir == f"{config.output_dir}/{ablation}-seed1"

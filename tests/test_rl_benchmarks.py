@@ -182,7 +182,7 @@ def test_the_ceiling_of_reward_models(benchmarks, tmp_path, monkeypatch, capsys)
     arguments = ["--config", config, "--output", str(output), "--seeds", "0", "1"]
     run("reward_ceiling.py", *arguments, monkeypatch=monkeypatch)
     content = json.loads(output.read_text())
-    assert list(content["rows"]) == ["all sets", "extremes"]
+    assert list(content["rows"]) == ["all_sets", "extremes"]
     for row in content["rows"].values():
         assert list(row) == ["volume", "slice", "heldout"]
         assert all(0 <= value <= 1 for value in row["slice"]["auc"]["values"])

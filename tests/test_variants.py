@@ -2,18 +2,24 @@
 
 import json
 import runpy
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_study
 
 from msrl_diffusers import StudyConfig, run_study
+from msrl_diffusers.cli.study import StudyArguments
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.study import published
+from msrl_diffusers.study import runs as runs_module
 from msrl_diffusers.study.chain import enabled_stages, fingerprint
+from msrl_diffusers.study.runs import plan_jobs, run_variants
 from msrl_diffusers.study.tables import findings, markdown, summary, verdict, write_tables
-from msrl_diffusers.study.variants import FULL, link_finished, run_variants, variant_config
+from msrl_diffusers.study.variants import FULL, link_finished, shared_stages, variant_config
 
 
 QUICK = ["reward_3d_only"]
@@ -65,6 +71,68 @@ def test_sparse_steps_are_sampled_once_for_all_seeds(tmp_path):
     for stage in PRIOR[:4]:
         assert stage_folder(sparse[0], stage) == stage_folder(full[0], stage)
     assert write_tables(config, runs)["ablations"]["sparse_steps"]["fid_judge"]["values"]
+
+
+def test_jobs_wait_for_what_they_read(tmp_path):
+    """Every job for the stage before it, for the first run that makes the very same, and for volumes its config names."""
+    config = StudyConfig(output_dir=str(tmp_path), **tiny_study(), pretrained_rewards=False)
+    first, second = (variant_config(config, FULL, seed) for seed in (0, 1))
+    same = variant_config(config, "reward_3d_only", 0)
+    samples = Path(first.output_dir) / "evaluate" / "rl.safetensors"
+    anchored = replace(variant_config(config, FULL, 2), policy_anchors={"first": str(samples)})
+    runs = [(config, shared_stages(config)), *[(run, enabled_stages(run)) for run in (first, second, same, anchored)]]
+    jobs = plan_jobs(runs)
+
+    def needs(run: StudyConfig, stage: str) -> set[str]:
+        (job,) = (job for job in jobs if job.config is run and job.stage == stage)
+        return {jobs[number].name for number in job.needs}
+
+    home = tmp_path.name
+    assert needs(config, "prepare") == set()
+    assert needs(config, "vqgan") == {f"{home}/extractors"}
+    assert needs(second, "score") == {"full-seed1/trajectories", f"{home}/score"}
+    assert needs(second, "rewards") == {"full-seed1/score"}  # of another seed
+    assert needs(same, "rewards") == {"reward_3d_only-seed0/score", "full-seed0/rewards"}
+    assert needs(same, "ppo") == {"reward_3d_only-seed0/rewards"}
+    assert needs(anchored, "prepare") == {f"{home}/prepare", "full-seed0/evaluate"}
+    assert needs(first, "report") == {f"full-seed0/{enabled_stages(first)[-2]}"}
+
+
+def test_runs_side_by_side(tmp_path):
+    """Two processes make what one makes: linked stages, reports, tables; called again, nothing."""
+    config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
+    runs = run_variants(config, [0, 1], QUICK, jobs=2)
+    for variant in (FULL, *QUICK):
+        for seed in (0, 1):
+            report = json.loads((Path(runs[variant][seed].output_dir) / "report.json").read_text())
+            assert report["seed"] == seed
+    for seed in (0, 1):
+        assert stage_folder(runs[QUICK[0]][seed], "rewards") == stage_folder(runs[FULL][seed], "rewards")
+        assert "SliceRewardModel" in (tmp_path / f"full-seed{seed}" / "rewards.log").read_text()
+    records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/stage.json")}
+    assert len(records) == 4 * len(enabled_stages(config))
+    run_variants(config, [0, 1], QUICK, jobs=2)
+    assert {path: path.stat().st_mtime_ns for path in records} == records
+    strict = replace(config, validity_floors={"auc": 1.0, "spearman": 1.0})
+    with pytest.raises(InputError, match=r"full-seed0: Reward 'volume' has .*a policy would game it"):
+        run_variants(strict, [0, 1], jobs=2)
+    for seed in (0, 1):  # both were tried
+        assert (tmp_path / f"full-seed{seed}" / "validity" / "stage.json").is_file()
+
+
+def test_what_jobs_are_refused(monkeypatch, tmp_path):
+    config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
+    with pytest.raises(InputError, match="--jobs needs --seeds"):
+        StudyArguments(jobs=2)
+    with pytest.raises(InputError, match="jobs must be"):
+        StudyArguments(seeds=[0], jobs=0)
+    killed = Future()
+    killed.set_exception(BrokenProcessPool("terminated abruptly"))
+    with pytest.raises(InputError, match="One of the processes was killed"):
+        list(runs_module._finished({killed: 0}))
+    monkeypatch.setattr(runs_module, "process_state", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(InputError, match="without `accelerate launch`"):
+        run_variants(config, [0], jobs=2)
 
 
 def test_seeds_differ_and_a_finished_study_is_not_run_again(finished):

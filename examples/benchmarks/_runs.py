@@ -19,8 +19,9 @@ from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.report import gap_closed, git_commit
+from msrl_diffusers.study.runs import run_configs
 from msrl_diffusers.study.tables import TUNED, downstream_table, summary, verdict
-from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
+from msrl_diffusers.study.variants import changed_config
 
 
 Changes = Mapping | Callable[[StudyConfig, int], Mapping]  # of StudyConfig's fields; some depend on the seed
@@ -36,6 +37,7 @@ class BenchmarkArguments:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of reward models, tuning and evaluation."}
     )
     variants: list[str] | None = field(default=None, metadata={"help": "Only these, by name; all if unset."})
+    jobs: int = field(default=1, metadata={"help": "Runs side by side, in so many processes."})
     output: str = field(
         default="outputs/benchmark.json", metadata={"help": "The JSON; the table and the figure lie beside it."}
     )
@@ -77,28 +79,30 @@ def chosen(variants: Mapping[str, Changes], names: Sequence[str] | None) -> dict
 
 
 def run_all(
-    base: StudyConfig, variants: Mapping[str, Changes], seeds: Sequence[int]
+    base: StudyConfig, variants: Mapping[str, Changes], seeds: Sequence[int], jobs: int = 1
 ) -> dict[str, dict[int, dict | str]]:
     """Reports by variant and seed; the sentence instead, where a run was refused (rewards below their floors, say)."""
-    configs = {
+    configs = configs_of(base, variants, seeds)
+    refused = run_configs(base, configs, jobs)
+
+    def report_of(config: StudyConfig) -> dict | str:
+        path = Path(config.output_dir) / "report.json"
+        return refused.get(config.output_dir) or json.loads(path.read_text())
+
+    return {name: {seed: report_of(config) for seed, config in by_seed.items()} for name, by_seed in configs.items()}
+
+
+def configs_of(
+    base: StudyConfig, variants: Mapping[str, Changes], seeds: Sequence[int]
+) -> dict[str, dict[int, StudyConfig]]:
+    """The configs of all runs, by variant and seed."""
+    return {
         name: {
             seed: changed_config(base, name, seed, changes(base, seed) if callable(changes) else changes)
             for seed in seeds
         }
         for name, changes in variants.items()
     }
-    run_shared(base)
-    made, reports = [base], {}
-    for name, by_seed in configs.items():
-        reports[name] = {}
-        for seed, config in by_seed.items():
-            try:
-                run_linked(config, made)
-                reports[name][seed] = json.loads((Path(config.output_dir) / "report.json").read_text())
-            except InputError as refusal:
-                reports[name][seed] = str(refusal)
-            made.append(config)
-    return reports
 
 
 def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]], what: str) -> dict:

@@ -114,7 +114,7 @@ def lines(content: dict) -> list[str]:
 
 def main() -> None:
     args, base = parse_benchmark(CONFIG, "outputs/objectives.json")
-    reports = run_all(base, chosen(VARIANTS, args.variants), args.seeds)
+    reports = run_all(base, chosen(VARIANTS, args.variants), args.seeds, args.jobs)
     content = gathered(base, reports, "One pretrained pipeline tuned by several methods")
     content["share_of_ppo"] = shares_of_ppo(content)
     write_results(content, "Objectives", lines(content), draw(content), args.output)

@@ -115,7 +115,7 @@ def lines(content: dict) -> list[str]:
 
 def main() -> None:
     args, base = parse_benchmark(RECIPES / "paper.yaml", "outputs/recipes.json")
-    reports = run_all(base, chosen(VARIANTS, args.variants), args.seeds)
+    reports = run_all(base, chosen(VARIANTS, args.variants), args.seeds, args.jobs)
     content = gathered(base, reports, "PPO by the published recipe, with each remedy alone, and by the default recipe")
     write_results(content, "Recipes", lines(content), draw(content), args.output)
     closed = {name: row["gap_closed"]["judge"] for name, row in content["variants"].items() if row["seeds"]}

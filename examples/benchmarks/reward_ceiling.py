@@ -11,26 +11,24 @@ import json
 import sys
 from pathlib import Path
 
-from _runs import chosen, parse_benchmark, shown
+from _runs import chosen, configs_of, parse_benchmark, shown
 
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.chain import study_chain
 from msrl_diffusers.study.report import git_commit, versions
+from msrl_diffusers.study.runs import run_configs
 from msrl_diffusers.study.tables import summary
-from msrl_diffusers.study.variants import changed_config, run_linked, run_shared
 
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phantoms" / "recipes" / "default.yaml"
-VARIANTS: dict[str, dict] = {"all sets": {}, "extremes": {"reconstruction_steps": [1], "synthetic_steps": [100]}}
+VARIANTS: dict[str, dict] = {"all_sets": {}, "extremes": {"reconstruction_steps": [1], "synthetic_steps": [100]}}
 FIGURES = ("auc", "spearman")
 
 
-def validity_of_run(config: StudyConfig, made: list[StudyConfig]) -> dict:
-    """Train the reward models of one run; what they are worth on held-out subjects, by role."""
-    run_linked(config, made, study_chain(config).up_to("validity"))
-    made.append(config)
+def validity_of_run(config: StudyConfig) -> dict:
+    """What the reward models of a run are worth on held-out subjects, by role."""
     return json.loads((Path(config.output_dir) / "validity" / "stage.json").read_text())["result"]
 
 
@@ -56,12 +54,12 @@ def main() -> None:
     args, base = parse_benchmark(CONFIG, "outputs/reward_ceiling.json")
     if not base.validity_floors:
         raise InputError("A study without validity_floors has no stage validity: set them, to 0 for instance.")
-    run_shared(base)
-    made, rows = [base], {}
-    for name, changes in chosen(VARIANTS, args.variants).items():
-        found = [
-            validity_of_run(changed_config(base, name.replace(" ", "_"), seed, changes), made) for seed in args.seeds
-        ]
+    configs = configs_of(base, chosen(VARIANTS, args.variants), args.seeds)
+    for sentence in run_configs(base, configs, args.jobs, study_chain(base).up_to("validity")).values():
+        raise InputError(sentence)
+    rows = {}
+    for name, by_seed in configs.items():
+        found = [validity_of_run(config) for config in by_seed.values()]
         rows[name] = {
             role: {figure: summary([one[role][figure] for one in found]) for figure in FIGURES} for role in found[0]
         }

@@ -1,7 +1,7 @@
 """msrl study: the published method as a chain of stages, from volumes to a report, or to tables over seeds and ablations.
 
 msrl study --config examples/configs/phantoms/demo.yaml --output_dir outputs/study
-msrl study --config examples/configs/phantoms/cpu.yaml --seeds 0 1 2 --ablations sparse_steps reward_3d_only
+msrl study --config examples/configs/phantoms/cpu.yaml --seeds 0 1 2 --ablations sparse_steps reward_3d_only --jobs 4
 """
 
 import sys
@@ -15,8 +15,10 @@ from ..processes import process_state
 from ..study import StudyConfig, run_study
 from ..study.command_line import read_study
 from ..study.release import write_release
+from ..study.runs import run_variants
 from ..study.tables import write_tables
-from ..study.variants import ABLATIONS, run_variants
+from ..study.variants import ABLATIONS
+from ..trainers.base_config import check_positive
 
 
 @dataclass
@@ -30,6 +32,12 @@ class StudyArguments:
     ablations: list[str] | None = field(
         default=None, metadata={"help": f"Also without something, for the tables: {', '.join(ABLATIONS)}."}
     )
+    jobs: int = field(
+        default=1,
+        metadata={
+            "help": "Runs of --seeds and --ablations side by side, in so many processes: many small ones fill a GPU."
+        },
+    )
     release: str | None = field(
         default=None, metadata={"help": "Folder for the pretrained models, ready for the Hub."}
     )
@@ -37,8 +45,10 @@ class StudyArguments:
     def __post_init__(self):
         if self.seeds and (self.stages or self.release):
             raise InputError("--seeds runs whole studies; give --stages and --release without it.")
-        if self.ablations and not self.seeds:
-            raise InputError("--ablations needs --seeds: an ablation is compared over seeds.")
+        for name in ("ablations", "jobs"):
+            if getattr(self, name) not in (None, 1) and not self.seeds:
+                raise InputError(f"--{name} needs --seeds: a single study is one run.")
+        check_positive(self, "jobs")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -49,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
         prog="msrl study", description=__doc__, taken=CONFIG_HELP,
     )  # fmt: skip
     if args.seeds:
-        runs = run_variants(config, args.seeds, args.ablations or ())
+        runs = run_variants(config, args.seeds, args.ablations or (), args.jobs)
         if process_state().is_main_process:
             write_tables(config, runs)
             sys.stdout.write(f"tables: {Path(config.output_dir) / 'tables.md'}\n")

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..processes import process_state
-from .chain import enabled_stages, fingerprint, finished_fingerprint, run_study
+from .chain import enabled_stages, fingerprint, finished_fingerprint
 from .config import StudyConfig
 
 
@@ -57,53 +56,13 @@ def changed_config(config: StudyConfig, variant: str, seed: int, changes: Mappin
     return replace(config, output_dir=str(folder), rl_seed=seed, **merged)
 
 
-def run_variants(
-    config: StudyConfig, seeds: Sequence[int], ablations: Sequence[str] = ()
-) -> dict[str, dict[int, StudyConfig]]:
-    """Run the full method and its ablations with every seed; the configs by variant and seed. A killed run goes on when
-    this is called again.
-
-    Raises:
-        InputError: an unknown ablation, or the same seed twice.
-    """
-    if len(set(seeds)) != len(seeds):
-        raise InputError(f"Every seed may be given once, got {list(seeds)}.")
-    configs = {
-        variant: {seed: variant_config(config, variant, seed) for seed in seeds} for variant in (FULL, *ablations)
-    }
-    run_configs(config, configs)
-    return configs
-
-
-def run_configs(config: StudyConfig, configs: Mapping[str, Mapping[int, StudyConfig]]) -> None:
-    """Run studies that differ from `config`, by variant and seed; what several have in common is made once. A killed run goes
-    on when this is called again."""
-    run_shared(config)
-    made = [config]
-    for by_seed in configs.values():
-        for variant in by_seed.values():
-            run_linked(variant, made)
-            made.append(variant)
-
-
-def run_shared(config: StudyConfig) -> None:
-    """Run the stages that depend on no seed of reinforcement learning, in the folder of `config` itself."""
-    shared = [
+def shared_stages(config: StudyConfig) -> list[str]:
+    """The stages that depend on no seed of reinforcement learning; they are made in the folder of `config` itself."""
+    return [
         stage
         for stage in enabled_stages(config)
         if len({fingerprint(replace(config, rl_seed=seed), stage) for seed in (0, 1)}) == 1
     ]
-    run_study(config, shared)
-
-
-def run_linked(config: StudyConfig, made: Sequence[StudyConfig], only: Sequence[str] | None = None) -> None:
-    """Run a study, or of its stages those in `only`; one that a study of `made` has finished with the same settings is linked
-    instead."""
-    for stage in (stage for stage in enabled_stages(config) if only is None or stage in only):
-        if stage != "report" and process_state().is_main_process:  # a report lies outside its stage's folder
-            link_finished(stage, config, made)
-        process_state().wait_for_everyone()
-        run_study(config, [stage])
 
 
 def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]) -> None:
