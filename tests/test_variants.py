@@ -14,10 +14,11 @@ from tiny import tiny_study
 from msrl_diffusers import StudyConfig, run_study
 from msrl_diffusers.cli.study import StudyArguments
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.study import published
+from msrl_diffusers.study import published, side_by_side
 from msrl_diffusers.study import runs as runs_module
 from msrl_diffusers.study.chain import enabled_stages, fingerprint
-from msrl_diffusers.study.runs import plan_jobs, run_variants
+from msrl_diffusers.study.runs import run_variants
+from msrl_diffusers.study.side_by_side import plan_jobs
 from msrl_diffusers.study.tables import findings, markdown, summary, verdict, write_tables
 from msrl_diffusers.study.variants import FULL, link_finished, shared_stages, variant_config
 
@@ -129,7 +130,7 @@ def test_what_jobs_are_refused(monkeypatch, tmp_path):
     killed = Future()
     killed.set_exception(BrokenProcessPool("terminated abruptly"))
     with pytest.raises(InputError, match="One of the processes was killed"):
-        list(runs_module._finished({killed: 0}))
+        list(side_by_side._finished({killed: 0}))
     monkeypatch.setattr(runs_module, "process_state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(InputError, match="without `accelerate launch`"):
         run_variants(config, [0], jobs=2)

@@ -1,30 +1,14 @@
-"""The runs of a study over seeds and with ablations, one after another or side by side; what they share is made once.
+"""The runs of a study over seeds and with ablations, one after another or side by side; what they share is made once."""
 
-One small network keeps neither a GPU nor many cores busy, and seeds and ablations do not wait for one another: side by side, each
-stage is a job in one of several processes. What these print goes to `<run>/<stage>.log`.
-"""
-
-import contextlib
-import multiprocessing
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..processes import process_state
-from .chain import enabled_stages, fingerprint, run_study
+from .chain import enabled_stages, run_study
 from .config import StudyConfig
+from .side_by_side import Runs, run_side_by_side
 from .variants import FULL, link_finished, shared_stages, variant_config
-
-
-Runs = Sequence[tuple[StudyConfig, Sequence[str]]]  # studies, and which of their stages are run
 
 
 def run_variants(
@@ -78,161 +62,10 @@ def run_in_turn(runs: Runs) -> dict[str, str]:
         try:
             for stage in stages:
                 if process_state().is_main_process:
-                    _link(stage, config, made)
+                    link_finished(stage, config, made)
                 process_state().wait_for_everyone()
                 run_study(config, [stage])
         except InputError as refusal:
             refused[config.output_dir] = str(refusal)
         made.append(config)
     return refused
-
-
-def _link(stage: str, config: StudyConfig, made: Sequence[StudyConfig]) -> None:
-    """Link a stage that a study of `made` has finished with the same settings."""
-    if stage != "report":  # a report lies outside its stage's folder
-        link_finished(stage, config, made)
-
-
-@dataclass
-class Job:
-    """One stage of one run, and the numbers of the jobs it waits for."""
-
-    config: StudyConfig
-    stage: str
-    needs: set[int] = field(default_factory=set)
-
-    @property
-    def name(self) -> str:
-        return f"{Path(self.config.output_dir).name}/{self.stage}"
-
-
-def run_side_by_side(runs: Runs, num_processes: int) -> dict[str, str]:
-    """Run studies in so many processes; by `output_dir`, why one was refused."""
-    jobs, refused = plan_jobs(runs), {}
-    waiting, done, running = set(range(len(jobs))), set(), {}
-    with _workers(num_processes) as pool, tqdm(total=len(jobs), desc="stages") as progress:
-        while waiting or running:
-            for number in sorted(waiting):  # earlier runs first
-                if len(running) < num_processes and jobs[number].needs <= done:
-                    waiting.remove(number)
-                    others = [config for config, _ in runs if config is not jobs[number].config]
-                    running[pool.submit(_run_job, jobs[number], others)] = number
-            progress.set_postfix_str(", ".join(jobs[number].name for number in running.values())[:100])
-            for number, sentence in _finished(running):
-                progress.update()
-                if sentence is None:
-                    done.add(number)
-                    continue
-                for dropped in [number, *_dependents(jobs, number) & waiting]:
-                    refused.setdefault(jobs[dropped].config.output_dir, sentence)
-                    waiting.discard(dropped)
-    return refused
-
-
-def plan_jobs(runs: Runs) -> list[Job]:
-    """The jobs of runs, in their order. A stage waits for the one before it, for the first run that makes the very same, and
-    for what another run makes that its config names (`policy_anchors`)."""
-    jobs, first = [], {}
-    for config, stages in runs:
-        before = {number for number, job in enumerate(jobs) if _reads(config, job)}
-        for stage in stages:
-            number, mark = len(jobs), fingerprint(config, stage)
-            job = Job(config, stage, set(before))
-            if stage != "report" and first.setdefault((stage, mark), number) != number:
-                job.needs.add(first[stage, mark])
-            jobs.append(job)
-            before = {number}
-    return jobs
-
-
-def _reads(config: StudyConfig, job: Job) -> bool:
-    """Whether a set of volumes that `config` names is what `job` makes."""
-    named = [*config.policy_anchors.values(), *config.unseen_sets.values(), *config.synthetic_arms.values()]
-    folder = Path(job.config.output_dir).absolute() / job.stage
-    return any(folder in Path(path).absolute().parents for path in named)
-
-
-def _dependents(jobs: Sequence[Job], number: int) -> set[int]:
-    """The jobs that wait for job `number`, or for one that does."""
-    found = {number}
-    for later in range(number + 1, len(jobs)):
-        if jobs[later].needs & found:
-            found.add(later)
-    return found - {number}
-
-
-def _finished(running: dict[Future, int]) -> Iterator[tuple[int, str | None]]:
-    """Wait for a job; the numbers of those that ended, taken out of `running`, and why they were refused, if they were.
-
-    Raises:
-        InputError: a process was killed.
-    """
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        try:
-            yield running.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                "One of the processes was killed, as the system does where memory runs out: give the same command with fewer jobs."
-            ) from error
-
-
-@contextlib.contextmanager
-def _workers(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that have imported everything once (where the system can fork them), each with its share of the cores."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([__name__])
-        # what forks must not have touched the GPU, and to ask the driver whether there is one touches it
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    counter = context.Value("i", 0)
-    pool = ProcessPoolExecutor(num_processes, context, _take_cores, (counter, num_processes))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _take_cores(counter, num_processes: int) -> None:
-    """Keep this process to its share of the cores, one at least."""
-    with counter.get_lock():
-        place, counter.value = counter.value, counter.value + 1
-    if not hasattr(os, "sched_setaffinity"):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // num_processes)
-    start = place * share % len(cores)
-    os.sched_setaffinity(0, cores[start : start + share])
-    torch.set_num_threads(share)
-
-
-def _run_job(job: Job, others: Sequence[StudyConfig]) -> str | None:
-    """Run one stage, or link it to another run's; why it was refused, if it was."""
-    folder = Path(job.config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _output_to(folder / f"{job.stage}.log"):
-        try:
-            _link(job.stage, job.config, others)
-            run_study(job.config, [job.stage])
-        except InputError as refusal:
-            return str(refusal)
-    return None
-
-
-@contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Everything that this process prints goes to the end of a file."""
-    streams = (sys.stdout, sys.stderr)
-    kept = [os.dup(number) for number in (1, 2)]
-    with path.open("a") as file:
-        try:
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-            yield
-        finally:
-            for stream in streams:
-                stream.flush()
-            for number, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)

@@ -67,6 +67,8 @@ def shared_stages(config: StudyConfig) -> list[str]:
 
 def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]) -> None:
     """Let the folder of `stage` in this run be a link to that of another run which made it with the same settings."""
+    if stage == "report":
+        return  # it lies outside its stage's folder
     wanted, folder = fingerprint(config, stage), Path(config.output_dir) / stage
     if folder.is_symlink():
         folder.unlink()  # with other settings than last time it may be another run's, or nobody's
