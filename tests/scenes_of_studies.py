@@ -306,9 +306,13 @@ def tables(stage: Stage) -> None:
     assert runs <= written
 
 
-@scene("python examples/run_study.py --seeds 0 1 2 --ablations sparse_steps reward_3d_only", here=True, slow=False)
+@scene(
+    "python examples/run_study.py --seeds 0 1 2 --ablations sparse_steps reward_3d_only",
+    "msrl study --config examples/configs/phantoms/study.yaml --seeds 0 1 2 --ablations sparse_steps reward_3d_only",
+    here=True, slow=False,
+)  # fmt: skip
 def seeds_and_ablations(stage: Stage) -> None:
-    """Printed without its config, whose defaults take days: only read as the script reads it. `msrl study` above is run."""
+    """These take hours or days: only read as the script reads them. `msrl study` above is run, on a study of seconds."""
     runs = []
     stage.monkeypatch.setattr("msrl_diffusers.cli.study.run_variants", lambda *given: runs.append(given) or {})
     stage.monkeypatch.setattr("msrl_diffusers.cli.study.write_tables", lambda *_: None)
