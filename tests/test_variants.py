@@ -90,17 +90,19 @@ def test_jobs_wait_for_what_they_read(tmp_path):
 
     home = tmp_path.name
     assert needs(config, "prepare") == set()
-    assert needs(config, "vqgan") == {f"{home}/extractors"}
-    assert needs(second, "score") == {"full-seed1/trajectories", f"{home}/score"}
-    assert needs(second, "rewards") == {"full-seed1/score"}  # of another seed
-    assert needs(same, "rewards") == {"reward_3d_only-seed0/score", "full-seed0/rewards"}
-    assert needs(same, "ppo") == {"reward_3d_only-seed0/rewards"}
+    assert needs(config, "vqgan") == {f"{home}/prepare"}  # nor does it wait for the extractors
+    assert needs(second, "vqgan") == {"full-seed1/prepare", f"{home}/vqgan"}
+    assert needs(second, "rewards") == {"full-seed1/trajectories", "full-seed1/score"}  # of another seed
+    assert needs(same, "rewards") == {f"reward_3d_only-seed0/{name}" for name in ("trajectories", "score")} | {
+        "full-seed0/rewards"
+    }
+    assert "full-seed0/ppo" not in needs(same, "ppo") >= {"reward_3d_only-seed0/rewards"}
     assert needs(anchored, "prepare") == {f"{home}/prepare", "full-seed0/evaluate"}
-    assert needs(first, "report") == {f"full-seed0/{enabled_stages(first)[-2]}"}
+    assert needs(first, "report") == {"full-seed0/evaluate", "full-seed0/downstream"}
 
 
 def test_runs_side_by_side(tmp_path):
-    """Two processes make what one makes: linked stages, reports, tables; called again, nothing."""
+    """Two processes make what one makes: linked stages and reports; called again, nothing."""
     config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
     runs = run_variants(config, [0, 1], QUICK, jobs=2)
     for variant in (FULL, *QUICK):
@@ -131,6 +133,11 @@ def test_what_jobs_are_refused(monkeypatch, tmp_path):
     killed.set_exception(BrokenProcessPool("terminated abruptly"))
     with pytest.raises(InputError, match="One of the processes was killed"):
         list(side_by_side._finished({killed: 0}))
+    unreadable = replace(config, dataset="prepared", data_dir=str(tmp_path / "nowhere"))
+    for jobs in (1, 2):
+        with pytest.raises(InputError, match="nowhere"):
+            run_variants(unreadable, [0, 1], jobs=jobs)
+        assert not list(tmp_path.glob("full-seed*/prepare"))
     monkeypatch.setattr(runs_module, "process_state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(InputError, match="without `accelerate launch`"):
         run_variants(config, [0], jobs=2)

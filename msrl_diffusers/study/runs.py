@@ -43,7 +43,7 @@ def run_configs(
         By `output_dir`, why a run was refused (rewards below their floors, say); the others are whole.
 
     Raises:
-        InputError: more than one job under `accelerate launch` with several processes.
+        InputError: what all have in common was refused, or more than one job under `accelerate launch` with several processes.
     """
     if jobs > 1 and process_state().num_processes > 1:
         raise InputError(
@@ -52,11 +52,15 @@ def run_configs(
     runs = [(config, shared_stages(config))]
     runs += [(run, enabled_stages(run)) for by_seed in configs.values() for run in by_seed.values()]
     runs = [(run, [stage for stage in stages if only is None or stage in only]) for run, stages in runs]
-    return run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
+    refused = run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
+    if config.output_dir in refused:
+        raise InputError(refused[config.output_dir])
+    return refused
 
 
 def run_in_turn(runs: Runs) -> dict[str, str]:
-    """Run studies one after another; by `output_dir`, why one was refused."""
+    """Run studies one after another; by `output_dir`, why one was refused. Without the first, which all share, there are no
+    others."""
     made, refused = [], {}
     for config, stages in runs:
         try:
@@ -67,5 +71,7 @@ def run_in_turn(runs: Runs) -> dict[str, str]:
                 run_study(config, [stage])
         except InputError as refusal:
             refused[config.output_dir] = str(refusal)
+            if not made:
+                break
         made.append(config)
     return refused

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from .chain import fingerprint, run_study
+from .chain import fingerprint, run_study, study_chain
 from .config import StudyConfig
 from .variants import link_finished
 
@@ -32,7 +32,7 @@ class Job:
 
     config: StudyConfig
     stage: str
-    needs: set[int] = field(default_factory=set)
+    needs: set[int]
 
     @property
     def name(self) -> str:
@@ -64,18 +64,19 @@ def run_side_by_side(runs: Runs, num_processes: int) -> dict[str, str]:
 
 
 def plan_jobs(runs: Runs) -> list[Job]:
-    """The jobs of runs, in their order. A stage waits for the one before it, for the first run that makes the very same, and
-    for what another run makes that its config names (`policy_anchors`)."""
+    """The jobs of runs, in their order. A stage waits for those it reads, for the first run that makes the very same, and for
+    what another run makes that its config names (`policy_anchors`)."""
     jobs, first = [], {}
     for config, stages in runs:
-        before = {number for number, job in enumerate(jobs) if _reads(config, job)}
+        chain, numbers = study_chain(config).stages, {}
+        named = {number for number, job in enumerate(jobs) if _reads(config, job)}
         for stage in stages:
-            number, mark = len(jobs), fingerprint(config, stage)
-            job = Job(config, stage, set(before))
-            if stage != "report" and first.setdefault((stage, mark), number) != number:
-                job.needs.add(first[stage, mark])
-            jobs.append(job)
-            before = {number}
+            numbers[stage], mark = len(jobs), (stage, fingerprint(config, stage))
+            needs = named | {numbers[needed] for needed in chain[stage].needs if needed in numbers}
+            if stage != "report" and mark in first:
+                needs.add(first[mark])
+            first.setdefault(mark, numbers[stage])
+            jobs.append(Job(config, stage, needs))
     return jobs
 
 
