@@ -416,15 +416,7 @@ def test_the_published_recipe_on_other_data_is_the_same():
         read_study(path)
         for path in (folder / "recipes/paper.yaml", folder / "cpu.yaml", CONFIGS / "recipes/paper.yaml")
     )
-    for name in (
-        "dataset",
-        "image_size",
-        "field_of_view",
-        "label_column",
-        "label_bins",
-        "holdout_fraction",
-        "samplers",
-    ):
+    for name in ("image_size", "field_of_view", "label_column", "label_bins", "holdout_fraction", "samplers"):
         assert found[name] == data[name], name
     for name in ("ppo", "volume_reward", "slice_reward", "heldout_reward", "select_by", "pretrained_rewards"):
         assert found[name] == method[name], name

@@ -44,7 +44,7 @@ BY_SAMPLER = {
 
 def shares_of_ppo(content: dict) -> dict[str, dict] | None:
     """Of each method: its denoiser forwards and seconds over those of PPO, and whether its judge distance is at most PPO's;
-    means over seeds. None where PPO was not run."""
+    means over seeds. None where PPO was not run; no share of seconds where one of the two ran on a GPU and the other did not."""
     rows = {name: row for name, row in content["variants"].items() if row["seeds"]}
     if "ppo" not in rows:
         return None
@@ -56,7 +56,9 @@ def shares_of_ppo(content: dict) -> dict[str, dict] | None:
     return {
         name: {
             "forwards": mean(row, "unet_forwards") / mean(ppo, "unet_forwards"),
-            "seconds": mean(row, "seconds") / mean(ppo, "seconds"),
+            "seconds": mean(row, "seconds") / mean(ppo, "seconds")
+            if bool(row["peak_memory"]) == bool(ppo["peak_memory"])
+            else None,
             "reaches_ppo": row["fid"]["judge"]["rl"]["mean"] <= ppo["fid"]["judge"]["rl"]["mean"],
         }
         for name, row in rows.items()
@@ -108,7 +110,8 @@ def lines(content: dict) -> list[str]:
         ]
         for name, share in content["share_of_ppo"].items():
             reaches = "yes" if share["reaches_ppo"] else "no"
-            found.append(f"| {name} | {share['forwards']:.2f} | {share['seconds']:.2f} | {reaches} |")
+            seconds = "another machine" if share["seconds"] is None else f"{share['seconds']:.2f}"
+            found.append(f"| {name} | {share['forwards']:.2f} | {seconds} | {reaches} |")
     return found
 
 

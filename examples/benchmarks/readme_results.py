@@ -15,6 +15,7 @@ START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->"
 ROLES = ("judge", "second_judge", "label")
 STANDARD = "+ standard synthetic"  # an arm of the downstream study
 GAPS = (("gap_closed", "judge"), ("gap_closed_kid", "judge"), ("gap_closed", "second_judge"))
+ON_GPU = {"frechet": "frechet_50"}  # whose memory stands for it
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "ppo": "any reward, a black box too; the published method",
@@ -56,8 +57,8 @@ def section() -> str:
             *_method_lines(json.loads(objectives.read_text()), on_gpu),
             "",
         ]
-    for path in sorted(RESULTS.glob("study-*.json")):
-        lines += ["### The paper's tables", "", *_paper_lines(json.loads(path.read_text()), path.stem), ""]
+    for path in sorted(RESULTS.glob("study-*/tables.json")):
+        lines += ["### The paper's tables", "", *_paper_lines(json.loads(path.read_text()), path.parent.name), ""]
     others = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("ixi-*.json"))}
     if others:
         recipes = RESULTS / "recipes-ixi.json"
@@ -139,7 +140,7 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
     lines = [
         f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(content)}); one set "
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
-        "/ (standard - limit), in brackets the 95 % interval over seeds; KID is the kernel distance, whose mean no number of volumes shifts. PPO's runs are those of `make demo`. Settings were picked on other "
+        "/ (standard - limit), in brackets the 95 % interval over seeds; KID is the kernel distance, unbiased at any number of volumes. PPO's runs are those of `make demo`. Settings were picked on other "
         "seeds, without a judge; how often draft_cheap is looked at a second time, when a first had been judged on two of these. Forwards of "
         "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
         "on an H200, with as many samples in a batch, that of frechet of rollouts of 50 steps with gradients through ten, which close no more "
@@ -149,8 +150,7 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in ((name, content["variants"][name]) for name in METHODS):
-        larger = content["variants"].get(f"{name}_50")  # run on that GPU
-        memory = (larger or on_gpu["variants"][row["method"]])["peak_memory"]
+        measured = content["variants"][ON_GPU[name]] if name in ON_GPU else on_gpu["variants"][row["method"]]
         cells = [
             METHODS[name],
             _change(row["fid"]["judge"]),
@@ -159,7 +159,7 @@ def _method_lines(content: dict, on_gpu: dict) -> list[str]:
             f"{row['ms_ssim_over_real']['mean']:.2f}",
             " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
             f"{row['unet_forwards']['mean']:,.0f}",
-            f"{memory['mean'] / 2**30:.1f} GiB",
+            f"{measured['peak_memory']['mean'] / 2**30:.1f} GiB",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -170,9 +170,9 @@ def _paper_lines(content: dict, name: str) -> list[str]:
     data = next(iter(content["published"]["fid"]))
     seeds = len(content["seeds"])
     lines = [
-        f"One command, `msrl study --config examples/configs/phantoms/study.yaml --seeds {' '.join(map(str, content['seeds']))} --ablations "
+        f"`msrl study --config examples/configs/phantoms/study.yaml --seeds {' '.join(map(str, content['seeds']))} --ablations "
         f"{' '.join(variant for variant in content['ablations'] if variant != 'full')}`: {content['n']['all']} volumes on each side, mean and "
-        f"deviation over {seeds} seeds of the reward models, PPO and the evaluation ([all tables](examples/results/{name}.md)). Published "
+        f"deviation over {seeds} seeds of the reward models, PPO and the evaluation ([all tables](examples/results/{name}/tables.md)). Published "
         f"figures ({content['published']['source']}, {data}) are of other data and another extractor; compare shares of the gap.",
         "",
         "| | judge | gap closed, judge | accuracy with its volumes | published: distance | published: accuracy |",

@@ -1,6 +1,7 @@
 """tables.json and tables.md: a study over several seeds in the shape of the tables of arXiv 2603.06173, from its reports."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,7 +23,8 @@ OWN_ARMS = (REAL, STANDARD, TUNED)
 
 
 def write_tables(config: StudyConfig, runs: Mapping[str, Mapping[int, StudyConfig]]) -> dict:
-    """Write `tables.json` and `tables.md` into the study's folder; `runs` are those of `variants.run_variants`."""
+    """Write `tables.json`, `tables.md` and `tables.png` (samples of the first seed) into the study's folder; `runs` are those of
+    `runs.run_variants`."""
     reports = {
         variant: {
             seed: json.loads((Path(run.output_dir) / "report.json").read_text()) for seed, run in by_seed.items()
@@ -55,6 +57,8 @@ def write_tables(config: StudyConfig, runs: Mapping[str, Mapping[int, StudyConfi
         "commit": git_commit(),
         "versions": versions(),
     }  # fmt: skip
+    pictures = Path(next(iter(runs[FULL].values())).output_dir) / "figures" / "comparison.png"
+    shutil.copyfile(pictures, Path(config.output_dir) / "tables.png")
     write_text(Path(config.output_dir) / "tables.md", markdown(content))
     write_json(Path(config.output_dir) / "tables.json", content)
     return content
@@ -181,6 +185,14 @@ def markdown(content: dict) -> str:
             else "not measured"
         )
         lines.append(f"| {finding['claim']} | {shown} | {_holds(finding)} |")
+    lines += [
+        "",
+        "## Samples",
+        "",
+        f"Seed {content['seeds'][0]}: training volumes, their reconstructions, samples, and samples of the tuned model from the same noise.",
+        "",
+        "![Samples](tables.png)",
+    ]
     return "\n".join([*lines, ""])
 
 
