@@ -24,6 +24,12 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def device_name() -> str:
+    """What this process computes on: the name of its GPU, or the device's type."""
+    device = process_state().device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def use_whole_cpu() -> None:
     """Let torch compute on all cores this process may run on, where it is alone and has no accelerator (`accelerate launch`
     leaves it with one thread, whatever the machine has), and keep the memory that it frees."""

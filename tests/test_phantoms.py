@@ -75,6 +75,13 @@ def test_load_phantoms(phantoms):
     assert torch.equal(later.pixel_values, phantoms.pixel_values[8:])
 
 
+def test_processes_draw_the_same_phantoms(phantoms):
+    drawn = load_phantoms(2, image_size=16, first_index=4, num_workers=2)
+    assert drawn.subject_ids == phantoms.subject_ids[8:]
+    assert torch.equal(drawn.class_labels, phantoms.class_labels[8:])
+    assert torch.equal(drawn.pixel_values, phantoms.pixel_values[8:])
+
+
 def test_written_phantoms_are_read_back(tmp_path):
     write_phantoms(tmp_path, 2, image_size=32)
     with open(tmp_path / "metadata.csv", newline="") as file:

@@ -21,6 +21,7 @@ from msrl_diffusers.data.preparation import prepare_cases
 from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.data.volumes import VolumeDataset
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
 from msrl_diffusers.study.artifacts import load_model, load_pipeline, load_reward_models, load_split
 from msrl_diffusers.study.chain import fingerprint, stages_up_to
@@ -157,6 +158,7 @@ def test_the_report_says_where_its_numbers_come_from(report):
         report["versions"]["torch"] == torch.__version__.split("+")[0]
         or report["versions"]["torch"] == torch.__version__
     )
+    assert report["device"] == process_state().device.type
     assert set(report["seconds"]) >= set(STAGES) - {"report"}
     # two rollouts of eight samples: four steps each, then four passes over two trained steps
     assert report["unet_forwards"] == 2 * (8 * 4 + 8 * 2 * 4)

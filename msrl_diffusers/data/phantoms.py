@@ -8,6 +8,8 @@ homogeneous and dark. Fields have soft edges one voxel wide, so any cube size sh
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from ..errors import InputError
 from .processor import to_nifti
 from .volumes import VolumeDataset
+from .workers import worker_pool
 
 
 ID2LABEL = {0: "HGG", 1: "LGG"}
@@ -107,22 +110,31 @@ def make_phantom(index: int, label: int, image_size: int = 64, seed: int = 0) ->
     return Phantom(volume, mask, parameters)
 
 
-def load_phantoms(num_per_class: int, image_size: int = 64, seed: int = 0, first_index: int = 0) -> VolumeDataset:
+def load_phantoms(
+    num_per_class: int, image_size: int = 64, seed: int = 0, first_index: int = 0, num_workers: int = 0
+) -> VolumeDataset:
     """`num_per_class` phantoms of each class, `[N, 1, image_size, image_size, image_size]`, indices from `first_index` on;
-    every phantom is its own subject.
+    every phantom is its own subject. So many processes draw them; 0 draws in this one.
 
     Raises:
         InputError: fewer than 8 voxels along an edge.
     """
-    volumes, labels, subjects = [], [], []
-    for index in range(first_index, first_index + num_per_class):
-        for label, name in ID2LABEL.items():
-            phantom = make_phantom(index, label, image_size, seed)
-            volumes.append(torch.from_numpy(phantom.volume).half())
-            labels.append(label)
-            subjects.append(f"phantom-{name}-{index:05d}")
+    drawn = list(product(range(first_index, first_index + num_per_class), ID2LABEL))
+    draw = partial(_draw_half, image_size=image_size, seed=seed)
+    if num_workers:
+        with worker_pool(num_workers) as pool:
+            volumes = list(pool.map(draw, drawn, chunksize=8))
+    else:
+        volumes = [draw(each) for each in drawn]
     spacing = (FIELD_OF_VIEW / image_size,) * 3
-    return VolumeDataset(torch.stack(volumes), torch.tensor(labels), subjects, dict(ID2LABEL), spacing)
+    labels = torch.tensor([label for _, label in drawn])
+    subjects = [f"phantom-{ID2LABEL[label]}-{index:05d}" for index, label in drawn]
+    return VolumeDataset(torch.from_numpy(np.stack(volumes)), labels, subjects, dict(ID2LABEL), spacing)
+
+
+def _draw_half(drawn: tuple[int, int], image_size: int, seed: int) -> np.ndarray:
+    """The volume of phantom `(index, label)` in half precision."""
+    return make_phantom(*drawn, image_size, seed).volume.astype(np.float16)
 
 
 def write_phantoms(output_dir: str | Path, num_per_class: int, image_size: int = 64, seed: int = 0) -> None:

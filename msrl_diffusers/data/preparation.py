@@ -8,12 +8,11 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,7 @@ from .cases import Case, Listing, Rejection
 from .processor import VolumeProcessor
 from .reading import read_image
 from .splits import SIDES, SplitPlan
+from .workers import worker_pool
 
 
 def prepare_cases(
@@ -163,7 +163,7 @@ def _prepare_all(
     waiting = list(enumerate(cases))[::-1]
     while waiting:
         running = {}
-        with _pool(num_workers) as pool:
+        with worker_pool(num_workers) as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < 2 * num_workers:  # few at a time: memory stays flat
@@ -182,7 +182,7 @@ def _prepare_singly(
     """One at a time, so that it is known whose process dies."""
     waiting = list(cases)[::-1]
     while waiting:
-        with _pool(1) as pool:
+        with worker_pool(1) as pool:
             while waiting:
                 index, case = waiting.pop()
                 try:
@@ -191,11 +191,6 @@ def _prepare_singly(
                     image = next(iter(case.images.values()))
                     yield case, f"{image}: the process that read it died, out of memory perhaps"
                     break
-
-
-def _pool(num_workers: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")  # forking a process with torch's threads may lock up
-    return ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _volumes(work: Path, members: Sequence[tuple[int, Case]]) -> Iterator[torch.Tensor]:

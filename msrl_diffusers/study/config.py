@@ -62,7 +62,7 @@ class StudyConfig:
         default=None, metadata={"help": "Column of the data set's table with the classes."}
     )
     label_bins: dict | None = field(default=None, metadata={"help": "{class: [low, high]} for a numeric column."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that prepare images; 0 is this one."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that prepare volumes; 0 is this one."})
 
     vqvae: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of VQModel3D."})
     unet: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of UNet3DModel."})

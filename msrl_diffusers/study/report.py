@@ -9,6 +9,7 @@ from pathlib import Path
 from ..data.volumes import VolumeDataset
 from ..files import write_json, write_text
 from ..plots import plot_history, plot_scatter, plot_volumes
+from ..processes import device_name
 from .artifacts import load_pipeline, load_scores, load_split, load_tuned_pipeline
 from .config import StudyConfig
 from .curve_figure import curve_lines, draw_curve
@@ -50,6 +51,7 @@ def report(config: StudyConfig) -> dict:
         "curve": records["curve"]["result"] if config.num_curve_points else None,
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "pretrained": config.pretrained and Path(config.pretrained).name,
+        "device": device_name(),
         "commit": git_commit(),
         "versions": versions(),
     }

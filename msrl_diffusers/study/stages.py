@@ -50,7 +50,9 @@ def prepare(config: StudyConfig) -> dict:
     if config.dataset == "phantoms":
         for number, split in enumerate(SIDES):
             start = number * config.num_per_class
-            volumes = load_phantoms(config.num_per_class, config.image_size, config.data_seed, first_index=start)
+            volumes = load_phantoms(
+                config.num_per_class, config.image_size, config.data_seed, start, config.num_workers
+            )
             volumes.save(folder / f"{split}.safetensors")
     elif config.dataset == "prepared":
         for split in SIDES:

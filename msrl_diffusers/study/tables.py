@@ -51,7 +51,7 @@ def write_tables(config: StudyConfig, runs: Mapping[str, Mapping[int, StudyConfi
             "ablations": published.ABLATIONS,
         },
         "runs": {
-            variant: {str(seed): {"folder": Path(run.output_dir).name, "commit": reports[variant][seed]["commit"]} for seed, run in by_seed.items()}
+            variant: {str(seed): _origin(run, reports[variant][seed]) for seed, run in by_seed.items()}
             for variant, by_seed in runs.items()
         },
         "commit": git_commit(),
@@ -62,6 +62,15 @@ def write_tables(config: StudyConfig, runs: Mapping[str, Mapping[int, StudyConfi
     write_text(Path(config.output_dir) / "tables.md", markdown(content))
     write_json(Path(config.output_dir) / "tables.json", content)
     return content
+
+
+def _origin(run: StudyConfig, report: dict) -> dict:
+    """Where a run lies and what its report was made by; reports of earlier versions name no device."""
+    return {
+        "folder": Path(run.output_dir).name,
+        "commit": report["commit"],
+        "device": report.get("device"),
+    }
 
 
 def summary(values: Sequence[float | None]) -> dict | None:
