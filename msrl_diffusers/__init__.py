@@ -70,6 +70,7 @@ _LAZY = {
     "ImageTextSimilarity": "rewards.image_text",
     "LearnedReward": "rewards",
     "WeightedSum": "rewards",
+    "Auditor": "evaluation.memorization",
     "audit": "evaluation.memorization",
     "check_validity": "evaluation.validity",
     "reward_validity": "evaluation.validity",

@@ -11,7 +11,7 @@ from scipy import stats
 
 from msrl_diffusers import SliceFeatureExtractor, VolumeDataset, load_phantoms
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.evaluation.memorization import audit, tolerance_threshold
+from msrl_diffusers.evaluation.memorization import Auditor, audit, tolerance_threshold
 from msrl_diffusers.evaluation.neighbours import VoxelSpace
 from msrl_diffusers.evaluation.sources import open_source
 
@@ -95,6 +95,14 @@ def test_both_spaces(small):
     assert result.expected_rate == pytest.approx(sum(rates))
     again = audit(*sources, extractor, batch_size=16)
     assert [pair.index for pair in again.copies] == [pair.index for pair in result.copies]
+
+
+def test_one_auditor_for_several_sets(small):
+    train, honest, held_out = small
+    auditor = Auditor(source_of(train, "train"), source_of(held_out, "new"))
+    for generated in (planted_copies(train), honest):
+        alone = audit(source_of(train, "train"), source_of(generated, "made"), source_of(held_out, "new"))
+        assert auditor.audit(source_of(generated, "made")).summary() == alone.summary()
 
 
 def test_a_mean_like_volume_is_near_to_all_but_no_copy(small):

@@ -81,7 +81,7 @@ def test_rows_and_tables_of_reports(benchmarks):
         arms = {arm: {"all": value} for arm, value in (("limit", 1.0), ("standard", 3.0), ("rl", judge))}
         return {
             "method": method, method: {"rollouts": 4, "kept_after": 2, "stopped": None, "peak_memory": 2**20}, "curve": None,
-            "fid": dict.fromkeys(_runs.ROLES, arms), "fid_heldout": {"judge": arms},
+            "fid": dict.fromkeys(_runs.ROLES, arms), "fid_heldout": dict.fromkeys(_runs.ROLES, arms),
             "kid": {role: {arm: value["all"] / 10 for arm, value in arms.items()} for role in _runs.ROLES},
             "gap_closed": dict.fromkeys(_runs.ROLES, (3.0 - judge) / 2.0),
             "fid_by_sampler": {"judge": {f"rl @ {sampler}": arms["rl"] for sampler in _runs.SAMPLERS}},
@@ -111,6 +111,37 @@ def test_rows_and_tables_of_reports(benchmarks):
     assert "- b, seed 0, was refused: No." in lines
     assert _runs.row_of({0: "No."}) == {"seeds": [], "refused": {"0": "No."}}
     assert _runs.merged({"ppo": {"a": 1}}, {"ppo": {"b": 2}, "x": 1}) == {"ppo": {"a": 1, "b": 2}, "x": 1}
+
+
+def test_finished_runs_of_several_folders_are_gathered(benchmarks, tmp_path):
+    import _runs
+
+    def finish(folder, run, judge="j"):
+        path = tmp_path / folder / run / "report.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"name": run, "data_fingerprint": "d", "extractors": {"judge": {"sha256": judge}}}))
+
+    for folder, run in (
+        ("a", "nft-seed0"),
+        ("a", "nft-seed10"),
+        ("b", "nft-seed2"),
+        ("b", "nft_awm-seed0"),
+        ("b", "x-seed0"),
+    ):
+        finish(folder, run)
+    (tmp_path / "a" / "nft-seed3").mkdir()  # not finished
+    folders = [tmp_path / "a", tmp_path / "b"]
+    found = _runs.finished_reports(folders, ["nft", "draft", "nft_awm"])
+    assert {name: list(by_seed) for name, by_seed in found.items()} == {"nft": [0, 2, 10], "nft_awm": [0]}
+    assert found["nft"][10]["name"] == "nft-seed10"
+    with pytest.raises(InputError, match="No finished run"):
+        _runs.finished_reports(folders, ["draft"])
+    finish("b", "nft-seed0")
+    with pytest.raises(InputError, match="nft has two reports of seed 0"):
+        _runs.finished_reports(folders, ["nft"])
+    finish("c", "draft-seed0", judge="other")
+    with pytest.raises(InputError, match="several data sets or judges"):
+        _runs.finished_reports([tmp_path / "b", tmp_path / "c"], ["nft", "draft"])
 
 
 @pytest.mark.slow

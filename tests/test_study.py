@@ -87,6 +87,7 @@ def test_distances_of_every_arm_by_all_extractors(report):
         gap = fids["standard"]["all"] - fids["limit"]["all"]
         expected = (fids["standard"]["all"] - fids["rl"]["all"]) / gap if gap > 0 else None
         assert report["gap_closed"][role] == (expected if expected is None else pytest.approx(expected))
+        assert report["gap_closed_heldout"][role] == gap_closed(report["fid_heldout"][role])
 
 
 def test_both_arms_stand_at_both_samplers(report):

@@ -7,7 +7,7 @@ is made once, and a benchmark that was killed goes on when it is started again.
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,13 @@ class BenchmarkArguments:
     )
     variants: list[str] | None = field(default=None, metadata={"help": "Only these, by name; all if unset."})
     jobs: int = field(default=1, metadata={"help": "Runs side by side, in so many processes."})
+    finished: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders with runs of this benchmark, `<variant>-seed<N>`, of whatever seeds and machines: their reports are "
+            "gathered as they are, and nothing is run."
+        },
+    )
     output: str = field(
         default="outputs/benchmark.json", metadata={"help": "The JSON; the table and the figure lie beside it."}
     )
@@ -76,6 +83,39 @@ def chosen(variants: Mapping[str, Changes], names: Sequence[str] | None) -> dict
     if unknown:
         raise InputError(f"There is no variant {unknown[0]!r}; there are {list(variants)}.")
     return {name: changes for name, changes in variants.items() if names is None or name in names}
+
+
+def reports_of(
+    args: BenchmarkArguments, base: StudyConfig, variants: Mapping[str, Changes]
+) -> dict[str, dict[int, dict | str]]:
+    """The reports that the command line asks for, by variant and seed: of runs that are finished, or run now.
+
+    Raises:
+        InputError: what `chosen`, `finished_reports` and `run_all` refuse.
+    """
+    asked = chosen(variants, args.variants)
+    return finished_reports(args.finished, asked) if args.finished else run_all(base, asked, args.seeds, args.jobs)
+
+
+def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> dict[str, dict[int, dict]]:
+    """The reports in `<folder>/<variant>-seed<N>` by variant and seed; variants without any are left out.
+
+    Raises:
+        InputError: none at all, one seed of a variant in two folders, or reports of other volumes than the first.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    for name, folder in ((name, Path(folder)) for name in variants for folder in folders):
+        for path in sorted(folder.glob(f"{name}-seed*/report.json")):
+            seed = path.parent.name.removeprefix(f"{name}-seed")
+            if int(seed) in found.setdefault(name, {}):
+                raise InputError(f"{name} has two reports of seed {seed}; one is {path}: name one of the folders.")
+            found[name][int(seed)] = json.loads(path.read_text())
+    reports = [report for by_seed in found.values() for report in by_seed.values()]
+    if not reports:
+        raise InputError(f"No finished run (<variant>-seed<N>/report.json) lies in {', '.join(map(str, folders))}.")
+    if len({(report["data_fingerprint"], report["extractors"]["judge"]["sha256"]) for report in reports}) > 1:
+        raise InputError("The finished runs are of several data sets or judges; give those of one.")
+    return {name: dict(sorted(by_seed.items())) for name, by_seed in found.items()}
 
 
 def run_all(
@@ -124,6 +164,7 @@ def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]],
         "cpu_count": os.cpu_count(),
         "commit": git_commit(),
         "commits_of_runs": sorted({report["commit"] for report in finished if report["commit"]}),
+        "devices_of_runs": sorted({report["device"] for report in finished if report.get("device")}),
         "versions": first["versions"],
     }
 
@@ -144,6 +185,9 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
         "refused": refused,
         "method": reports[0]["method"],
         "gap_closed": {role: _interval([report["gap_closed"][role] for report in reports]) for role in ROLES},
+        "gap_closed_heldout": {
+            role: _interval([gap_closed(report["fid_heldout"][role]) for report in reports]) for role in ROLES
+        },
         "gap_closed_kid": {role: _interval([_kid_gap_closed(report, role) for report in reports]) for role in ROLES},
         "fid": {role: _arms(over_seeds, "fid", role, lambda fid: fid["all"]) for role in ROLES},
         "kid": {role: _arms(over_seeds, "kid", role, float) for role in ROLES},
@@ -211,6 +255,7 @@ def _copies(report: dict, arm: str) -> float | None:
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "judge gap closed (95 %)": lambda row: shown_interval(row["gap_closed"]["judge"]),
     "second judge": lambda row: shown_interval(row["gap_closed"]["second_judge"]),
+    "judge, to held-out volumes": lambda row: shown_interval(row["gap_closed_heldout"]["judge"]),
     "judge, KID": lambda row: shown_interval(row["gap_closed_kid"]["judge"]),
     "judge distance": lambda row: shown(row["fid"]["judge"]["rl"], ".4f"),
     "judge KID": lambda row: shown(row["kid"]["judge"]["rl"], ".5f"),

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/objectives.py --output examples/results/objectives-phantoms.json
     python examples/benchmarks/objectives.py --config CONFIG --data_dir DIR --variants ppo frechet --seeds 0 1 2
+    python examples/benchmarks/objectives.py --finished DIR DIR
 
 Beside the JSON lie the same as a table and a figure. `share_of_ppo` says of each method how many of PPO's denoiser forwards it
 took, and whether it reached PPO's distance. Every tuned model stands at two samplers: the pretrained model's best, and the
@@ -12,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from _runs import COLUMNS, chosen, gathered, parse_benchmark, run_all, shown, table, write_results
+from _runs import COLUMNS, gathered, parse_benchmark, reports_of, shown, table, write_results
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
@@ -117,7 +118,7 @@ def lines(content: dict) -> list[str]:
 
 def main() -> None:
     args, base = parse_benchmark(CONFIG, "outputs/objectives.json")
-    reports = run_all(base, chosen(VARIANTS, args.variants), args.seeds, args.jobs)
+    reports = reports_of(args, base, VARIANTS)
     content = gathered(base, reports, "One pretrained pipeline tuned by several methods")
     content["share_of_ppo"] = shares_of_ppo(content)
     write_results(content, "Objectives", lines(content), draw(content), args.output)

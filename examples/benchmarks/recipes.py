@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from _runs import COLUMNS, chosen, gathered, merged, parse_benchmark, run_all, shown, table, write_results
+from _runs import COLUMNS, gathered, merged, parse_benchmark, reports_of, shown, table, write_results
 from matplotlib.figure import Figure
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
@@ -115,7 +115,7 @@ def lines(content: dict) -> list[str]:
 
 def main() -> None:
     args, base = parse_benchmark(RECIPES / "paper.yaml", "outputs/recipes.json")
-    reports = run_all(base, chosen(VARIANTS, args.variants), args.seeds, args.jobs)
+    reports = reports_of(args, base, VARIANTS)
     content = gathered(base, reports, "PPO by the published recipe, with each remedy alone, and by the default recipe")
     write_results(content, "Recipes", lines(content), draw(content), args.output)
     closed = {name: row["gap_closed"]["judge"] for name, row in content["variants"].items() if row["seeds"]}

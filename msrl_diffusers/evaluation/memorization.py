@@ -162,26 +162,31 @@ def audit(
     generated: VolumeSource,
     held_out: VolumeSource | None = None,
     extractor: nn.Module | None = None,
-    *,
-    neighbours: int = 10,
-    max_shift: int = 2,
-    level: float = 0.025,
-    confidence: float = 0.95,
-    max_null: int = 1000,
-    batch_size: int = 16,
-    seed: int = 0,
+    **settings,
 ) -> AuditResult:
-    """Look for copies of `train` among `generated`.
+    """Look for copies of `train` among `generated`: an `Auditor` for one set, with its `settings`.
+
+    Raises:
+        InputError: what `Auditor` and its `audit` refuse.
+    """
+    _check(train, held_out)
+    _check_generated(train, generated)  # before much is read
+    return Auditor(train, held_out, extractor, **settings).audit(generated)
+
+
+class Auditor:
+    """Looks for copies of one training set in any number of generated ones; training set and null are read once.
 
     In voxel space a volume and its mirror image are compared with all training volumes on a coarse grid, then with the
     best `2 * neighbours` on the working grid (the volumes averaged down to at most 32 voxels along the longest axis),
     shifted by up to `max_shift` of its voxels along every axis. Shifts wrap around, which is nothing where the border
     is background. In feature space, features are standardised by the training set's; there is no search over shifts.
+    Features and the search among voxels run on the extractor's device.
 
     Args:
-        train, generated, held_out: sources of volumes of one shape in [-1, 1]. Without `held_out` every training
-            volume against the others is the null: it knows of no gap between training and new volumes, and several
-            scans of one subject among the training volumes make it miss copies.
+        train, held_out: sources of volumes of one shape in [-1, 1]. Without `held_out` every training volume against the
+            others is the null: it knows of no gap between training and new volumes, and several scans of one subject
+            among the training volumes make it miss copies.
         extractor: a network from volumes `[B, C, D, H, W]` to features `[B, P, S, F]`; none: voxel space only.
         neighbours: k of the score (one less than the training volumes, where these are fewer than that).
         max_shift: in voxels of the working grid.
@@ -190,53 +195,88 @@ def audit(
         batch_size: volumes read, and sent through the extractor, at once.
 
     Raises:
-        InputError: unequal shapes, no generated volume, fewer than 10 training volumes, or fewer than 10 null volumes
-            that are not duplicates of training volumes.
+        InputError: unequal shapes, fewer than 10 training volumes, or fewer than 10 null volumes that are not duplicates
+            of training volumes.
     """
-    _check(train, generated, held_out)
-    if neighbours < 2 or max_shift < 0 or max_null < MIN_VOLUMES:
-        raise InputError(
-            f"neighbours={neighbours} must be at least 2, max_shift={max_shift} at least 0 and max_null={max_null} at "
-            f"least {MIN_VOLUMES}."
-        )
-    neighbours = min(neighbours, len(train) - 1)
-    null_name = "leave_one_out" if held_out is None else "held_out"
-    reals = train if held_out is None else held_out
-    rows = torch.randperm(len(reals), generator=torch.Generator().manual_seed(seed))[:max_null].sort().values
-    read = {
-        "train": _read("training", train, extractor, batch_size),
-        "generated": _read("generated", generated, extractor, batch_size),
-    }
-    if held_out is None:
-        read["null"], own = read["train"][rows], rows  # a training volume is no neighbour of itself
-    else:
-        read["null"], own = _read("held out", held_out.select(rows), extractor, batch_size), None
-    voxels = VoxelSpace(read["train"].volumes, neighbours, max_shift)
-    found = {"voxel": (voxels.search(read["generated"].volumes), voxels.search(read["null"].volumes, own))}
-    if extractor is not None:
-        features = FeatureSpace(read["train"].features, neighbours)
-        found["feature"] = tuple(
-            features.search(read[name].features, read[name].mirrored, excluded)
-            for name, excluded in (("generated", None), ("null", own))
-        )
 
-    null_voxel = found["voxel"][1]
-    honest = null_voxel.distances >= DUPLICATE
-    duplicates = [
-        (reals.names[rows[row]], train.names[null_voxel.nearest[row]]) for row in (~honest).nonzero()[:, 0].tolist()
-    ]
-    if honest.sum() < MIN_VOLUMES:
-        raise InputError(
-            f"Only {int(honest.sum())} of {len(honest)} volumes that should set the threshold are not themselves "
-            f"training volumes, {MIN_VOLUMES} are needed; give held-out volumes that no training saw."
-        )
-    spaces = {
-        name: SpaceAudit(of_generated, of_null[honest], tolerance_threshold(of_null[honest].scores, level, confidence))
-        for name, (of_generated, of_null) in found.items()
-    }
-    pairs = _pairs(spaces, generated.names, train.names)
-    fingerprints = {name: hash_tensors([("volumes", part.volumes)]) for name, part in read.items()}
-    return AuditResult(spaces, pairs, neighbours, len(train), null_name, duplicates, fingerprints)
+    def __init__(
+        self,
+        train: VolumeSource,
+        held_out: VolumeSource | None = None,
+        extractor: nn.Module | None = None,
+        *,
+        neighbours: int = 10,
+        max_shift: int = 2,
+        level: float = 0.025,
+        confidence: float = 0.95,
+        max_null: int = 1000,
+        batch_size: int = 16,
+        seed: int = 0,
+    ):
+        _check(train, held_out)
+        if neighbours < 2 or max_shift < 0 or max_null < MIN_VOLUMES:
+            raise InputError(
+                f"neighbours={neighbours} must be at least 2, max_shift={max_shift} at least 0 and max_null={max_null} at "
+                f"least {MIN_VOLUMES}."
+            )
+        self.train, self.extractor, self.batch_size = train, extractor, batch_size
+        self.neighbours = min(neighbours, len(train) - 1)
+        self.null_name = "leave_one_out" if held_out is None else "held_out"
+        reals = train if held_out is None else held_out
+        rows = torch.randperm(len(reals), generator=torch.Generator().manual_seed(seed))[:max_null].sort().values
+        read = _read("training", train, extractor, batch_size)
+        if held_out is None:
+            null, own = read[rows], rows  # a training volume is no neighbour of itself
+        else:
+            null, own = _read("held out", held_out.select(rows), extractor, batch_size), None
+        self.fingerprints = {"train": read.fingerprint, "null": null.fingerprint}
+        device = "cpu" if extractor is None else next(extractor.parameters()).device
+        self._spaces = {"voxel": VoxelSpace(read.volumes.to(device), self.neighbours, max_shift)}
+        if extractor is not None:
+            self._spaces["feature"] = FeatureSpace(read.features, self.neighbours)
+        found = self._search(null, own)
+        honest = found["voxel"].distances >= DUPLICATE
+        self.duplicates = [
+            (reals.names[rows[row]], train.names[found["voxel"].nearest[row]])
+            for row in (~honest).nonzero()[:, 0].tolist()
+        ]
+        if honest.sum() < MIN_VOLUMES:
+            raise InputError(
+                f"Only {int(honest.sum())} of {len(honest)} volumes that should set the threshold are not themselves "
+                f"training volumes, {MIN_VOLUMES} are needed; give held-out volumes that no training saw."
+            )
+        self._null = {name: neighbours_of[honest] for name, neighbours_of in found.items()}
+        self._thresholds = {
+            name: tolerance_threshold(null.scores, level, confidence) for name, null in self._null.items()
+        }
+
+    def audit(self, generated: VolumeSource) -> AuditResult:
+        """The nearest training volumes of `generated`, and which of them it copies.
+
+        Raises:
+            InputError: no generated volume, or volumes of another shape.
+        """
+        _check_generated(self.train, generated)
+        read = _read("generated", generated, self.extractor, self.batch_size)
+        spaces = {
+            name: SpaceAudit(found, self._null[name], self._thresholds[name])
+            for name, found in self._search(read).items()
+        }
+        fingerprints = {
+            "train": self.fingerprints["train"],
+            "generated": read.fingerprint,
+            "null": self.fingerprints["null"],
+        }
+        return AuditResult(
+            spaces, _pairs(spaces, generated.names, self.train.names), self.neighbours, len(self.train),
+            self.null_name, self.duplicates, fingerprints,
+        )  # fmt: skip
+
+    def _search(self, read: "_Volumes", own: torch.Tensor | None = None) -> dict[str, Neighbours]:
+        found = {"voxel": self._spaces["voxel"].search(read.volumes, own)}
+        if "feature" in self._spaces:
+            found["feature"] = self._spaces["feature"].search(read.features, read.mirrored, own)
+        return found
 
 
 def tolerance_threshold(scores: torch.Tensor, level: float = 0.025, confidence: float = 0.95) -> Threshold:
@@ -272,21 +312,22 @@ class _Volumes:
     features: torch.Tensor | None
     mirrored: torch.Tensor | None
 
+    @property
+    def fingerprint(self) -> str:
+        return hash_tensors([("volumes", self.volumes)])
+
     def __getitem__(self, rows: torch.Tensor) -> "_Volumes":
         return _Volumes(
             *(None if part is None else part[rows] for part in (self.volumes, self.features, self.mirrored))
         )
 
 
-def _check(train: VolumeSource, generated: VolumeSource, held_out: VolumeSource | None) -> None:
+def _check(train: VolumeSource, held_out: VolumeSource | None) -> None:
     if len(train) < MIN_VOLUMES:
         raise InputError(
             f"{train.place} holds {len(train)} training volumes, but the audit compares nearest neighbours with "
             f"further ones and needs at least {MIN_VOLUMES}."
         )
-    if not len(generated):
-        raise InputError(f"{generated.place} holds no generated volumes.")
-    check_comparable(train, generated)
     if held_out is not None:
         check_comparable(train, held_out)
         if len(held_out) < MIN_VOLUMES:
@@ -294,6 +335,12 @@ def _check(train: VolumeSource, generated: VolumeSource, held_out: VolumeSource 
                 f"{held_out.place} holds {len(held_out)} held-out volumes, too few for a threshold; give at least "
                 f"{MIN_VOLUMES}, or none to compare the training volumes with one another instead."
             )
+
+
+def _check_generated(train: VolumeSource, generated: VolumeSource) -> None:
+    if not len(generated):
+        raise InputError(f"{generated.place} holds no generated volumes.")
+    check_comparable(train, generated)
 
 
 def _read(name: str, source: VolumeSource, extractor: nn.Module | None, batch_size: int) -> _Volumes:

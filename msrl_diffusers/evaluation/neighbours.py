@@ -43,7 +43,8 @@ class VoxelSpace:
     """Search in a training set for the nearest images, over mirror images and small shifts.
 
     Args:
-        volumes (`Tensor [N, C, *S]`): of the training set, float16 for memory's sake; kept as they are.
+        volumes (`Tensor [N, C, *S]`): of the training set, float16 for memory's sake; kept as they are, on the device where
+            the search is to run.
         neighbours (`int`): k of the scores, less than N.
         max_shift (`int`): in voxels along every axis; shifts wrap around.
     """
@@ -58,9 +59,10 @@ class VoxelSpace:
 
     def search(self, queries: torch.Tensor, own: torch.Tensor | None = None) -> Neighbours:
         """Neighbours of `queries [M, C, *S]`: all training volumes are ranked on a grid of half the size, the best
-        `2 * neighbours` compared on their own grid. `own [M]`: for every query a position that doesn't count."""
+        `2 * neighbours` compared on their own grid. `own [M]`: for every query a position that doesn't count. All on the CPU."""
         scores, distances, nearest, flipped = [], [], [], []
         for row, query in enumerate(queries):
+            query = query.to(self.volumes.device)
             both = torch.stack([query, query.flip(-1)])
             coarse_shift = (self.max_shift + 1) // 2
             ranking = _similarities(_coarsen(both), self.coarse, self.coarse_mean, coarse_shift).amax(dim=(0, 2))
@@ -76,7 +78,7 @@ class VoxelSpace:
             distances.append(ordered[0])
             nearest.append(candidates[order[0]])
             flipped.append(mirrored[order[0]])
-        return Neighbours(*(torch.stack(values) for values in (scores, distances, nearest, flipped)))
+        return Neighbours(*(torch.stack(values).cpu() for values in (scores, distances, nearest, flipped)))
 
 
 class FeatureSpace:

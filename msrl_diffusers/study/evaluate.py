@@ -11,7 +11,7 @@ from ..evaluation.comparison import ms_ssim_of
 from ..evaluation.diversity import manifold_figures, volume_features
 from ..evaluation.features import extract_features, extractor_identity
 from ..evaluation.fidelity import bootstrap_frechet, centred_interval, kernel_distance
-from ..evaluation.memorization import MIN_VOLUMES, audit
+from ..evaluation.memorization import MIN_VOLUMES, Auditor
 from ..evaluation.sources import open_source
 from ..evaluation.statistics import compare_statistics, set_statistics
 from ..pipelines.med_volume import MedVolumePipeline
@@ -202,11 +202,8 @@ def _memorization(
     """The audit of both arms against the held-out null; None where there are too few volumes for one."""
     if min(len(train), len(heldout)) < MIN_VOLUMES:
         return None
-    sources = {arm: open_source(arms[chosen[arm]]) for arm in ("standard", "rl")}
-    return {
-        arm: audit(open_source(train), source, open_source(heldout), extractor, seed=seed).summary()
-        for arm, source in sources.items()
-    }
+    auditor = Auditor(open_source(train), open_source(heldout), extractor, seed=seed)
+    return {arm: auditor.audit(open_source(arms[chosen[arm]])).summary() for arm in ("standard", "rl")}
 
 
 def _rewards(config: StudyConfig, rewards: dict, before: VolumeDataset, after: VolumeDataset) -> dict:

@@ -40,6 +40,7 @@ def report(config: StudyConfig) -> dict:
     content = {
         **figures,
         "gap_closed": {role: gap_closed(fids) for role, fids in figures["fid"].items()},
+        "gap_closed_heldout": {role: gap_closed(fids) for role, fids in figures["fid_heldout"].items()},
         "seed": config.seed_of("report"),
         "dataset": config.dataset,
         "data_fingerprint": records["prepare"]["result"]["fingerprint"],
@@ -70,7 +71,11 @@ def _downstream(records: dict) -> dict[str, dict[str, float]]:
 
 
 def gap_closed(fids: dict[str, dict[str, float]]) -> float | None:
-    """(standard - RL) / (standard - limit) over all classes; None where there is no gap."""
+    """(standard - RL) / (standard - limit) over all classes; None where there is no gap.
+
+    Of distances to the training volumes (`fid`) the limit is out of a generator's reach: it shows the very subjects it is
+    compared with, and volumes of any others are farther. Of distances to held-out volumes (`fid_heldout`) it shows others too.
+    """
     gap = fids["standard"]["all"] - fids["limit"]["all"]
     return (fids["standard"]["all"] - fids["rl"]["all"]) / gap if gap > 0 else None
 
@@ -131,11 +136,12 @@ def markdown(content: dict) -> str:
                 + f" | {low:.4f} .. {high:.4f} | {content['kid'][role][arm]:.5f} | {'' if other is None else format(other['all'], '.4f')} |"
             )
         difference = content["fid_rl_minus_standard"][role]
-        closed = content["gap_closed"][role]
+        closed, of_others = (_share(content[name][role]) for name in ("gap_closed", "gap_closed_heldout"))
         lines += [
             "",
             f"RL minus standard: {difference['value']:+.4f} ({difference['interval'][0]:+.4f} .. "
-            f"{difference['interval'][1]:+.4f}, paired). Gap closed: {'no gap' if closed is None else format(closed, '.1%')}.",
+            f"{difference['interval'][1]:+.4f}, paired). Gap closed: {closed}; to held-out volumes: {of_others}. (The limit shows the "
+            "training volumes themselves, to which no others come as near; held-out volumes are others for it too.)",
             "",
         ]
     lines += [
@@ -179,6 +185,10 @@ def markdown(content: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _share(closed: float | None) -> str:
+    return "no gap" if closed is None else format(closed, ".1%")
 
 
 def _diversity_lines(content: dict) -> list[str]:
