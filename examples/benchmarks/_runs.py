@@ -45,6 +45,7 @@ class BenchmarkArguments:
             "gathered as they are, and nothing is run."
         },
     )
+    note: str = field(default="", metadata={"help": "What the page should say of how the runs were made."})
     output: str = field(
         default="outputs/benchmark.json", metadata={"help": "The JSON; the table and the figure lie beside it."}
     )
@@ -145,7 +146,7 @@ def configs_of(
     }
 
 
-def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]], what: str) -> dict:
+def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]], what: str, note: str = "") -> dict:
     """The content of the JSON: a row of figures per variant, and where they come from."""
     finished = [report for by_seed in reports.values() for report in by_seed.values() if isinstance(report, dict)]
     if not finished:
@@ -153,7 +154,7 @@ def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]],
         raise InputError(f"Every run was refused; the first because: {sentences[0]}")
     first = finished[0]
     return {
-        "what": what,
+        "what": f"{what}; {note}" if note else what,
         "dataset": base.dataset,
         "data_fingerprint": first["data_fingerprint"],
         "pretrained": first["pretrained"],

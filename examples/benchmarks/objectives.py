@@ -119,7 +119,7 @@ def lines(content: dict) -> list[str]:
 def main() -> None:
     args, base = parse_benchmark(CONFIG, "outputs/objectives.json")
     reports = reports_of(args, base, VARIANTS)
-    content = gathered(base, reports, "One pretrained pipeline tuned by several methods")
+    content = gathered(base, reports, "One pretrained pipeline tuned by several methods", args.note)
     content["share_of_ppo"] = shares_of_ppo(content)
     write_results(content, "Objectives", lines(content), draw(content), args.output)
     sys.stdout.write(json.dumps(content["share_of_ppo"], indent=2) + "\n")

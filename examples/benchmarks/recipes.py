@@ -116,7 +116,9 @@ def lines(content: dict) -> list[str]:
 def main() -> None:
     args, base = parse_benchmark(RECIPES / "paper.yaml", "outputs/recipes.json")
     reports = reports_of(args, base, VARIANTS)
-    content = gathered(base, reports, "PPO by the published recipe, with each remedy alone, and by the default recipe")
+    content = gathered(
+        base, reports, "PPO by the published recipe, with each remedy alone, and by the default recipe", args.note
+    )
     write_results(content, "Recipes", lines(content), draw(content), args.output)
     closed = {name: row["gap_closed"]["judge"] for name, row in content["variants"].items() if row["seeds"]}
     sys.stdout.write(json.dumps({name: value and value["mean"] for name, value in closed.items()}, indent=2) + "\n")
