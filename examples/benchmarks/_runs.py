@@ -108,6 +108,8 @@ def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> 
     for name, folder in ((name, Path(folder)) for name in variants for folder in folders):
         for path in sorted(folder.glob(f"{name}-seed*/report.json")):
             seed = path.parent.name.removeprefix(f"{name}-seed")
+            if not seed.isdigit():
+                continue  # somebody's copy
             if int(seed) in found.setdefault(name, {}):
                 raise InputError(f"{name} has two reports of seed {seed}; one is {path}: name one of the folders.")
             found[name][int(seed)] = json.loads(path.read_text())

@@ -73,8 +73,8 @@ def _downstream(records: dict) -> dict[str, dict[str, float]]:
 def gap_closed(fids: dict[str, dict[str, float]]) -> float | None:
     """(standard - RL) / (standard - limit) over all classes; None where there is no gap.
 
-    Of distances to the training volumes (`fid`) the limit is out of a generator's reach: it shows the very subjects it is
-    compared with, and volumes of any others are farther. Of distances to held-out volumes (`fid_heldout`) it shows others too.
+    Of distances to the training volumes (`fid`) the limit flatters the autoencoder: it shows the very subjects it is compared
+    with, and reconstructions of others lie farther. Of distances to held-out volumes (`fid_heldout`) it shows others too.
     """
     gap = fids["standard"]["all"] - fids["limit"]["all"]
     return (fids["standard"]["all"] - fids["rl"]["all"]) / gap if gap > 0 else None
@@ -140,8 +140,8 @@ def markdown(content: dict) -> str:
         lines += [
             "",
             f"RL minus standard: {difference['value']:+.4f} ({difference['interval'][0]:+.4f} .. "
-            f"{difference['interval'][1]:+.4f}, paired). Gap closed: {closed}; to held-out volumes: {of_others}. (The limit shows the "
-            "training volumes themselves, to which no others come as near; held-out volumes are others for it too.)",
+            f"{difference['interval'][1]:+.4f}, paired). Gap closed: {closed}; to held-out volumes: {of_others}. (The limit "
+            "reconstructs the training volumes; reconstructions of others lie farther from these. Held-out volumes are others for it too.)",
             "",
         ]
     lines += [
