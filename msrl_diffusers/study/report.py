@@ -73,8 +73,8 @@ def _downstream(records: dict) -> dict[str, dict[str, float]]:
 def gap_closed(fids: dict[str, dict[str, float]]) -> float | None:
     """(standard - RL) / (standard - limit) over all classes; None where there is no gap.
 
-    Of distances to the training volumes (`fid`) the limit flatters the autoencoder: it shows the very subjects it is compared
-    with, and reconstructions of others lie farther. Of distances to held-out volumes (`fid_heldout`) it shows others too.
+    Of distances to the training volumes (`fid`) the limit is compared with its own originals, which no generator of new subjects
+    is. Of distances to held-out volumes (`fid_heldout`) both show other subjects.
     """
     gap = fids["standard"]["all"] - fids["limit"]["all"]
     return (fids["standard"]["all"] - fids["rl"]["all"]) / gap if gap > 0 else None
@@ -141,7 +141,7 @@ def markdown(content: dict) -> str:
             "",
             f"RL minus standard: {difference['value']:+.4f} ({difference['interval'][0]:+.4f} .. "
             f"{difference['interval'][1]:+.4f}, paired). Gap closed: {closed}; to held-out volumes: {of_others}. (The limit "
-            "reconstructs the training volumes; reconstructions of others lie farther from these. Held-out volumes are others for it too.)",
+            "reconstructs the training volumes: with these it is compared with its own originals, with held-out ones it is not.)",
             "",
         ]
     lines += [
