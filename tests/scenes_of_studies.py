@@ -261,11 +261,14 @@ def whole_study(stage: Stage) -> None:
         "extractors": {"label", "judge"},
         "vqgan": {"vqvae", "reconstructions.png"},
         "diffusion": {"pipeline", "samples.png"},
+        "samplers": {"samplers.json"},
         "trajectories": {"synthetic-002.safetensors", "reconstruction-001.safetensors"},
         "score": {"scores.json"},
         "rewards": {"volume", "slice", "heldout"},
         "ppo": {"pipeline", "log.jsonl"},
-        "evaluate": {"standard.safetensors", "rl.safetensors"},
+        "validity": set(),
+        "baseline": {"real_floor.safetensors", "limit.safetensors", "standard.safetensors", "features.safetensors"},
+        "evaluate": {"rl.safetensors"},
         "report": set(),
     }.items():
         assert files | {"stage.json"} <= stage.files(f"out/{name}"), name

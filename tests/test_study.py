@@ -19,11 +19,10 @@ from msrl_diffusers import (
 from msrl_diffusers.data.cases import list_cases
 from msrl_diffusers.data.preparation import prepare_cases
 from msrl_diffusers.data.splits import SplitPlan
-from msrl_diffusers.data.volumes import VolumeDataset
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
-from msrl_diffusers.study.artifacts import load_model, load_pipeline, load_reward_models, load_split
+from msrl_diffusers.study.artifacts import load_model, load_pipeline, load_reported, load_reward_models, load_split
 from msrl_diffusers.study.chain import fingerprint, stages_up_to
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.release import write_release
@@ -196,7 +195,7 @@ def test_the_arms_are_kept_and_the_splits_apart(finished):
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     assert not set(train.subject_ids) & set(heldout.subject_ids)
     for arm in ARMS:
-        volumes = VolumeDataset.load(finished / "evaluate" / f"{arm}.safetensors")
+        volumes = load_reported(config, arm)
         assert len(volumes) == 8
         assert volumes.subject_ids == (heldout if arm == "real_floor" else train).subject_ids or len(volumes) == 8
     for picture in ("prepare/volumes.png", "vqgan/reconstructions.png", "diffusion/samples.png"):
@@ -211,8 +210,9 @@ def test_targets_run_from_nought_to_one(finished):
         fids = {key: by_class[name] for key, by_class in scores["fid"].items()}
         assert (min(targets.values()), max(targets.values())) == (0, 1)
         assert min(fids, key=fids.get) == max(targets, key=targets.get)
-    fids = [sampler["fid"]["all"] for sampler in scores["samplers"]]
-    assert scores["best_sampler"] == fids.index(min(fids))
+    chosen = json.loads((finished / "samplers" / "samplers.json").read_text())
+    fids = [sampler["fid"]["all"] for sampler in chosen["samplers"]]
+    assert chosen["best_sampler"] == fids.index(min(fids))
 
 
 def test_a_finished_study_is_not_run_again(study):
@@ -265,7 +265,9 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
         assert all(torch.equal(released[key], value.half().float()) for key, value in trained.items())
     run_study(config)
     done = {path.parent.name for path in (tmp_path / "out").glob("*/stage.json")}
-    assert done == {"prepare", "ppo", "evaluate", "downstream", "report"}
+    assert done == {
+        "prepare", "validity", "ppo", "baseline", "evaluate", "baseline_downstream", "downstream", "report",
+    }  # fmt: skip
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", finished))
     assert ours["extractors"] == theirs["extractors"]
     # the same seeds, and weights rounded to half precision, by which a few of the codes of a random autoencoder change
@@ -302,10 +304,10 @@ def test_a_fingerprint_follows_what_a_stage_depends_on(tmp_path):
     base = settings_with(tmp_path)
     changed = {
         "num_per_class": set(STAGES),
-        "unet": {"diffusion", "trajectories", "score", "rewards", "ppo", "evaluate", "downstream", "report"},
-        "target_map": {"score", "rewards", "ppo", "evaluate", "downstream", "report"},
-        "bootstrap_draws": {"evaluate", "downstream", "report"},
-        "downstream": {"downstream", "report"},
+        "unet": set(STAGES) - {"prepare", "extractors", "vqgan"},
+        "target_map": {"score", "rewards", "validity", "ppo", "evaluate", "downstream", "report"},
+        "bootstrap_draws": {"evaluate", "baseline_downstream", "downstream", "report"},
+        "downstream": {"baseline_downstream", "downstream", "report"},
         "output_dir": set(),
     }
     values = {

@@ -24,7 +24,7 @@ from msrl_diffusers.study.variants import FULL, link_finished, shared_stages, va
 
 
 QUICK = ["reward_3d_only"]
-PRIOR = ("prepare", "extractors", "vqgan", "diffusion", "trajectories", "score")
+PRIOR = ("prepare", "extractors", "vqgan", "diffusion", "samplers", "trajectories", "score")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_prior_is_made_once(finished):
     home = Path(config.output_dir).resolve()
     for stage in PRIOR:
         assert stage_folder(runs[FULL][0], stage) == stage_folder(runs[FULL][1], stage) == home / stage
-    for stage in ("rewards", "ppo", "evaluate", "report"):
+    for stage in ("rewards", "ppo", "baseline", "evaluate", "report"):
         assert stage_folder(runs[FULL][0], stage).parent == home / "full-seed0"
         assert stage_folder(runs[FULL][1], stage).parent == home / "full-seed1"
 
@@ -56,7 +56,8 @@ def test_a_prior_is_made_once(finished):
 def test_an_ablation_shares_what_it_does_not_change(finished):
     _, runs = finished
     for seed in (0, 1):
-        assert stage_folder(runs["reward_3d_only"][seed], "rewards") == stage_folder(runs[FULL][seed], "rewards")
+        for stage in ("rewards", "validity", "baseline", "baseline_downstream"):
+            assert stage_folder(runs["reward_3d_only"][seed], stage) == stage_folder(runs[FULL][seed], stage)
         assert stage_folder(runs["reward_3d_only"][seed], "ppo") != stage_folder(runs[FULL][seed], "ppo")
 
 

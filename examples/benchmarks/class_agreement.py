@@ -66,7 +66,7 @@ def read_study(folder: Path, models: list[torch.nn.Module], seed: int) -> dict:
     """
     found = {}
     for arm in ARMS:
-        path = folder / "evaluate" / f"{arm}.safetensors"
+        path = folder / ("evaluate" if arm == "rl" else "baseline") / f"{arm}.safetensors"
         if not path.is_file():
             raise InputError(f"{path} is not there; run the study of that folder to its end first.")
         volumes = VolumeDataset.load(path)

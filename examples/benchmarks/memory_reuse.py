@@ -24,7 +24,7 @@ from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.files import write_json
 from msrl_diffusers.processes import keep_freed_memory
 from msrl_diffusers.study.report import git_commit, versions
-from msrl_diffusers.trainers.base import channels_last
+from msrl_diffusers.trainers.base import in_fast_memory_format
 
 
 RELEASE = Path(__file__).parents[2] / "model_cards" / "phantoms-32"
@@ -39,7 +39,7 @@ def features() -> Callable[[], object]:
 
 def reward_step(model: torch.nn.Module) -> Callable[[], None]:
     """Four steps of training on 32 volumes."""
-    channels_last(model).train()
+    in_fast_memory_format(model, "no").train()
     optimizer, volumes = torch.optim.AdamW(model.parameters()), torch.rand(32, 1, 32, 32, 32)
 
     def steps() -> None:

@@ -23,7 +23,7 @@ EXTRACTOR_CLASSES = {
 }  # fmt: skip
 
 
-PRIOR_STAGES = ("extractors", "vqgan", "diffusion")
+PRIOR_STAGES = ("extractors", "vqgan", "diffusion", "samplers")
 REWARD_STAGES = ("trajectories", "score", "rewards")
 
 
@@ -47,6 +47,12 @@ def load_pipeline(config: StudyConfig) -> MedVolumePipeline:
     return _on_device(MedVolumePipeline, config.pretrained or Path(config.output_dir) / "diffusion" / "pipeline")
 
 
+def load_reported(config: StudyConfig, arm: str) -> VolumeDataset:
+    """The volumes of an arm of the report: those of `"rl"` are of stage evaluate, all others of stage baseline."""
+    stage = "evaluate" if arm == "rl" else "baseline"
+    return VolumeDataset.load(Path(config.output_dir) / stage / f"{arm}.safetensors")
+
+
 def load_reward_models(config: StudyConfig) -> dict[str, torch.nn.Module]:
     """The reward models by role: `"volume"`, `"slice"`, and `"heldout"`, which only watches."""
     return _load(config, REWARD_CLASSES, "rewards", "reward")
@@ -63,16 +69,24 @@ def load_tuned_pipeline(config: StudyConfig) -> MedVolumePipeline:
 
 
 def load_scores(config: StudyConfig) -> dict:
-    """FIDs and targets of the trajectory sets, and the chosen sampler."""
+    """FIDs and targets of the trajectory sets."""
     own = Path(config.output_dir) / "score"
     folder = Path(config.pretrained) if "score" in pretrained_stages(config) else own
     return json.loads((folder / "scores.json").read_text())
 
 
+def load_samplers(config: StudyConfig) -> dict:
+    """`{"samplers", "best_sampler"}`: samplers with their label FID, and the number of the best. In a release they are in the
+    file of the scores."""
+    given = Path(config.pretrained) / "scores.json" if "samplers" in pretrained_stages(config) else None
+    found = json.loads((given or Path(config.output_dir) / "samplers" / "samplers.json").read_text())
+    return {name: found[name] for name in ("samplers", "best_sampler")}
+
+
 def best_sampler(config: StudyConfig) -> dict:
     """`{"num_inference_steps", "eta", "guidance_scale"}`: where the pretrained pipeline has its lowest label FID."""
-    scores = load_scores(config)
-    best = scores["samplers"][scores["best_sampler"]]
+    found = load_samplers(config)
+    best = found["samplers"][found["best_sampler"]]
     return {"guidance_scale": 1.0, **{key: value for key, value in best.items() if key != "fid"}}
 
 

@@ -10,6 +10,7 @@ from ..files import folder_mark
 from ..trainers.base_config import BOOKKEEPING
 from . import stages
 from .artifacts import pretrained_stages
+from .baseline import measure_baseline
 from .config import StudyConfig
 from .curve import measure_curve
 from .evaluate import evaluate
@@ -64,13 +65,14 @@ def _prior_stages(config: StudyConfig) -> dict[str, Stage]:
             ("unet", "scheduler", "diffusion", "mixed_precision", "seed"),
             split=True,
         ),
+        "samplers": Stage(stages.choose_sampler, ("prepare", "extractors", "diffusion"), ("samplers", *_SAMPLING)),
         "trajectories": Stage(
             stages.sample_trajectories, ("prepare", "diffusion"), ("synthetic_steps", "reconstruction_steps", *_SAMPLING)
         ),
         "score": Stage(
             score_trajectories,
             ("prepare", "extractors", "diffusion", "trajectories"),
-            ("target_map", "samplers", *config.changed("degraded_anchors", "policy_anchors"), *_SAMPLING),
+            ("target_map", *config.changed("degraded_anchors", "policy_anchors"), *_SAMPLING),
         ),
     }  # fmt: skip
 
@@ -79,11 +81,15 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
     method, labels = config.method, config.changed("marginal_labels")
     refresh = ("refresh", *labels) if config.refreshes else ()
     reward_data = ("trajectories", "score") if config.refreshes else ()
-    validity = ("validity",) if config.validity_floors else ()
+    checked = ("validity",) if config.validity_floors else ()  # else it is measured, and holds nothing up
     curve = ("curve",) if config.num_curve_points else ()
-    watch = config.changed("watch_per_class")  # at the sampler that stage score chose
-    watched = ("score",) if watch else ()
+    watch = config.changed("watch_per_class")  # at the sampler that stage samplers chose
+    watched = ("samplers",) if watch else ()
     features = config.changed("frechet_features") if method == "frechet" else ()
+    classifiers = (
+        "downstream", "downstream_seeds", *config.changed("downstream_per_class"), "synthetic_arms", "bootstrap_draws",
+        "mixed_precision", "rl_seed",
+    )  # fmt: skip
     table = {
         "rewards": Stage(
             train_rewards,
@@ -99,7 +105,7 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         ),
         method: Stage(
             tune,
-            ("prepare", "extractors", "diffusion", *(reward_data or watched), "rewards", *validity),
+            ("prepare", "extractors", "diffusion", *(reward_data or watched), "rewards", *checked),
             (method, "select_by", *watch, *features, *refresh, *(("snapshots",) if curve else ()), "mixed_precision", "rl_seed"),
             split=True,
         ),
@@ -108,23 +114,27 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
             ("prepare", "extractors", "diffusion", "rewards", method),
             ("num_curve_points", "curve_per_class", "rl_seed", *_SAMPLING),
         ),
+        "baseline": Stage(
+            measure_baseline,
+            ("prepare", "extractors", "diffusion", "samplers"),
+            ("rollout_sampler", *config.changed("evaluation_per_class"), "rl_seed", *_SAMPLING),
+        ),
         "evaluate": Stage(
             evaluate,
-            ("prepare", "extractors", "diffusion", "score", "rewards", method, *validity),
-            ("num_validity_subjects", *config.changed("unseen_sets", "evaluation_per_class"), "bootstrap_draws",
-             "rl_seed", *_SAMPLING),
+            ("prepare", "extractors", "rewards", "validity", method, "baseline"),
+            ("bootstrap_draws", "rl_seed", *_SAMPLING),
+        ),
+        "baseline_downstream": Stage(
+            stages.train_baseline_classifiers, ("prepare", "baseline"), classifiers, split=True
         ),
         "downstream": Stage(
-            stages.train_classifiers,
-            ("prepare", "evaluate"),
-            ("downstream", "downstream_seeds", *config.changed("downstream_per_class"), "synthetic_arms",
-             "bootstrap_draws", "mixed_precision", "rl_seed"),
-            split=True,
+            stages.train_classifiers, ("prepare", "baseline_downstream", "evaluate"), classifiers, split=True
         ),
         "report": Stage(report, ("evaluate", "downstream", *curve), ()),
     }  # fmt: skip
-    absent = {"validity", "curve"} - {*validity, *curve}
-    return {name: stage for name, stage in table.items() if name not in absent}
+    if not curve:
+        del table["curve"]
+    return table
 
 
 def _settings(config: StudyConfig) -> dict:
@@ -135,6 +145,7 @@ def _settings(config: StudyConfig) -> dict:
         settings[section] = {key: value for key, value in trainer.items() if key not in BOOKKEEPING}
     settings["rl_seed"] = config.seed if config.rl_seed is None else config.rl_seed
     settings["pretrained_rewards"] = config.pretrained_rewards or not config.pretrained
+    settings["rollout_sampler"] = config.rollout_sampler
     settings["snapshots"] = bool(config.num_curve_points)
     for folder in ("data_dir", "pretrained"):
         settings[folder] = settings[folder] and folder_mark(settings[folder])
@@ -154,7 +165,8 @@ def _mark(path: str) -> str:
 
 def _left_out(config: StudyConfig) -> tuple[str, ...]:
     """Stages whose results are given, or not asked for."""
-    return pretrained_stages(config) if config.downstream else (*pretrained_stages(config), "downstream")
+    without = () if config.downstream else ("baseline_downstream", "downstream")
+    return (*pretrained_stages(config), *without)
 
 
 STAGES = study_chain(StudyConfig()).stages  # of a study without options

@@ -16,7 +16,18 @@ __all__ = ["RL_STAGES", "TRAINER_CONFIGS", "StudyConfig"]
 
 FRECHET_FEATURES = ("label", "volume", "slice")  # the judges are not among them, nor the reward that watches
 # The seed of these is `rl_seed`.
-RL_STAGES = ("rewards", "validity", "refresh", *METHODS, "curve", "evaluate", "downstream", "report")
+RL_STAGES = (
+    "rewards",
+    "validity",
+    "refresh",
+    *METHODS,
+    "curve",
+    "baseline",
+    "evaluate",
+    "baseline_downstream",
+    "downstream",
+    "report",
+)
 
 
 @dataclass
@@ -150,7 +161,9 @@ class StudyConfig:
             {"num_inference_steps": 50, "eta": 1.0},
             {"num_inference_steps": 100, "eta": 1.0},
         ],
-        metadata={"help": "Samplers among which the label extractor picks the standard arm's."},
+        metadata={
+            "help": "Samplers among which the label extractor picks the standard arm's; a release (`pretrained`) states its own."
+        },
     )
     select_by: str = field(
         default="heldout_reward",
@@ -227,6 +240,16 @@ class StudyConfig:
     def refreshes(self) -> bool:
         """Whether the reward models train on while the policy is tuned."""
         return bool(self.refresh) and self.method == "ppo"
+
+    @property
+    def rollout_sampler(self) -> dict:
+        """The sampler of rollouts (the first, where they take several)."""
+        tuning = self.trainer_config(self.method)
+        return {
+            "num_inference_steps": tuning.num_inference_steps,
+            "eta": tuning.etas[0],
+            "guidance_scale": tuning.guidance_scale,
+        }
 
     @property
     def shows_lesions(self) -> bool:

@@ -45,6 +45,7 @@ def run_downstream(
     seeds: Sequence[int],
     output_dir: str | Path,
     bootstrap_draws: int = 1000,
+    known: str | Path | None = None,
 ) -> dict:
     """Train and test the classifier of every arm and seed, compare the arms, write `downstream.json` and return it.
 
@@ -59,6 +60,7 @@ def run_downstream(
             whose result is there, for the same settings and volumes, is not trained again; an interrupted one goes on
             from its last checkpoint (if `config.save_steps` wrote any).
         bootstrap_draws: number of draws of test subjects and seeds behind the intervals.
+        known: the `output_dir` of another such run. Its results are taken over where they are of the same settings and volumes.
 
     Returns:
         `{"protocol", "n", "fingerprints", "reference", "arms", "differences", "results"}`: `arms` and `differences` as
@@ -82,6 +84,8 @@ def run_downstream(
             inputs = {"settings": settings, "seed": seed, "real": real_marks, "synthetic": marks[name]}
             mark = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
             path = folder / _folder_name(name) / f"seed-{seed}"
+            if known is not None:
+                _take_over(Path(known) / path.relative_to(folder), path, mark)
             results[name].append(_run_arm(path, mark, real_train, real_test, synthetic, config, seed))
     probabilities = {
         name: torch.tensor([result["probabilities"] for result in runs], dtype=torch.float64)
@@ -114,6 +118,14 @@ def run_downstream(
         write_json(folder / "downstream.json", content)
     processes.wait_for_everyone()
     return content
+
+
+def _take_over(source: Path, folder: Path, mark: str) -> None:
+    """Copy the result of an arm and seed, if there is one with this fingerprint."""
+    processes, record = process_state(), source / "result.json"
+    if processes.is_main_process and record.is_file() and json.loads(record.read_text())["fingerprint"] == mark:
+        write_text(folder / "result.json", record.read_text())
+    processes.wait_for_everyone()
 
 
 def _run_arm(

@@ -7,7 +7,7 @@ import torch
 
 from ..files import write_json, write_text
 from ..hub import render_card
-from .artifacts import load_extractors, load_pipeline, load_reward_models, load_scores
+from .artifacts import load_extractors, load_pipeline, load_reward_models, load_samplers, load_scores
 from .config import StudyConfig
 from .report import git_commit, versions
 
@@ -23,7 +23,7 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     for role, model in load_extractors(config).items():
         model.half().save_pretrained(path / f"extractor_{role}")
     forget_places(path)
-    write_json(path / "scores.json", load_scores(config))
+    write_json(path / "scores.json", {**load_scores(config), **load_samplers(config)})
     facts = {
         "dataset": config.dataset,
         "data": prepared,

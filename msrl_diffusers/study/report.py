@@ -6,11 +6,10 @@ import platform
 import subprocess
 from pathlib import Path
 
-from ..data.volumes import VolumeDataset
 from ..files import write_json, write_text
 from ..plots import plot_history, plot_scatter, plot_volumes
 from ..processes import device_name
-from .artifacts import load_pipeline, load_scores, load_split, load_tuned_pipeline
+from .artifacts import load_pipeline, load_reported, load_scores, load_split, load_tuned_pipeline
 from .config import StudyConfig
 from .curve_figure import curve_lines, draw_curve
 
@@ -240,9 +239,7 @@ def _downstream_lines(content: dict) -> list[str]:
 
 def _draw(config: StudyConfig, content: dict) -> None:
     output_dir, figures = Path(config.output_dir), Path(config.output_dir) / "figures"
-    arms = {
-        arm: VolumeDataset.load(output_dir / "evaluate" / f"{arm}.safetensors") for arm in ("limit", "standard", "rl")
-    }
+    arms = {arm: load_reported(config, arm) for arm in ("limit", "standard", "rl")}
     shown = {"real": load_split(config, "train"), **arms}
     titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
     rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}

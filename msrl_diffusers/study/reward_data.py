@@ -16,13 +16,13 @@ from ..processes import process_state
 from ..seeding import fold_seed
 from ..trainers.reward_trainer import RewardTrainer, ScoredVolumes
 from ..trajectories import frechet_by_class, set_specs, set_targets
-from .artifacts import REWARD_CLASSES, load_extractors, load_pipeline, load_scores, load_split
+from .artifacts import REWARD_CLASSES, load_extractors, load_scores, load_split
 from .config import StudyConfig
-from .stages import load_arm, sample_with
+from .stages import load_arm
 
 
 def score_trajectories(config: StudyConfig) -> dict:
-    """FID of every set by the label extractor, the reward targets, and the best sampler of the pretrained model."""
+    """FID of every set by the label extractor, and the reward targets."""
     train = load_split(config, "train")
     extractor = load_extractors(config)["label"]
     real = extract_features(extractor, train.pixel_values)
@@ -30,18 +30,11 @@ def score_trajectories(config: StudyConfig) -> dict:
         name: frechet_by_class(real, train, extract_features(extractor, volumes.pixel_values), volumes)
         for name, volumes in tqdm(reward_sets(config, train), desc="score", total=len(reward_set_names(config)))
     }
-    pipeline, samplers = load_pipeline(config), []
-    for sampler in tqdm(config.samplers, desc="samplers"):
-        sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
-        features = extract_features(extractor, sampled.pixel_values)
-        samplers.append({**sampler, "fid": frechet_by_class(real, train, features, sampled)})
     scores = {
         "extractor": extractor_identity(extractor),
         "n": len(train),
         "fid": fids,
         "targets": set_targets(fids, list(train.id2label.values()), config.target_map),
-        "samplers": samplers,
-        "best_sampler": min(range(len(samplers)), key=lambda i: samplers[i]["fid"]["all"]),
     }
     write_json(Path(config.output_dir) / "score" / "scores.json", scores)
     return scores

@@ -1,4 +1,4 @@
-"""The stages prepare, extractors, vqgan, diffusion, trajectories and downstream; others have files of their own."""
+"""The stages prepare, extractors, vqgan, diffusion, samplers, trajectories and those of classifiers; others have files of their own."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from ..data.processor import VolumeProcessor
 from ..data.splits import SIDES, SplitPlan
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
-from ..evaluation.features import extractor_identity, hash_tensors
+from ..evaluation.features import extract_features, extractor_identity, hash_tensors
 from ..evaluation.sources import open_source
+from ..files import write_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
 from ..pipelines.med_volume import MedVolumePipeline
@@ -25,8 +26,8 @@ from ..seeding import fold_seed
 from ..trainers.diffusion_trainer import LatentDiffusionTrainer
 from ..trainers.feature_trainer import FeatureTrainer
 from ..trainers.vqgan_trainer import VQGANTrainer
-from ..trajectories import SetSpec, sample_set, set_specs
-from .artifacts import EXTRACTOR_CLASSES, load_pipeline, load_split
+from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
+from .artifacts import EXTRACTOR_CLASSES, load_extractors, load_pipeline, load_reported, load_split
 from .config import StudyConfig
 from .downstream import run_downstream
 
@@ -181,21 +182,59 @@ def sample_with(
     )
 
 
-def train_classifiers(config: StudyConfig) -> dict:
-    """Classifiers of real volumes without and with synthetic ones (`downstream.run_downstream`), and their metrics."""
-    folder, train = Path(config.output_dir), load_split(config, "train")
-    arms = {"real only": None}
-    for name, arm in (("+ standard synthetic", "standard"), ("+ RL synthetic", "rl")):
-        volumes = VolumeDataset.load(folder / "evaluate" / f"{arm}.safetensors")
-        numbered = [f"{arm}-{number:05d}" for number in range(len(volumes))]  # they show no subject
-        arms[name] = replace(volumes, subject_ids=numbered)
+def choose_sampler(config: StudyConfig) -> dict:
+    """FID of the pretrained model by the label extractor at every sampler of the config, and the best of these."""
+    train, extractor, pipeline = load_split(config, "train"), load_extractors(config)["label"], load_pipeline(config)
+    real, samplers = extract_features(extractor, train.pixel_values), []
+    for sampler in tqdm(config.samplers, desc="samplers"):
+        sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
+        features = extract_features(extractor, sampled.pixel_values)
+        samplers.append({**sampler, "fid": frechet_by_class(real, train, features, sampled)})
+    best = min(range(len(samplers)), key=lambda number: samplers[number]["fid"]["all"])
+    found = {"samplers": samplers, "best_sampler": best}
+    write_json(Path(config.output_dir) / "samplers" / "samplers.json", found)
+    return found
+
+
+def train_baseline_classifiers(config: StudyConfig) -> dict:
+    """Classifiers of all arms but the tuned one: real volumes only, with standard synthetic ones, with those of other generators."""
+    train = load_split(config, "train")
+    arms = {"real only": None, "+ standard synthetic": _unseen(config, "standard")}
     arms |= {name: load_arm(name, path, train, config) for name, path in config.synthetic_arms.items()}
-    seed = config.seed_of("downstream")
-    seeds = [1000 * seed + number for number in config.downstream_seeds]
-    args = config.trainer_config("downstream")
-    real = train.take_per_class(config.downstream_per_class) if config.downstream_per_class else train
+    return _compare_classifiers(config, arms, "baseline_downstream")
+
+
+def train_classifiers(config: StudyConfig) -> dict:
+    """Classifiers of real volumes without and with synthetic ones (`downstream.run_downstream`), and their metrics. Of those
+    that tuning has no part in, stage baseline_downstream has trained all."""
+    train = load_split(config, "train")
+    arms = {
+        "real only": None,
+        "+ standard synthetic": _unseen(config, "standard"),
+        "+ RL synthetic": _unseen(config, "rl"),
+    }
+    arms |= {name: load_arm(name, path, train, config) for name, path in config.synthetic_arms.items()}
+    return _compare_classifiers(config, arms, "downstream", Path(config.output_dir) / "baseline_downstream")
+
+
+def _unseen(config: StudyConfig, arm: str) -> VolumeDataset:
+    """The volumes of an arm of the report, with ids of their own: they show no subject."""
+    volumes = load_reported(config, arm)
+    return replace(volumes, subject_ids=[f"{arm}-{number:05d}" for number in range(len(volumes))])
+
+
+def _compare_classifiers(config: StudyConfig, arms: dict, stage: str, known: Path | None = None) -> dict:
+    """`run_downstream` on the study's real volumes, in the folder of `stage`."""
+    train, seed = load_split(config, "train"), config.seed_of("downstream")
     found = run_downstream(
-        real, load_split(config, "heldout"), arms, args, seeds, folder / "downstream", config.bootstrap_draws
+        train.take_per_class(config.downstream_per_class) if config.downstream_per_class else train,
+        load_split(config, "heldout"),
+        arms,
+        config.trainer_config("downstream"),
+        [1000 * seed + number for number in config.downstream_seeds],
+        Path(config.output_dir) / stage,
+        config.bootstrap_draws,
+        known,
     )
     return {name: found[name] for name in ("n", "reference", "arms", "differences")}
 

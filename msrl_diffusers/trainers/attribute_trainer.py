@@ -17,7 +17,7 @@ from ..models.image_inputs import ImageInputs
 from ..rewards.attribute_match import attribute_columns
 from ..seeding import batch_indices, generator_for
 from .attribute_config import AttributeConfig
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 
 
 class AttributeTrainer:
@@ -45,7 +45,7 @@ class AttributeTrainer:
         eval_dataset: ImageDataset | None = None,
         processor=None,
     ):
-        self.model, self.args = channels_last(model).requires_grad_(True), args
+        self.model, self.args = in_fast_memory_format(model, args.mixed_precision).requires_grad_(True), args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         check_attributes(train_dataset, "The training images of the classifier")
         if eval_dataset is not None:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from ..data.image_folder import ImageDataset
 from ..seeding import batch_indices, generator_for
 from .autoencoder_kl_config import AutoencoderKLConfig
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .vqgan_trainer import psnr
 
 
@@ -26,7 +26,7 @@ class AutoencoderKLTrainer:
         train_dataset: ImageDataset,
         eval_dataset: ImageDataset | None = None,
     ):
-        self.model, self.args = channels_last(model), args
+        self.model, self.args = in_fast_memory_format(model, args.mixed_precision), args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
 
     def train(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ..evaluation.downstream import classification_metrics
 from ..processes import process_state
 from ..seeding import batch_indices, fold_seed, generator_for
 from .augmentation import augment_volumes
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .classifier_config import NETWORKS, ClassifierConfig
 
 
@@ -57,7 +57,7 @@ class ClassifierTrainer:
     def __init__(
         self, model: nn.Module, args: ClassifierConfig, train: VolumeDataset, validation: VolumeDataset | None = None
     ):
-        self.model, self.args = channels_last(model), args
+        self.model, self.args = model, args
         self.train_dataset, self.eval_dataset = train, validation
         check_classes(train, "The training set of the classifier")
         if validation is not None:
@@ -76,6 +76,7 @@ class ClassifierTrainer:
             # Its bfloat16 gradients of 3D convolutions over maps smaller than their kernel are garbage (torch 2.13,
             # oneDNN), and the last maps of a ResNet are that small: 2 voxels an edge, for a volume of 32.
             args = replace(args, mixed_precision="no")
+        self.model = in_fast_memory_format(self.model, args.mixed_precision)
         run = TrainingRun(args, f"classifier {args.network}")
         optimizer = run.optimizer(self.model.parameters())
         scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..data.volumes import VolumeDataset
 from ..pipelines.med_volume import MedVolumePipeline
 from ..seeding import batch_indices, generator_for
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .diffusion_config import LatentDiffusionConfig
 from .weight_average import WeightAverage
@@ -28,7 +28,7 @@ class LatentDiffusionTrainer:
         """Run the training; returns the last logged figures."""
         args, run = self.args, TrainingRun(self.args, "diffusion")
         accelerator, scheduler = run.accelerator, self.pipeline.scheduler
-        unet = channels_last(self.pipeline.unet)
+        unet = in_fast_memory_format(self.pipeline.unet, args.mixed_precision)
         latents, labels = self._cache_latents(run.device)
         optimizer = run.optimizer(unet.parameters())
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)

@@ -14,7 +14,7 @@ from ..data.degradations import DEGRADATIONS
 from ..data.volumes import VolumeDataset
 from ..seeding import batch_indices, generator_for
 from .augmentation import augment_volumes, degrade_some
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .feature_config import FeatureConfig
 
 
@@ -41,7 +41,11 @@ class FeatureTrainer:
     """Trains `model`, a network from volumes to features `[B, P, S, F]`, on `train_dataset`."""
 
     def __init__(self, model: nn.Module, args: FeatureConfig, train_dataset: VolumeDataset):
-        self.model, self.args, self.train_dataset = channels_last(model), args, train_dataset
+        self.model, self.args, self.train_dataset = (
+            in_fast_memory_format(model, args.mixed_precision),
+            args,
+            train_dataset,
+        )
         names = sorted(set(train_dataset.subject_ids))
         self.subjects = torch.tensor([names.index(subject) for subject in train_dataset.subject_ids])
         with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import InputError
 from ..evaluation.set_labels import SetLabeler
 from ..rollouts import Rollout
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .base_config import check_positive
 from .reward_config import RewardConfig
 from .reward_trainer import RewardTrainer, ScoredVolumes
@@ -78,7 +78,9 @@ class RewardRefresh:
                 f"A refresh needs settings for each of {sorted(models)} with one value of every, got {sorted(args)}."
             )
         # as training leaves them: a resumed run must not score in another memory format, which rounds otherwise
-        self.models = {name: channels_last(model) for name, model in models.items()}
+        self.models = {
+            name: in_fast_memory_format(model, args[name].mixed_precision) for name, model in models.items()
+        }
         self.data, self.labeler, self.args = data, labeler, dict(args)
         self.every = next(iter(args.values())).every
         self._added: list[ScoredVolumes] = []

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..models.reward_models import SliceRewardModel, is_conditional, pessimistic_score, scores_of
 from ..seeding import batch_indices, fold_seed, generator_for
 from .augmentation import augment_volumes, draw_slices
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .reward_config import RewardConfig
 
 
@@ -147,7 +147,11 @@ class RewardTrainer:
     def __init__(
         self, model: nn.Module, args: RewardConfig, dataset: ScoredVolumes, additional: ScoredVolumes | None = None
     ):
-        self.model, self.args, self.conditional = channels_last(model), args, is_conditional(model)
+        self.model, self.args, self.conditional = (
+            in_fast_memory_format(model, args.mixed_precision),
+            args,
+            is_conditional(model),
+        )
         if self.conditional and dataset.class_labels is None:
             raise InputError("A conditional reward model (num_classes) needs reward data with class_labels.")
         self.train_dataset, self.eval_dataset = dataset.split_by_subject(args.validation_fraction, args.seed)

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from ..data.image_folder import ImageDataset
 from ..errors import InputError
 from ..seeding import batch_indices, generator_for
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .lora import ATTENTION, merge_lora, save_lora
 from .text_to_image_config import TextToImageConfig
@@ -79,7 +79,8 @@ class TextToImageTrainer:
         means, stds, rows_of_images = self._cache_posteriors(run.device)
         prompts = self._cache_prompts(run.device)
         network = PromptedUNet(
-            channels_last(pipeline.unet), pipeline.text_encoder if args.train_text_encoder else None
+            in_fast_memory_format(pipeline.unet, args.mixed_precision),
+            pipeline.text_encoder if args.train_text_encoder else None,
         )
         optimizer = run.optimizer([value for value in network.parameters() if value.requires_grad])
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)

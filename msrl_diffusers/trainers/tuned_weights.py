@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import InputError
 from ..models.adapters import carried_adapters, carries_fresh_adapters
 from ..policies import DenoisingPolicy, make_policy
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .online_config import OnlineConfig
 from .weight_average import WeightAverage
 
@@ -107,7 +107,9 @@ class TunedWeights:
         self._sharded = run.accelerator.distributed_type == DistributedType.FSDP
         if self._sharded and (args.use_lora or args.ema_decay is not None):
             raise InputError("With FSDP all weights are trained, without averages: unset use_lora and ema_decay.")
-        denoiser = pipeline.unet if self._sharded else channels_last(pipeline.unet)  # FSDP wants them contiguous
+        denoiser = pipeline.unet
+        if not self._sharded:  # FSDP wants them contiguous
+            denoiser = in_fast_memory_format(denoiser, args.mixed_precision)
         optimizer = run.optimizer([value for value in denoiser.parameters() if value.requires_grad])
         scheduler = run.lr_scheduler(optimizer, num_updates)
         self.denoiser, self._optimizer, self._scheduler = run.accelerator.prepare(denoiser, optimizer, scheduler)

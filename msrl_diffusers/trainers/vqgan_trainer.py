@@ -16,7 +16,7 @@ from monai.networks.nets import PatchDiscriminator
 from ..data.volumes import VolumeDataset
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..seeding import batch_indices, generator_for
-from .base import TrainingRun, channels_last
+from .base import TrainingRun, in_fast_memory_format
 from .vqgan_config import VQGANConfig
 
 
@@ -31,7 +31,7 @@ class VQGANTrainer:
         eval_dataset: VolumeDataset | None = None,
     ):
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
-        self.model = channels_last(model)
+        self.model = in_fast_memory_format(model, args.mixed_precision)
         self.discriminators = torch.nn.ModuleDict(
             {"slice": self._discriminator(2, model), "volume": self._discriminator(3, model)}
         )
