@@ -297,6 +297,28 @@ def test_only_what_changed_is_trained_again(study, tmp_path):
     assert folders == {("real_only", "seed-3")}
 
 
+def test_what_another_run_has_trained_is_taken_over(study, tmp_path):
+    _, expected, _ = study
+    train, test, arms = real_and_arms()
+    known = tmp_path / "known"
+    without = {name: volumes for name, volumes in arms.items() if name != "+ RL synthetic"}
+    run_downstream(train, test, without, config(), SEEDS, known, bootstrap_draws=8)
+    for changes, retrained in (
+        ({}, {"rl_synthetic"}),
+        ({"pretrain_steps": 1}, {"rl_synthetic", "standard_synthetic"}),
+    ):
+        other = tmp_path / f"other{len(retrained)}"
+        with pytest.MonkeyPatch.context() as patch:
+            watch = Watch(patch)
+            result = run_downstream(train, test, arms, config(**changes), SEEDS, other, bootstrap_draws=8, known=known)
+        assert {training["args"].output_dir.split("/")[-3] for training in watch.trainings} == retrained
+        assert json.loads((other / "downstream.json").read_text()) == result
+        if not changes:
+            assert result == expected
+            of_known = known / "real_only" / "seed-0" / "result.json"
+            assert (other / "real_only" / "seed-0" / "result.json").read_text() == of_known.read_text()
+
+
 def test_a_validation_split_is_by_subject_and_only_watched(tmp_path):
     train, test, _ = real_and_arms()
     with pytest.MonkeyPatch.context() as patch:

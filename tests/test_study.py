@@ -20,9 +20,18 @@ from msrl_diffusers.data.cases import list_cases
 from msrl_diffusers.data.preparation import prepare_cases
 from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.evaluation.features import extract_features
+from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
-from msrl_diffusers.study.artifacts import load_model, load_pipeline, load_reported, load_reward_models, load_split
+from msrl_diffusers.study.artifacts import (
+    load_model,
+    load_pipeline,
+    load_reported,
+    load_reward_models,
+    load_split,
+)
+from msrl_diffusers.study.baseline import Yardstick, load_baseline
 from msrl_diffusers.study.chain import fingerprint, stages_up_to
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.release import write_release
@@ -200,6 +209,20 @@ def test_the_arms_are_kept_and_the_splits_apart(finished):
         assert volumes.subject_ids == (heldout if arm == "real_floor" else train).subject_ids or len(volumes) == 8
     for picture in ("prepare/volumes.png", "vqgan/reconstructions.png", "diffusion/samples.png"):
         assert (finished / picture).is_file()
+
+
+def test_distances_are_those_of_the_volumes_that_are_kept(finished, report):
+    config = settings_with(finished)
+    _, known = load_baseline(config)
+    yardstick = Yardstick.of(config, known)
+    for role, extractor in yardstick.extractors.items():
+        real = extract_features(extractor, yardstick.train.pixel_values)
+        assert torch.equal(known[role]["train"], real)
+        for arm in ARMS:
+            features = extract_features(extractor, load_reported(config, arm).pixel_values)
+            assert report["fid"][role][arm]["all"] == pytest.approx(frechet_distance(real, features), abs=1e-12)
+            if arm != "rl":
+                assert torch.equal(known[role][arm], features)
 
 
 def test_targets_run_from_nought_to_one(finished):

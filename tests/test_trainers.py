@@ -10,8 +10,10 @@ from tiny import copied, differing
 from trainers_scene import build
 
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.models.layers import conv
+from msrl_diffusers.precision import resolve_precision
 from msrl_diffusers.seeding import batch_indices
-from msrl_diffusers.trainers.base import checkpoints, read_log
+from msrl_diffusers.trainers.base import checkpoints, in_fast_memory_format, read_log
 
 
 NAMES = [
@@ -67,6 +69,21 @@ def test_figures_since_the_last_log_line_survive_a_kill(tmp_path):
     build("reward-volume", tmp_path / "parts", **settings)[0].train()
     (one,), (other,) = (read_log(tmp_path / folder) for folder in ("whole", "parts"))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_the_memory_format_is_the_fast_one_of_the_precision(spatial_dims):
+    """On a CPU: channels-last in float32, contiguous in bfloat16, whatever the module came in."""
+    module = torch.nn.Sequential(conv(spatial_dims, 2, 4, 3), torch.nn.Linear(4, 4))
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}[spatial_dims]
+    for precision, wanted in (("no", last), ("bf16", torch.contiguous_format), ("no", last)):
+        before = copied(module)
+        assert in_fast_memory_format(module, precision) is module
+        assert module[0].weight.is_contiguous(memory_format=wanted)
+        assert not differing(before, copied(module))
+    native = resolve_precision("auto", "cpu") == "bf16"
+    in_fast_memory_format(module, "auto")
+    assert module[0].weight.is_contiguous() == native
 
 
 def test_another_seed_gives_another_training(tmp_path):
