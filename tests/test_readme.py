@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_results_are_those_of_the_json_files():
+def test_results_are_those_of_the_json_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     script = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "readme_results.py"))
     readme = (ROOT / "README.md").read_text()
     assert script["updated"](readme) == readme, "run python examples/benchmarks/readme_results.py"

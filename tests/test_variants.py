@@ -236,8 +236,8 @@ def test_findings_of_a_downstream_study(finished):
 
 
 def test_the_readme_says_what_the_tables_say(tables):
-    script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "benchmarks" / "readme_results.py"))
-    lines = script["_paper_lines"](tables, "study-phantoms-32")
+    script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "benchmarks" / "_readme_volumes.py"))
+    lines = script["paper_lines"](tables, "study-phantoms-32")
     fid = tables["ablations"]["reward_3d_only"]["fid_judge"]
     assert any(line.startswith(f"| RL, reward 3d only | {fid['mean']:.3f} +- {fid['sd']:.3f} |") for line in lines)
     assert sum(line.startswith("- ") for line in lines) == len(tables["findings"])

@@ -1,0 +1,298 @@
+"""Lines of the README on studies of volumes: distances before and after, methods, the paper's tables, classes to be seen."""
+
+from pathlib import Path
+
+
+ROLES = ("judge", "second_judge", "label")
+STANDARD = "+ standard synthetic"  # an arm of the downstream study
+GAPS = (
+    ("gap_closed", "judge"),
+    ("gap_closed_heldout", "judge"),
+    ("gap_closed_kid", "judge"),
+    ("gap_closed", "second_judge"),
+)
+ON_GPU = {"frechet": "frechet_50"}  # whose memory stands for it
+STUDIES = {  # folders of `examples/results`: what was studied, and by which config
+    "study-phantoms-32": ("phantoms at 32^3", "phantoms/study.yaml"),
+    "study-phantoms-64": ("phantoms at 64^3", "phantoms/study_64.yaml"),
+    "study-ixi-64": ("real brains at 64^3, IXI", "nifti_folder/study_64.yaml"),
+}
+LEAST_AUC = 0.7  # of a reward model that learned something
+METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
+    "ppo": "any reward, a black box too; the published method",
+    "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, looked at twice)",
+    "frechet": "real volumes are at hand: rewards lend their features only",
+}
+
+
+def study_lines(reports: dict[Path, dict]) -> list[str]:
+    """Two tables: distances, and rewards, one row per seed; and what they say together."""
+    first = next(iter(reports.values()))
+    lines = [
+        f"{first['n']['all']} volumes on each side of a distance; lower is better; in brackets 95 % bootstrap intervals. *Floor*: real "
+        "held-out volumes. *Limit*: reconstructions by the autoencoder, of the very volumes they are compared with: it may lie below the "
+        "floor, which compares other subjects. *Gap closed*: (standard - RL) / (standard - limit); *to held-out*: the same of distances to "
+        f"held-out volumes, of which the limit shows none either: by the judge it is {first['fid_heldout']['judge']['limit']['all']:.3f} from "
+        "them. Features are those of networks trained "
+        "here; no figure compares with one of Inception. Of a run the weights with the lowest label distance are kept: *unchanged* are "
+        "those from which no rollout led to a lower one.",
+        "",
+        "| seed | extractor | floor | limit | before (standard) | after RL | after minus before, paired | gap closed | to held-out |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path, report in reports.items():
+        for role in ROLES:
+            fids = {arm: values["all"] for arm, values in report["fid"][role].items()}
+            difference, unseen = report["fid_rl_minus_standard"][role], report["fid_heldout"][role]
+            low, high = difference["interval"]
+            before = report["fid_interval"][role]["standard"]
+            cells = [f"{fids[arm]:.4f}" for arm in ("real_floor", "limit")]
+            cells.append(f"{fids['standard']:.4f} ({before[0]:.4f} .. {before[1]:.4f})")
+            if kept_rollouts(report):
+                cells += [
+                    f"{fids['rl']:.4f}",
+                    f"{difference['value']:+.4f} ({low:+.4f} .. {high:+.4f})",
+                    *(
+                        _gap_closed(distances)
+                        for distances in (fids, {arm: values["all"] for arm, values in unseen.items()})
+                    ),
+                ]
+            else:
+                cells += ["unchanged", "", "", ""]
+            seed = f"[{report['seed']}](examples/results/{path.name})" if role == ROLES[0] else ""
+            lines.append(f"| {seed} | {role.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Cost and rewards. A *rollout* is one batch of samples that the policy learns from; gains are in standard deviations of the "
+        "reward before tuning; AUC (reconstructions against samples) and rank correlation (of all sets) of the reward models are on "
+        "held-out subjects.",
+        "",
+        "| seed | rollouts kept, of | denoiser forwards | gain in reward | in a reward that was not trained on | AUC volume / slice | "
+        "Spearman volume / slice |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for report in reports.values():
+        models, watching = (
+            report["reward_models"],
+            round(report["reward"]["parts"]["after"]["heldout"], 2) + 0.0,
+        )  # no -0.00
+        pairs = [
+            " / ".join(f"{models[name][figure]:.2f}" for name in ("volume", "slice")) for figure in ("auc", "spearman")
+        ]
+        run = report[report.get("method", "ppo")]
+        lines.append(
+            f"| {report['seed']} | {kept_rollouts(report)} of {run['rollouts']} | {report['unet_forwards']:,} | "
+            f"{report['reward']['gain']:+.2f} | {watching:+.2f} | {pairs[0]} | {pairs[1]} |"
+        )
+    tuned = [report for report in reports.values() if kept_rollouts(report)]
+    verdicts = [_verdict(role, tuned, len(reports)) for role in ROLES] if tuned else []
+    if not tuned:
+        verdicts.append("- No rollout led to weights of a lower label distance: tuning changed nothing.")
+    return [*lines, "", *verdicts, *_reward_verdict(list(reports.values()))]
+
+
+def _gap_closed(fids: dict[str, float]) -> str:
+    gap = fids["standard"] - fids["limit"]
+    return f"{(fids['standard'] - fids['rl']) / gap:.0%}" if gap > 0 else ""
+
+
+def method_lines(content: dict, on_gpu: dict) -> list[str]:
+    """One table, a row per method: what it closes of the gap, what it costs, and when to take it. Memory is that of `on_gpu`, an
+    earlier run of the same batches."""
+    first = next(iter(content["variants"].values()))
+    lines = [
+        f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(content)}); one set "
+        f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
+        "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen (the limit "
+        "reconstructs the training volumes, so with those it is compared with its own originals); KID is the kernel distance, unbiased at any "
+        "number of volumes. PPO's runs are those of `make demo`. Settings were picked on other "
+        "seeds, without a judge; how often draft_cheap is looked at a second time, when a first had been judged on two of these. Forwards of "
+        "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
+        "on an H200, with as many samples in a batch, that of frechet of rollouts of 50 steps with gradients through ten, which close no more "
+        "([JSON](examples/results/objectives-phantoms.json), [page](examples/results/objectives-phantoms.md)).",
+        "",
+        "| method | take it when | judge | gap closed, judge | to held-out | by its KID | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in ((name, content["variants"][name]) for name in METHODS):
+        measured = content["variants"][ON_GPU[name]] if name in ON_GPU else on_gpu["variants"][row["method"]]
+        cells = [
+            METHODS[name],
+            _change(row["fid"]["judge"]),
+            *(_closed(row[gap][role]) for gap, role in GAPS),
+            _change(row["fid"]["label"]),
+            f"{row['ms_ssim_over_real']['mean']:.2f}",
+            " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
+            f"{row['unet_forwards']['mean']:,.0f}",
+            f"{measured['peak_memory']['mean'] / 2**30:.1f} GiB",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def paper_lines(content: dict, name: str) -> list[str]:
+    """What a study over seeds (`tables.json`) says: its ablations, its classifiers, and which of the paper's findings hold."""
+    data = next(iter(content["published"]["fid"]))
+    seeds, (title, config) = len(content["seeds"]), STUDIES[name]
+    lines = [
+        f"### The paper's tables: {title}",
+        "",
+        f"`msrl study --config examples/configs/{config} --seeds {' '.join(map(str, content['seeds']))} --ablations "
+        f"{' '.join(variant for variant in content['ablations'] if variant != 'full')}`: {content['n']['all']} volumes on each side, mean and "
+        f"deviation over {seeds} seeds of the reward models, PPO and the evaluation ([all tables](examples/results/{name}/tables.md)). Published "
+        f"figures ({content['published']['source']}, {data}) are of other data and another extractor; compare shares of the gap.",
+        "",
+        "| | judge | gap closed, judge | accuracy with its volumes | published: distance | published: accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    theirs = content["published"]
+    standard = [
+        content["fid"]["judge"]["standard"]["all"],
+        None,
+        (content["downstream"] or {}).get(STANDARD, {}).get("accuracy"),
+    ]
+    rows = {
+        "standard diffusion": (
+            standard,
+            theirs["fid"][data]["standard"]["all"],
+            theirs["downstream"][data][STANDARD]["accuracy"][0],
+        )
+    }
+    for variant, row in content["ablations"].items():
+        published = theirs["ablations"][variant]
+        figures = [row["fid_judge"], row["gap_closed_judge"], row["accuracy"]]
+        rows[f"RL, {variant.replace('_', ' ')}"] = (figures, published["fid"], published["accuracy"])
+    for title, (figures, fid, accuracy) in rows.items():
+        cells = [_shown(figure, digits) for figure, digits in zip(figures, (3, 2, 2), strict=True)]
+        lines.append(f"| {title} | " + " | ".join([*cells, f"{fid:.2f}", f"{accuracy:.2f}"]) + " |")
+    lines += [
+        "",
+        "What the paper found, and whether it holds here (mean of differences over seeds, positive as claimed, 95 % interval):",
+        "",
+    ]
+    for finding in content["findings"]:
+        holds = {True: "holds", False: "the opposite holds", None: "not shown"}[finding["holds"]]
+        interval = finding["interval"]
+        shown = (
+            f"{finding['mean']:+.4f} ({interval[0]:+.4f} .. {interval[1]:+.4f})"
+            if interval
+            else "not measured over seeds"
+        )
+        lines.append(f"- {finding['claim']}: {holds}, {shown}.")
+    return lines
+
+
+def refusal_line(content: dict, name: str) -> str:
+    """Whether the floors of the default recipe were right to refuse its rewards: what came of them all the same."""
+    refused, rows = len(content["variants"]["default"]["refused"]), content["variants"]
+    closed = {variant: _closed(rows[variant]["gap_closed"]["judge"]) for variant in ("unchecked", "paper")}
+    return (
+        f"- With {len(content['seeds'])} seeds of reward models and PPO on the same pipeline ([page](examples/results/{name}.md)): the "
+        f"default recipe found its reward models below their floors and refused to start in {refused}; told to start all the same it "
+        f"closed {closed['unchecked']} of the judge's gap, the published recipe, which has no floors, {closed['paper']}: less than nothing "
+        "is farther from the real volumes than before."
+    )
+
+
+def lower_line(content: dict, name: str) -> str:
+    """In how many seeds each method ended nearer to the real volumes by the judge; where it sees no gap that is chance."""
+    parts = []
+    for method, row in content["variants"].items():
+        before, after = (row["fid"]["judge"][arm]["values"] for arm in ("standard", "rl"))
+        nearer = sum(new < old for new, old in zip(after, before, strict=True))
+        parts.append(f"{method} {nearer} of {len(after)} ({_change(row['fid']['judge'])})")
+    first = next(iter(content["variants"].values()))
+    kid = ", ".join(f"{value:+.4f}" for value in first["kid"]["judge"]["standard"]["values"])
+    return (
+        f"- One pipeline tuned by several methods ([page](examples/results/{name}.md)); nearer to the real volumes by the judge: "
+        f"{', '.join(parts)}. The judge's KID of the pretrained model is {kid} by seed, where 0 is no difference: with "
+        f"{content['n']['all']} volumes on each side there is no gap that it could see closed."
+    )
+
+
+def agreement_lines(content: dict) -> list[str]:
+    """One table, a row per study: the share of samples in which classifiers see the class asked for."""
+    first = next(iter(content["studies"].values()))
+    real = first["agreement"]["real_floor"]["all"]["value"]
+    lines = [
+        f"Of the samples above, and of {real:.1%} of held-out real volumes, {content['classifiers']} classifiers that were trained on real "
+        "volumes alone and had no part in anything else read it ([with intervals and by class](examples/results/class-agreement.md)):",
+        "",
+        "| run | before | after | after minus before, paired | HGG (ring), before | HGG, after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, study in content["studies"].items():
+        rows, (low, high) = study["agreement"], study["difference"]["interval"]
+        cells = [
+            f"{rows['standard']['all']['value']:.1%}",
+            f"{rows['rl']['all']['value']:.1%}",
+            f"{100 * study['difference']['value']:+.1f} points ({100 * low:+.1f} .. {100 * high:+.1f})",
+            f"{rows['standard']['HGG']['value']:.1%}",
+            f"{rows['rl']['HGG']['value']:.1%}",
+        ]
+        lines.append(f"| {name.replace('-', ', ').replace('seed', 'seed ')} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _seeds_of(content: dict) -> str:
+    """Which seeds each variant was run with; variants of the same seeds together."""
+    names: dict[str, list[str]] = {}
+    for name in METHODS:
+        names.setdefault(", ".join(map(str, content["variants"][name]["seeds"])), []).append(name)
+    return "; ".join(f"{seeds} of {', '.join(of)}" for seeds, of in names.items())
+
+
+def _limit(role: str, row: dict) -> str:
+    return f"{role.replace('_', ' ')} {row['fid'][role]['limit']['mean']:.3f}"
+
+
+def _change(fids: dict) -> str:
+    """A distance before and after tuning."""
+    return " -> ".join(_shown(fids[arm], 3) for arm in ("standard", "rl"))
+
+
+def _closed(figure: dict | None) -> str:
+    if figure is None:
+        return "no gap"
+    low, high = figure["interval"]
+    return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
+
+
+def _shown(figure: dict | None, digits: int) -> str:
+    """Mean and deviation over seeds."""
+    return "" if figure is None else f"{figure['mean']:.{digits}f} +- {figure['sd']:.{digits}f}"
+
+
+def kept_rollouts(report: dict) -> int:
+    """After how many rollouts the weights that were kept are; 0 for the pretrained ones."""
+    run = report[report.get("method", "ppo")]
+    return run.get("kept_after", run["step"] - 1)
+
+
+def _reward_verdict(reports: list[dict]) -> list[str]:
+    """A line where no reward model tells better from worse on unseen subjects."""
+    best = max(models["auc"] for report in reports for models in report["reward_models"].values())
+    if best >= LEAST_AUC:
+        return []
+    return [
+        f"- The reward models learned next to nothing (AUC at most {best:.2f}; chance is .5): these runs say nothing about "
+        "reinforcement learning, only that the chain runs to its end."
+    ]
+
+
+def _verdict(role: str, reports: list[dict], number: int) -> str:
+    """In how many of `number` seeds the distance of these runs fell or rose, and where an interval excludes zero."""
+    differences = [report["fid_rl_minus_standard"][role] for report in reports]
+    lower = sum(difference["value"] < 0 for difference in differences)
+    surely_lower = sum(difference["interval"][1] < 0 for difference in differences)
+    surely_higher = sum(difference["interval"][0] > 0 for difference in differences)
+    higher = sum(difference["value"] > 0 for difference in differences)
+    purpose = {
+        "judge": "which scored no reward and picked no weights",
+        "second_judge": "of another architecture, which did neither",
+        "label": "which scored the reward data and picked the weights",
+    }[role]
+    return (
+        f"- By the {role.replace('_', ' ')}, {purpose}: unchanged in {number - len(reports)} of {number} seeds, lower after RL in {lower} (beyond the "
+        f"interval in {surely_lower}), higher in {higher} (beyond it in {surely_higher})."
+    )
