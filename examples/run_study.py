@@ -9,7 +9,7 @@ Tables over seeds, in the shape of the paper's, with what its ablations leave ou
 
 The pretrained models of a study as a folder for the Hub, from which a later study can start:
 
-    python examples/run_study.py --config examples/configs/phantoms/cpu.yaml --stages prepare,rewards --release DIR
+    python examples/run_study.py --config examples/configs/phantoms/cpu.yaml --release DIR
 
 A stage that is done is skipped; a killed one resumes when the same command is given again.
 """

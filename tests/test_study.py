@@ -301,6 +301,13 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
     assert ours["pretrained"] == "release"
 
 
+def test_a_release_of_an_unfinished_study_is_refused(study, tmp_path):
+    (study / "samplers" / "stage.json").unlink()
+    with pytest.raises(InputError, match="A release needs the result of stage 'samplers'; run that stage first"):
+        write_release(settings_with(study), tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
 def test_an_unknown_stage_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"Unknown stage 'teapot'; the stages are \['prepare'"):
         run_study(settings_with(tmp_path), ["prepare", "teapot"])
