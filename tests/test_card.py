@@ -269,13 +269,15 @@ def test_class_names_are_data(folder, tmp_path):
 
 def test_the_card_of_a_release(tmp_path, monkeypatch):
     prepared = {"train": {"a": 5, "b": 6}, "heldout": {"a": 3, "b": 4}, "shape": [1, 16, 16, 16], "fingerprint": "abc"}
-    (tmp_path / "prepare").mkdir()
-    (tmp_path / "prepare" / "stage.json").write_text(json.dumps({"result": prepared}))
-    scores = {"samplers": [{"num_inference_steps": 9, "eta": 0.0, "guidance_scale": 2.0}], "best_sampler": 0}
+    for stage in ("prepare", "extractors", "vqgan", "diffusion", "samplers", "score", "rewards"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "stage.json").write_text(json.dumps({"fingerprint": "", "result": prepared}))
+    samplers = {"samplers": [{"num_inference_steps": 9, "eta": 0.0, "guidance_scale": 2.0}], "best_sampler": 0}
     rewards = {"slice": SliceRewardModel(block_out_channels=(8, 8))}
     for name, value in (
         ("pipeline", tiny_pipeline()),
-        ("scores", scores),
+        ("scores", {}),
+        ("samplers", samplers),
         ("reward_models", rewards),
         ("extractors", {}),
     ):
