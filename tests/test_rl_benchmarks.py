@@ -119,7 +119,8 @@ def test_finished_runs_of_several_folders_are_gathered(benchmarks, tmp_path):
     def finish(folder, run, judge="j"):
         path = tmp_path / folder / run / "report.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"name": run, "data_fingerprint": "d", "extractors": {"judge": {"sha256": judge}}}))
+        origin = {"data_fingerprint": "d", "extractors": {"judge": {"sha256": judge}}, "pretrained": "p"}
+        path.write_text(json.dumps({"name": run, **origin}))
 
     for folder, run in (
         ("a", "nft-seed0"),
@@ -130,17 +131,20 @@ def test_finished_runs_of_several_folders_are_gathered(benchmarks, tmp_path):
     ):
         finish(folder, run)
     (tmp_path / "a" / "nft-seed3").mkdir()  # not finished
+    (tmp_path / "b" / "nft-seed4").mkdir()
+    (tmp_path / "b" / "nft-seed4" / "refused.json").write_text(json.dumps({"sentence": "Worth nothing."}))
     folders = [tmp_path / "a", tmp_path / "b"]
     found = _runs.finished_reports(folders, ["nft", "draft", "nft_awm"])
-    assert {name: list(by_seed) for name, by_seed in found.items()} == {"nft": [0, 2, 10], "nft_awm": [0]}
+    assert {name: list(by_seed) for name, by_seed in found.items()} == {"nft": [0, 2, 4, 10], "nft_awm": [0]}
     assert found["nft"][10]["name"] == "nft-seed10"
+    assert found["nft"][4] == "Worth nothing."
     with pytest.raises(InputError, match="No finished run"):
         _runs.finished_reports(folders, ["draft"])
     finish("b", "nft-seed0")
     with pytest.raises(InputError, match="nft has two reports of seed 0"):
         _runs.finished_reports(folders, ["nft"])
     finish("c", "draft-seed0", judge="other")
-    with pytest.raises(InputError, match="several data sets or judges"):
+    with pytest.raises(InputError, match="several data sets, judges or pretrained models"):
         _runs.finished_reports([tmp_path / "b", tmp_path / "c"], ["nft", "draft"])
 
 

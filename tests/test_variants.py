@@ -121,7 +121,12 @@ def test_runs_side_by_side(tmp_path):
     with pytest.raises(InputError, match=r"full-seed0: Reward 'volume' has .*a policy would game it"):
         run_variants(strict, [0, 1], jobs=2)
     for seed in (0, 1):  # both were tried
-        assert (tmp_path / f"full-seed{seed}" / "validity" / "stage.json").is_file()
+        folder = tmp_path / f"full-seed{seed}"
+        assert (folder / "validity" / "stage.json").is_file()
+        assert "a policy would game it" in json.loads((folder / "refused.json").read_text())["sentence"]
+    again = {FULL: {seed: variant_config(strict, FULL, seed) for seed in (0, 1)}}
+    assert runs_module.run_configs(strict, again, only=["prepare"]) == {}
+    assert not list(tmp_path.glob("*/refused.json"))
 
 
 def test_what_jobs_are_refused(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.report import gap_closed, git_commit
-from msrl_diffusers.study.runs import run_configs
+from msrl_diffusers.study.runs import REFUSED, run_configs
 from msrl_diffusers.study.tables import TUNED, downstream_table, summary, verdict
 from msrl_diffusers.study.variants import changed_config
 
@@ -42,7 +42,7 @@ class BenchmarkArguments:
         default=None,
         metadata={
             "help": "Folders with runs of this benchmark, `<variant>-seed<N>`, of whatever seeds and machines: their reports are "
-            "gathered as they are, and nothing is run."
+            "gathered as they are, with the sentences of those that were refused, and nothing is run."
         },
     )
     note: str = field(default="", metadata={"help": "What the page should say of how the runs were made."})
@@ -98,27 +98,38 @@ def reports_of(
     return finished_reports(args.finished, asked) if args.finished else run_all(base, asked, args.seeds, args.jobs)
 
 
-def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> dict[str, dict[int, dict]]:
-    """The reports in `<folder>/<variant>-seed<N>` by variant and seed; variants without any are left out.
+def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> dict[str, dict[int, dict | str]]:
+    """The reports in `<folder>/<variant>-seed<N>` by variant and seed, the sentence where a run was refused; variants without any
+    are left out.
 
     Raises:
-        InputError: none at all, one seed of a variant in two folders, or reports of other volumes than the first.
+        InputError: no report at all, one seed of a variant in two folders, or reports of other volumes, judges or pretrained
+            models than the first.
     """
-    found: dict[str, dict[int, dict]] = {}
+    found: dict[str, dict[int, dict | str]] = {}
     for name, folder in ((name, Path(folder)) for name in variants for folder in folders):
-        for path in sorted(folder.glob(f"{name}-seed*/report.json")):
-            seed = path.parent.name.removeprefix(f"{name}-seed")
-            if not seed.isdigit():
-                continue  # somebody's copy
+        for run in sorted(folder.glob(f"{name}-seed*")):
+            seed, result = run.name.removeprefix(f"{name}-seed"), result_of(run)
+            if not seed.isdigit() or result is None:
+                continue  # somebody's copy, or not at its end
             if int(seed) in found.setdefault(name, {}):
-                raise InputError(f"{name} has two reports of seed {seed}; one is {path}: name one of the folders.")
-            found[name][int(seed)] = json.loads(path.read_text())
-    reports = [report for by_seed in found.values() for report in by_seed.values()]
+                raise InputError(f"{name} has two reports of seed {seed}; one is in {run}: name one of the folders.")
+            found[name][int(seed)] = result
+    reports = [report for by_seed in found.values() for report in by_seed.values() if isinstance(report, dict)]
     if not reports:
         raise InputError(f"No finished run (<variant>-seed<N>/report.json) lies in {', '.join(map(str, folders))}.")
-    if len({(report["data_fingerprint"], report["extractors"]["judge"]["sha256"]) for report in reports}) > 1:
-        raise InputError("The finished runs are of several data sets or judges; give those of one.")
+    origins = {(one["data_fingerprint"], one["extractors"]["judge"]["sha256"], one["pretrained"]) for one in reports}
+    if len(origins) > 1:
+        raise InputError("The finished runs are of several data sets, judges or pretrained models; give those of one.")
     return {name: dict(sorted(by_seed.items())) for name, by_seed in found.items()}
+
+
+def result_of(run: Path) -> dict | str | None:
+    """The report of a run, or why it was refused; None if it is not at its end."""
+    report, refusal = run / "report.json", run / REFUSED
+    if refusal.is_file():
+        return json.loads(refusal.read_text())["sentence"]
+    return json.loads(report.read_text()) if report.is_file() else None
 
 
 def run_all(
@@ -126,13 +137,11 @@ def run_all(
 ) -> dict[str, dict[int, dict | str]]:
     """Reports by variant and seed; the sentence instead, where a run was refused (rewards below their floors, say)."""
     configs = configs_of(base, variants, seeds)
-    refused = run_configs(base, configs, jobs)
-
-    def report_of(config: StudyConfig) -> dict | str:
-        path = Path(config.output_dir) / "report.json"
-        return refused.get(config.output_dir) or json.loads(path.read_text())
-
-    return {name: {seed: report_of(config) for seed, config in by_seed.items()} for name, by_seed in configs.items()}
+    run_configs(base, configs, jobs)
+    return {
+        name: {seed: result_of(Path(config.output_dir)) for seed, config in by_seed.items()}
+        for name, by_seed in configs.items()
+    }
 
 
 def configs_of(

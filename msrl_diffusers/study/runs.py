@@ -4,11 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import write_json
 from ..processes import process_state
 from .chain import enabled_stages, run_study
 from .config import StudyConfig
 from .side_by_side import Runs, run_side_by_side
 from .variants import FULL, link_finished, shared_stages, variant_config
+
+
+REFUSED = "refused.json"
 
 
 def run_variants(
@@ -40,7 +44,8 @@ def run_configs(
     common is made once. A killed run goes on when this is called again.
 
     Returns:
-        By `output_dir`, why a run was refused (rewards below their floors, say); the others are whole.
+        By `output_dir`, why a run was refused (rewards below their floors, say), which `refused.json` there says too; the others
+        are whole.
 
     Raises:
         InputError: what all have in common was refused, or more than one job under `accelerate launch` with several processes.
@@ -53,6 +58,12 @@ def run_configs(
     runs += [(run, enabled_stages(run)) for by_seed in configs.values() for run in by_seed.values()]
     runs = [(run, [stage for stage in stages if only is None or stage in only]) for run, stages in runs]
     refused = run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
+    for run, _ in runs[1:] if process_state().is_main_process else ():
+        record = Path(run.output_dir) / REFUSED
+        if run.output_dir in refused:
+            write_json(record, {"sentence": refused[run.output_dir]})
+        else:
+            record.unlink(missing_ok=True)  # of an earlier try
     if config.output_dir in refused:
         raise InputError(refused[config.output_dir])
     return refused
