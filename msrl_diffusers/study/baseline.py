@@ -71,10 +71,14 @@ class Yardstick:
 
     def features(self, arms: Mapping[str, VolumeDataset]) -> Features:
         """Those of every extractor."""
-        return {
-            role: {name: extract_features(extractor, volumes.pixel_values) for name, volumes in arms.items()}
+        distinct = {
+            id(volumes): volumes for volumes in arms.values()
+        }  # samplers that are the same share their volumes
+        found = {
+            role: {key: extract_features(extractor, volumes.pixel_values) for key, volumes in distinct.items()}
             for role, extractor in self.extractors.items()
         }
+        return {role: {name: of[id(volumes)] for name, volumes in arms.items()} for role, of in found.items()}
 
     def distances(self, arms: Mapping[str, VolumeDataset], features: Features) -> dict:
         """FID (by class and for all) and KID from the training volumes, by extractor and arm."""
