@@ -206,7 +206,7 @@ def test_the_arms_are_kept_and_the_splits_apart(finished):
     for arm in ARMS:
         volumes = load_reported(config, arm)
         assert len(volumes) == 8
-        assert volumes.subject_ids == (heldout if arm == "real_floor" else train).subject_ids or len(volumes) == 8
+        assert set(volumes.subject_ids) == set((heldout if arm == "real_floor" else train).subject_ids)
     for picture in ("prepare/volumes.png", "vqgan/reconstructions.png", "diffusion/samples.png"):
         assert (finished / picture).is_file()
 

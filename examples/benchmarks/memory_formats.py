@@ -21,6 +21,7 @@ from msrl_diffusers.files import write_json
 from msrl_diffusers.precision import autocast
 from msrl_diffusers.processes import device_name, process_state, use_whole_cpu
 from msrl_diffusers.study.report import git_commit, versions
+from msrl_diffusers.trainers.base import channels_last_format
 
 
 RELEASE = Path(__file__).parents[2] / "model_cards" / "phantoms-32"
@@ -72,7 +73,7 @@ def main() -> None:
         model = model.to(device).train()
         models = {
             "contiguous": model,
-            "channels_last": copy.deepcopy(model).to(memory_format=_channels_last(model)),
+            "channels_last": copy.deepcopy(model).to(memory_format=channels_last_format(model)),
         }
         results[name] = {}
         for precision in ("no", "bf16"):
@@ -89,11 +90,6 @@ def main() -> None:
         "results": results, "versions": versions(), "commit": git_commit(),
     }  # fmt: skip
     write_json(args.output, content)
-
-
-def _channels_last(model: torch.nn.Module) -> torch.memory_format:
-    is_3d = any(isinstance(part, torch.nn.Conv3d) for part in model.modules())
-    return torch.channels_last_3d if is_3d else torch.channels_last
 
 
 if __name__ == "__main__":

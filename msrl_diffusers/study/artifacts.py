@@ -78,8 +78,9 @@ def load_scores(config: StudyConfig) -> dict:
 def load_samplers(config: StudyConfig) -> dict:
     """`{"samplers", "best_sampler"}`: samplers with their label FID, and the number of the best. In a release they are in the
     file of the scores."""
-    given = Path(config.pretrained) / "scores.json" if "samplers" in pretrained_stages(config) else None
-    found = json.loads((given or Path(config.output_dir) / "samplers" / "samplers.json").read_text())
+    own = Path(config.output_dir) / "samplers" / "samplers.json"
+    path = Path(config.pretrained) / "scores.json" if "samplers" in pretrained_stages(config) else own
+    found = json.loads(path.read_text())
     return {name: found[name] for name in ("samplers", "best_sampler")}
 
 

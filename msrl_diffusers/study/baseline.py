@@ -31,9 +31,7 @@ from .stages import sample_with
 
 
 ARMS = ("real_floor", "limit", "standard")
-AT_ROLLOUTS = (
-    "standard_rollout"  # the standard arm at the rollouts' sampler, where rewards before and after are compared
-)
+AT_ROLLOUTS = "standard_rollout"  # at the rollouts' sampler, where rewards before and after are compared
 Features = dict[str, dict[str, torch.Tensor]]  # by extractor and set, `[N, P, S, F]`
 
 
@@ -70,10 +68,8 @@ class Yardstick:
         return sample_with(pipeline, self.train, sampler, self.config, fold_seed(self.seed, "evaluate"))
 
     def features(self, arms: Mapping[str, VolumeDataset]) -> Features:
-        """Those of every extractor."""
-        distinct = {
-            id(volumes): volumes for volumes in arms.values()
-        }  # samplers that are the same share their volumes
+        """Those of every extractor; of samplers that are the same, which share their volumes, once."""
+        distinct = {id(volumes): volumes for volumes in arms.values()}
         found = {
             role: {key: extract_features(extractor, volumes.pixel_values) for key, volumes in distinct.items()}
             for role, extractor in self.extractors.items()

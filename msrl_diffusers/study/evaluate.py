@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate.utils import merge_dicts
 
 from ..data.volumes import VolumeDataset
 from ..evaluation.features import extract_features, extractor_identity
@@ -39,11 +40,9 @@ def evaluate(config: StudyConfig) -> dict:
         found["rl"] = found[chosen["rl"]]
     tuned.save(Path(config.output_dir) / "evaluate" / "rl.safetensors")
     audit = yardstick.audit(tuned)
-    measured = _merged(
-        {name: baseline[name] for name in baseline if name not in ("n", "samplers", "memorization")},
-        yardstick.distances(arms, features),
-        yardstick.portraits({"rl": tuned}, features),
-    )
+    measured = {name: baseline[name] for name in baseline if name not in ("n", "samplers", "memorization")}
+    for figures in (yardstick.distances(arms, features), yardstick.portraits({"rl": tuned}, features)):
+        merge_dicts(figures, measured)
     roles, fids, kids = list(yardstick.extractors), measured["fid_by_sampler"], measured["kid_by_sampler"]
     return {
         "n": baseline["n"],
@@ -58,16 +57,6 @@ def evaluate(config: StudyConfig) -> dict:
         "reward_models": json.loads((Path(config.output_dir) / "validity" / "stage.json").read_text())["result"],
         "extractors": {role: extractor_identity(extractor) for role, extractor in yardstick.extractors.items()},
     }
-
-
-def _merged(*parts: dict) -> dict:
-    """The union of mappings, of their mappings, and so on."""
-    result = {}
-    for part in parts:
-        for name, value in part.items():
-            both = isinstance(value, dict) and isinstance(result.get(name), dict)
-            result[name] = _merged(result[name], value) if both else value
-    return result
 
 
 def _choose_sampler(

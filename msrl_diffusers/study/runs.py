@@ -58,15 +58,20 @@ def run_configs(
     runs += [(run, enabled_stages(run)) for by_seed in configs.values() for run in by_seed.values()]
     runs = [(run, [stage for stage in stages if only is None or stage in only]) for run, stages in runs]
     refused = run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
-    for run, _ in runs[1:] if process_state().is_main_process else ():
-        record = Path(run.output_dir) / REFUSED
-        if run.output_dir in refused:
-            write_json(record, {"sentence": refused[run.output_dir]})
-        else:
-            record.unlink(missing_ok=True)  # of an earlier try
+    if process_state().is_main_process:
+        for run, _ in runs[1:]:
+            _record_refusal(Path(run.output_dir) / REFUSED, refused.get(run.output_dir))
     if config.output_dir in refused:
         raise InputError(refused[config.output_dir])
     return refused
+
+
+def _record_refusal(path: Path, sentence: str | None) -> None:
+    """Write why a run was refused; or remove what an earlier try has left."""
+    if sentence is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, {"sentence": sentence})
 
 
 def run_in_turn(runs: Runs) -> dict[str, str]:

@@ -198,22 +198,13 @@ def choose_sampler(config: StudyConfig) -> dict:
 
 def train_baseline_classifiers(config: StudyConfig) -> dict:
     """Classifiers of all arms but the tuned one: real volumes only, with standard synthetic ones, with those of other generators."""
-    train = load_split(config, "train")
-    arms = {"real only": None, "+ standard synthetic": _unseen(config, "standard")}
-    arms |= {name: load_arm(name, path, train, config) for name, path in config.synthetic_arms.items()}
-    return _compare_classifiers(config, arms, "baseline_downstream")
+    return _compare_classifiers(config, {"+ standard synthetic": "standard"}, "baseline_downstream")
 
 
 def train_classifiers(config: StudyConfig) -> dict:
     """Classifiers of real volumes without and with synthetic ones (`downstream.run_downstream`), and their metrics. Of those
     that tuning has no part in, stage baseline_downstream has trained all."""
-    train = load_split(config, "train")
-    arms = {
-        "real only": None,
-        "+ standard synthetic": _unseen(config, "standard"),
-        "+ RL synthetic": _unseen(config, "rl"),
-    }
-    arms |= {name: load_arm(name, path, train, config) for name, path in config.synthetic_arms.items()}
+    arms = {"+ standard synthetic": "standard", "+ RL synthetic": "rl"}
     return _compare_classifiers(config, arms, "downstream", Path(config.output_dir) / "baseline_downstream")
 
 
@@ -223,9 +214,12 @@ def _unseen(config: StudyConfig, arm: str) -> VolumeDataset:
     return replace(volumes, subject_ids=[f"{arm}-{number:05d}" for number in range(len(volumes))])
 
 
-def _compare_classifiers(config: StudyConfig, arms: dict, stage: str, known: Path | None = None) -> dict:
-    """`run_downstream` on the study's real volumes, in the folder of `stage`."""
+def _compare_classifiers(config: StudyConfig, reported: dict[str, str], stage: str, known: Path | None = None) -> dict:
+    """`run_downstream` on the study's real volumes, in the folder of `stage`: without others, with those of arms of the report, by
+    title, and with those of other generators."""
     train, seed = load_split(config, "train"), config.seed_of("downstream")
+    arms = {"real only": None, **{title: _unseen(config, arm) for title, arm in reported.items()}}
+    arms |= {name: load_arm(name, path, train, config) for name, path in config.synthetic_arms.items()}
     found = run_downstream(
         train.take_per_class(config.downstream_per_class) if config.downstream_per_class else train,
         load_split(config, "heldout"),

@@ -3,11 +3,9 @@
 import torch
 from tqdm import tqdm
 
-from ..data.volumes import VolumeDataset
 from ..evaluation.features import extract_features
 from ..evaluation.set_labels import place_on_scale
 from ..evaluation.validity import ScoredSet, reward_validity, score_set_by
-from ..pipelines.med_volume import MedVolumePipeline
 from ..rewards import LearnedReward
 from ..seeding import fold_seed
 from ..trajectories import frechet_by_class, sample_set, set_specs
@@ -17,17 +15,13 @@ from .reward_data import load_given_set, targets_by_volume
 
 
 def measure_validity(config: StudyConfig) -> dict:
-    """`validity_of` the study's reward models, by role."""
+    """By role, how well each reward ranks trajectory sets of held-out subjects, tells k = 1 from synthetic ones and predicts
+    targets; and the same of `unseen_sets` (`evaluation.validity.reward_validity`)."""
+    pipeline, subjects = (
+        load_pipeline(config),
+        load_split(config, "heldout").take_per_class(config.num_validity_subjects),
+    )
     rewards = {role: LearnedReward(role, model) for role, model in load_reward_models(config).items()}
-    subjects = load_split(config, "heldout").take_per_class(config.num_validity_subjects)
-    return validity_of(config, load_pipeline(config), rewards, subjects)
-
-
-def validity_of(
-    config: StudyConfig, pipeline: MedVolumePipeline, rewards: dict[str, LearnedReward], subjects: VolumeDataset
-) -> dict:
-    """How well each reward ranks trajectory sets of held-out subjects, tells k = 1 from synthetic ones and predicts targets;
-    and the same of `unseen_sets` (`evaluation.validity.reward_validity`)."""
     targets, specs = load_scores(config)["targets"], set_specs(config.synthetic_steps, config.reconstruction_steps)
     sets = {role: {} for role in rewards}
     with tqdm(

@@ -235,12 +235,19 @@ def write_log(output_dir: str | Path, lines: list[dict]) -> None:
 
 
 def in_fast_memory_format(module: torch.nn.Module, mixed_precision: str) -> torch.nn.Module:
-    """The module with its convolutions in the memory format that they train fastest in.
-
-    Channels-last is faster on a CPU in float32, and slower there in bfloat16 (`examples/benchmarks/memory_formats.py`); on a GPU
-    it is the fast one of 2D convolutions.
+    """The module with its convolutions in the memory format to train in: channels-last on a CPU in float32, where denoiser and
+    autoencoder gain by it, and contiguous there in bfloat16, where all networks lose (`examples/benchmarks/memory_formats.py`). On a
+    GPU channels-last for 2D convolutions, as PyTorch advises, which says nothing of 3D ones.
     """
-    device, is_3d = process_state().device, any(isinstance(part, torch.nn.Conv3d) for part in module.modules())
-    if resolve_precision(mixed_precision, device) != "no" if device.type == "cpu" else is_3d:
-        return module.to(memory_format=torch.contiguous_format)
-    return module.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
+    device, last = process_state().device, channels_last_format(module)
+    if device.type == "cpu":
+        gains = resolve_precision(mixed_precision, device) == "no"
+    else:
+        gains = last is torch.channels_last
+    return module.to(memory_format=last if gains else torch.contiguous_format)
+
+
+def channels_last_format(module: torch.nn.Module) -> torch.memory_format:
+    """The channels-last format of its convolutions, which are of volumes or of images."""
+    is_3d = any(isinstance(part, torch.nn.Conv3d) for part in module.modules())
+    return torch.channels_last_3d if is_3d else torch.channels_last

@@ -41,11 +41,8 @@ class FeatureTrainer:
     """Trains `model`, a network from volumes to features `[B, P, S, F]`, on `train_dataset`."""
 
     def __init__(self, model: nn.Module, args: FeatureConfig, train_dataset: VolumeDataset):
-        self.model, self.args, self.train_dataset = (
-            in_fast_memory_format(model, args.mixed_precision),
-            args,
-            train_dataset,
-        )
+        self.model = in_fast_memory_format(model, args.mixed_precision)
+        self.args, self.train_dataset = args, train_dataset
         names = sorted(set(train_dataset.subject_ids))
         self.subjects = torch.tensor([names.index(subject) for subject in train_dataset.subject_ids])
         with torch.no_grad():

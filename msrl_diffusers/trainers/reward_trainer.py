@@ -147,11 +147,8 @@ class RewardTrainer:
     def __init__(
         self, model: nn.Module, args: RewardConfig, dataset: ScoredVolumes, additional: ScoredVolumes | None = None
     ):
-        self.model, self.args, self.conditional = (
-            in_fast_memory_format(model, args.mixed_precision),
-            args,
-            is_conditional(model),
-        )
+        self.model = in_fast_memory_format(model, args.mixed_precision)
+        self.args, self.conditional = args, is_conditional(model)
         if self.conditional and dataset.class_labels is None:
             raise InputError("A conditional reward model (num_classes) needs reward data with class_labels.")
         self.train_dataset, self.eval_dataset = dataset.split_by_subject(args.validation_fraction, args.seed)
