@@ -78,7 +78,10 @@ def test_rows_and_tables_of_reports(benchmarks):
     import _runs
 
     def report(judge, method="ppo"):
-        arms = {arm: {"all": value} for arm, value in (("limit", 1.0), ("standard", 3.0), ("rl", judge))}
+        arms = {
+            arm: {"all": value}
+            for arm, value in (("limit", 1.0), ("limit_heldout", 1.5), ("standard", 3.0), ("rl", judge))
+        }
         return {
             "method": method, method: {"rollouts": 4, "kept_after": 2, "stopped": None, "peak_memory": 2**20}, "curve": None,
             "fid": dict.fromkeys(_runs.ROLES, arms), "fid_heldout": dict.fromkeys(_runs.ROLES, arms),
@@ -108,6 +111,7 @@ def test_rows_and_tables_of_reports(benchmarks):
     assert row["validity"]["slice"]["auc"]["mean"] == 0.9
     lines = _runs.table({"variants": {"a": row, "b": {"seeds": [], "refused": {"0": "No."}}}})
     assert lines[2].startswith("| a | 75% (")
+    assert "| judge | 3.0000 +- 0.0000 | 1.5000 +- 0.0000 | 1.0000 +- 0.0000 |" in lines
     assert "- b, seed 0, was refused: No." in lines
     assert _runs.row_of({0: "No."}) == {"seeds": [], "refused": {"0": "No."}}
     assert _runs.merged({"ppo": {"a": 1}}, {"ppo": {"b": 2}, "x": 1}) == {"ppo": {"a": 1, "b": 2}, "x": 1}

@@ -40,7 +40,7 @@ from msrl_diffusers.study.stages import load_arm
 
 
 CPU_CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "phantoms" / "cpu.yaml"
-ARMS = ("real_floor", "limit", "standard", "rl")
+ARMS = ("real_floor", "limit", "limit_heldout", "standard", "rl")
 ROLES = ("judge", "second_judge", "label")
 
 
@@ -206,7 +206,9 @@ def test_the_arms_are_kept_and_the_splits_apart(finished):
     for arm in ARMS:
         volumes = load_reported(config, arm)
         assert len(volumes) == 8
-        assert set(volumes.subject_ids) == set((heldout if arm == "real_floor" else train).subject_ids)
+        assert set(volumes.subject_ids) == set(
+            (heldout if arm in ("real_floor", "limit_heldout") else train).subject_ids
+        )
     for picture in ("prepare/volumes.png", "vqgan/reconstructions.png", "diffusion/samples.png"):
         assert (finished / picture).is_file()
 
@@ -295,7 +297,7 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
     assert ours["extractors"] == theirs["extractors"]
     # the same seeds, and weights rounded to half precision, by which a few of the codes of a random autoencoder change
     for role in ROLES:
-        for arm in ("real_floor", "limit", "standard"):
+        for arm in ("real_floor", "limit", "limit_heldout", "standard"):
             assert ours["fid"][role][arm]["all"] == pytest.approx(theirs["fid"][role][arm]["all"], rel=0.2)
     assert "Not for clinical use" in (release / "README.md").read_text()
     assert ours["pretrained"] == "release"

@@ -27,6 +27,11 @@ from msrl_diffusers.study.variants import changed_config
 Changes = Mapping | Callable[[StudyConfig, int], Mapping]  # of StudyConfig's fields; some depend on the seed
 SAMPLERS = ("best", "rollout", "stochastic")
 ROLES = ("judge", "second_judge", "label")
+OTHER_ARMS = {
+    "standard": "pretrained, at its best sampler",
+    "limit_heldout": "reconstructions of held-out volumes",
+    "limit": "reconstructions (limit)",
+}
 
 
 @dataclass
@@ -236,10 +241,7 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
 
 
 def _arms(over_seeds: Callable, figure: str, role: str, value: Callable) -> dict:
-    return {
-        arm: over_seeds(lambda report, arm=arm: value(report[figure][role][arm]))
-        for arm in ("limit", "standard", "rl")
-    }
+    return {arm: over_seeds(lambda report, arm=arm: value(report[figure][role][arm])) for arm in (*OTHER_ARMS, "rl")}
 
 
 def _kid_gap_closed(report: dict, role: str) -> float | None:
@@ -284,17 +286,15 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def table(content: Mapping, columns: Mapping[str, Callable[[dict], str]] = COLUMNS) -> list[str]:
-    """A Markdown table with a line per variant, and one above for the pretrained model."""
+    """A Markdown table with a line per variant, and one with what they are compared with."""
     rows = content["variants"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     done = {name: row for name, row in rows.items() if row["seeds"]}
     lines += [f"| {name} | " + " | ".join(cell(row) for cell in columns.values()) + " |" for name, row in done.items()]
     first = next(iter(done.values()))
-    pretrained = [
-        f"{role} {shown(first['fid'][role]['standard'], '.4f')}, limit {shown(first['fid'][role]['limit'], '.4f')}"
-        for role in ROLES
-    ]
-    lines += ["", f"Pretrained model at its best sampler, distances: {'; '.join(pretrained)}."]
+    distances = {role: [shown(first["fid"][role][arm], ".4f") for arm in OTHER_ARMS] for role in ROLES}
+    lines += ["", "| distance | " + " | ".join(OTHER_ARMS.values()) + " |", "|---" * (1 + len(OTHER_ARMS)) + "|"]
+    lines += [f"| {role.replace('_', ' ')} | " + " | ".join(cells) + " |" for role, cells in distances.items()]
     for name, row in rows.items():
         lines += [f"- {name}, seed {seed}, was refused: {sentence}" for seed, sentence in row["refused"].items()]
     return lines

@@ -94,7 +94,7 @@ def draw(content: dict) -> Figure:
     first = next(iter(rows.values()))
     for line in axes:
         for axis, name in zip(line, ("fid", "kid"), strict=False):
-            for arm, style in (("standard", "--"), ("limit", ":")):
+            for arm, style in (("standard", "--"), ("limit_heldout", "-."), ("limit", ":")):
                 axis.axhline(first[name]["judge"][arm]["mean"], color="tab:gray", linestyle=style, label=arm)
     axes[0, 0].legend(fontsize=7)
     return figure

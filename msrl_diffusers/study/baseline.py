@@ -1,7 +1,8 @@
 """The stage baseline: what a tuned policy is compared with. All that are tuned from one pretrained policy share it.
 
-Real held-out volumes (the floor), what the autoencoder makes of the training volumes (the limit), and samples of the pretrained
-policy (standard), measured as `Yardstick` measures any arm.
+Real held-out volumes (the floor), what the autoencoder makes of the training volumes (the limit) and of the held-out ones (which
+is what a perfect sampler of new subjects would show), and samples of the pretrained policy (standard), measured as `Yardstick`
+measures any arm.
 """
 
 import json
@@ -30,7 +31,7 @@ from .config import StudyConfig
 from .stages import sample_with
 
 
-ARMS = ("real_floor", "limit", "standard")
+ARMS = ("real_floor", "limit", "limit_heldout", "standard")
 AT_ROLLOUTS = "standard_rollout"  # at the rollouts' sampler, where rewards before and after are compared
 Features = dict[str, dict[str, torch.Tensor]]  # by extractor and set, `[N, P, S, F]`
 
@@ -123,14 +124,19 @@ class Yardstick:
 def measure_baseline(config: StudyConfig) -> dict:
     """The figures of all arms but the tuned one. Saves their volumes, and features for `evaluate`."""
     yardstick, samplers, pipeline = Yardstick.of(config), samplers_of(config), load_pipeline(config)
-    arms = {"real_floor": yardstick.heldout, "limit": _reconstructions(pipeline, yardstick.train, config)}
+    arms = {"real_floor": yardstick.heldout}
+    arms |= {
+        name: _reconstructions(pipeline, volumes, config)
+        for name, volumes in (("limit", yardstick.train), ("limit_heldout", yardstick.heldout))
+    }
     arms |= at_samplers("standard", samplers, lambda sampler: yardstick.sample(pipeline, sampler))
     features = yardstick.features(arms)
     reported = {"real_floor": arms["real_floor"], "limit": arms["limit"], "standard": arms["standard @ best"]}
     for found in features.values():
         found["standard"] = found["standard @ best"]
     folder = Path(config.output_dir) / "baseline"
-    for name, volumes in {**reported, AT_ROLLOUTS: arms["standard @ rollout"]}.items():
+    kept = {**reported, "limit_heldout": arms["limit_heldout"], AT_ROLLOUTS: arms["standard @ rollout"]}
+    for name, volumes in kept.items():
         volumes.save(folder / f"{name}.safetensors")
     _save_features(folder, yardstick.real, features)
     portraits = yardstick.portraits(reported, features)
@@ -190,7 +196,7 @@ def _save_features(folder: Path, real: Features, features: Features) -> None:
 
 
 def _reconstructions(pipeline: MedVolumePipeline, volumes: VolumeDataset, config: StudyConfig) -> VolumeDataset:
-    """What the autoencoder makes of the volumes: no generator over its latents can do better."""
+    """What the autoencoder makes of the volumes: no generator over its latents shows these better."""
     return sample_set(
         pipeline,
         volumes,

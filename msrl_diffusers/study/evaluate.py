@@ -32,7 +32,7 @@ def evaluate(config: StudyConfig) -> dict:
     baseline, known = load_baseline(config)
     yardstick, samplers = Yardstick.of(config, known), baseline["samplers"]
     pipeline = load_tuned_pipeline(config)
-    chosen = {"real_floor": "real_floor", "limit": "limit", "standard": "standard @ best"}
+    chosen = {**{arm: arm for arm in ARMS}, "standard": "standard @ best"}
     chosen["rl"] = f"rl @ {_choose_sampler(pipeline, samplers, yardstick.extractors['label'], config)}"
     arms = at_samplers("rl", samplers, lambda sampler: yardstick.sample(pipeline, sampler))
     features, tuned = yardstick.features(arms), arms[chosen["rl"]]

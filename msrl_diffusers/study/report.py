@@ -18,6 +18,7 @@ PACKAGES = ("msrl_diffusers", "torch", "diffusers", "accelerate", "transformers"
 ARMS = {
     "real_floor": "real, held out (floor)",
     "limit": "autoencoder (limit)",
+    "limit_heldout": "autoencoder, of held-out volumes",
     "standard": "standard diffusion",
     "rl": "RL-tuned",
 }
@@ -73,7 +74,8 @@ def gap_closed(fids: dict[str, dict[str, float]]) -> float | None:
     """(standard - RL) / (standard - limit) over all classes; None where there is no gap.
 
     Of distances to the training volumes (`fid`) the limit is compared with its own originals, which no generator of new subjects
-    is. Of distances to held-out volumes (`fid_heldout`) both show other subjects.
+    is: the arm `limit_heldout` shows how far reconstructions of others lie. Of distances to held-out volumes (`fid_heldout`) limit and
+    samples both show other subjects.
     """
     gap = fids["standard"]["all"] - fids["limit"]["all"]
     return (fids["standard"]["all"] - fids["rl"]["all"]) / gap if gap > 0 else None
@@ -140,7 +142,8 @@ def markdown(content: dict) -> str:
             "",
             f"RL minus standard: {difference['value']:+.4f} ({difference['interval'][0]:+.4f} .. "
             f"{difference['interval'][1]:+.4f}, paired). Gap closed: {closed}; to held-out volumes: {of_others}. (The limit "
-            "reconstructs the training volumes: with these it is compared with its own originals, with held-out ones it is not.)",
+            "reconstructs the training volumes: with these it is compared with its own originals, with held-out ones it is not. What a "
+            "perfect sampler of new subjects would show is the autoencoder, of held-out volumes.)",
             "",
         ]
     lines += [
