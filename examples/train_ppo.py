@@ -1,4 +1,4 @@
-"""Reinforcement learning of a volume generator by PPO with a KL leash.
+"""Reinforcement learning of a volume generator by PPO with a KL penalty.
 
 The main job on the embedded phantoms pipeline, with its report in outputs/demo:
 

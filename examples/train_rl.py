@@ -2,7 +2,7 @@
 
     accelerate launch examples/train_rl.py --method frechet --config examples/configs/phantoms/objectives.yaml
 
-- `ppo`: PPO with a KL leash, from learned rewards; nothing needs a gradient.
+- `ppo`: PPO with a KL penalty, from learned rewards; nothing needs a gradient.
 - `nft`: DiffusionNFT, from learned rewards; only final samples are needed.
 - `draft`: gradients of learned rewards through the decoder and the last denoising steps.
 - `frechet`: the Frechet distance in label features as the loss; no reward model.

@@ -146,7 +146,7 @@ before = sample_volumes(pipe, len(train), NUM_STEPS, seed=SEED)
 # Sampling is a chain of Gaussian steps, each an action whose probability is known: PPO raises that of steps which led to
 # rewards above the mean of their class. Only steps with enough noise are actions (`min_std`).
 # The KL term holds the policy near the pretrained one. That is no ornament: reward models are wrong far from
-# what they were trained on, and a policy without a leash goes there.
+# what they were trained on, and a policy that nothing holds near the pretrained one goes there.
 
 # %%
 config = DiffusionPPOConfig(

@@ -86,7 +86,7 @@ def evaluate(stage: Stage) -> None:
         if done.returncode:
             said = done.stderr.splitlines()[-1]
             assert re.match(
-                "error: The (extractor inception needs torch-fidelity; install it with: pip install"
+                "error: The (extractor inception needs torch-fidelity; pip install -e"
                 "|weights of Inception-v3 can't be downloaded)", said,
             ), done.stderr  # fmt: skip
             return

@@ -105,7 +105,7 @@ def demo(stage: Stage) -> None:
 
 
 @scene(
-    "msrl generate --model model_cards/phantoms-32 --num_volumes 8 --num_inference_steps 20 "
+    "msrl generate --model model_cards/phantoms-32 --num_volumes 8 --num_inference_steps 50 --eta 0 "
     "--output_dir outputs/brains",
     here=True,
 )
@@ -123,7 +123,9 @@ def generate(stage: Stage) -> None:
 # ------------------------------------------------------------------------------------------------------------ prepare
 
 
-def prepared(stage: Stage, output_dir: str, train: dict[str, int], heldout: dict[str, int]) -> None:
+def prepared(
+    stage: Stage, output_dir: str, train: dict[str, int], heldout: dict[str, int], image_size: int = 64
+) -> None:
     """Carry out `msrl prepare` and look at what the README says it writes."""
     if stage.here:  # the processes it starts would import the package for seconds each
         field = prepare_verb.PrepareArguments.__dataclass_fields__["num_workers"]
@@ -135,7 +137,7 @@ def prepared(stage: Stage, output_dir: str, train: dict[str, int], heldout: dict
     for side, counts in (("train", train), ("heldout", heldout)):
         volumes = VolumeDataset.load(stage.folder / output_dir / f"{side}.safetensors")
         assert volumes.class_counts() == counts
-        assert volumes.pixel_values.shape[1:] == (1, 64, 64, 64)
+        assert volumes.pixel_values.shape[1:] == (1, *[image_size] * 3)
         assert volumes.pixel_values.abs().max() <= 1
     assert (stage.folder / output_dir / "rejected.csv").read_text() == "file,reason\n"
 
@@ -149,13 +151,13 @@ def table_1(stage: Stage, dataset: str, small: dict[str, tuple[int, int]]) -> tu
 
 @scene(
     "msrl prepare --dataset brats2019 --data_dir MICCAI_BraTS_2019_Data_Training --modality t1ce --split table1 "
-    "--output_dir data/brats",
+    "--image_size 32 --output_dir data/brats",
     here=True,
 )
 def prepare_brats(stage: Stage) -> None:
     sides = table_1(stage, "brats2019", {"HGG": (2, 1), "LGG": (1, 1)})
     write_brats(stage.folder, per_class=sum(side["HGG"] for side in sides), modalities=("t1ce",))
-    prepared(stage, "data/brats", *sides)
+    prepared(stage, "data/brats", *sides, image_size=32)
 
 
 @scene("msrl prepare --dataset oasis1 --data_dir oasis1 --split table1 --output_dir data/oasis", here=True)

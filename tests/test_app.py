@@ -213,7 +213,10 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     for name in ("server", "page", "viewer"):
         monkeypatch.delitem(sys.modules, f"msrl_diffusers.app.{name}", raising=False)
-    with pytest.raises(InputError, match=r"msrl demo needs gradio; pip install 'msrl_diffusers\[demo\]' brings it\."):
+    with pytest.raises(
+        InputError,
+        match=r"msrl demo needs gradio; pip install -e '\.\[demo\]' in the clone of the repository brings it\.",
+    ):
         demo_verb.run(["--standard", "nowhere"])
 
 

@@ -223,7 +223,7 @@ def test_cards_of_models_and_adapters(tmp_path):
 def test_a_card_of_images_speaks_of_images(tmp_path):
     tiny_stable_diffusion().save_pretrained(tmp_path / "pipeline")
     card = render_card({"dataset": "dermoscopy"}, tmp_path / "pipeline")
-    assert "Generated images are no patients" in card
+    assert "Generated images show no real patients" in card
     assert f"{NO_AUDIT} It may reproduce training images." in card
     assert "after *RL4Med-DDPO*" in card
     assert "2603.06173" not in card

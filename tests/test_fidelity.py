@@ -192,6 +192,22 @@ def test_bootstrap_compares_arms_as_pairs():
     assert not torch.equal(bootstrap_frechet(real, {"a": arm}, draws=6, seed=1)["a"], replicates["a"])
 
 
+def test_bootstrap_draws_as_many_of_a_class_as_there_are():
+    """Two classes far apart: how many of each a draw has would shift its mean."""
+    labels = torch.tensor([0] * 20 + [1] * 10)
+    real = gaussian(30, 0) + 100.0 * labels[:, None, None, None]
+    by_class = bootstrap_frechet(real, {"a": real}, draws=10, labels=labels)["a"]
+    by_chance = bootstrap_frechet(real, {"a": real}, draws=10)["a"]
+    assert by_class.max() < 0.1 * by_chance.max()
+
+
+def test_reconstructions_are_drawn_with_their_originals():
+    real, arm = gaussian(30, 0), gaussian(30, 1)
+    replicates = bootstrap_frechet(real, {"limit": real.clone(), "arm": arm}, draws=6, made_from_real=("limit",))
+    assert replicates["limit"].abs().max() < 1e-6
+    assert torch.equal(replicates["arm"], bootstrap_frechet(real, {"arm": arm}, draws=6)["arm"])
+
+
 def test_intervals_are_centred_on_the_value():
     replicates = torch.linspace(5, 7, 1001, dtype=torch.float64)
     low, high = centred_interval(2.0, replicates)

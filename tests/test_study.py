@@ -98,6 +98,15 @@ def test_distances_of_every_arm_by_all_extractors(report):
         assert report["gap_closed_heldout"][role] == gap_closed(report["fid_heldout"][role])
 
 
+def test_copies_are_looked_for_among_all_training_volumes(study):
+    config = settings_with(study, num_per_class=6, evaluation_per_class=2)
+    run_study(config, ["prepare", "extractors"])
+    yardstick, train = Yardstick.of(config), load_split(config, "train")
+    assert (len(yardstick.train), len(train)) == (4, 12)
+    found = yardstick.audit(train)
+    assert (found["n_train"], found["null"]["n"], found["n_train_copied"]) == (12, 12, 12)
+
+
 def test_both_arms_stand_at_both_samplers(report):
     names = {f"{arm} @ {sampler}" for arm in ("standard", "rl") for sampler in ("best", "rollout", "stochastic")}
     for role in ROLES:

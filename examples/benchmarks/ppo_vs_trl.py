@@ -51,7 +51,7 @@ EQUAL_WORK = {
     "trl": TRL,
     "ours": {"guidance_scale": GUIDANCE, "train_cfg": True, "mixed_precision": "no", "kl_coef": 0.0},
 }
-RACE = {  # ours: half of the steps trained, no guidance, on the leash
+RACE = {  # ours: half of the steps trained, no guidance, with a KL penalty
     "trl": TRL,
     "ours": {"guidance_scale": 1.0, "timestep_fraction": 0.5, "mixed_precision": "auto", "kl_coef": 0.01},
 }

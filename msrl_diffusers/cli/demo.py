@@ -67,7 +67,9 @@ def run(arguments: Sequence[str]) -> None:
     try:
         from ..app.server import serving
     except ModuleNotFoundError as error:
-        raise InputError(f"msrl demo needs {error.name}; pip install 'msrl_diffusers[demo]' brings it.") from error
+        raise InputError(
+            f"msrl demo needs {error.name}; pip install -e '.[demo]' in the clone of the repository brings it."
+        ) from error
     pipelines = {"standard": open_pipeline(args.standard, args.dtype)}
     if args.rl:
         pipelines["RL-tuned"] = open_pipeline(args.rl, args.dtype)

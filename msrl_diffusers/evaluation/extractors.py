@@ -162,7 +162,7 @@ class InceptionExtractor(PlanesExtractor):
             import torch_fidelity  # noqa: F401
         except ImportError as error:
             raise InputError(
-                "The extractor inception needs torch-fidelity; install it with: pip install msrl_diffusers[evaluation]"
+                "The extractor inception needs torch-fidelity; pip install -e '.[evaluation]' in the clone of the repository brings it."
             ) from error
         from torchmetrics.image.fid import NoTrainInceptionV3
 

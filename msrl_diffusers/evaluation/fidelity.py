@@ -6,7 +6,7 @@ The distance of finite sets is biased upwards, so only sets of equal N may be co
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from scipy.stats import linregress
@@ -118,20 +118,37 @@ def frechet_infinity(
 
 
 def bootstrap_frechet(
-    real: torch.Tensor, arms: Mapping[str, torch.Tensor], draws: int = 200, seed: int = 0
+    real: torch.Tensor,
+    arms: Mapping[str, torch.Tensor],
+    draws: int = 200,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
+    made_from_real: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Bootstrap replicates `[draws]` of the distance of every arm to `real`.
 
     Every draw takes the same volumes of `real`, and the same positions of every arm: arms made from the same noise are
     thus compared as pairs, and most of the sampling noise cancels in their difference.
+
+    Args:
+        labels: class at every position `[N]`, the same for `real` and all arms. A draw has as many volumes of a class as
+            the sets: how many there are is a design, no outcome.
+        made_from_real: arms that hold at every position what was made from the volume of `real` there, such as
+            reconstructions. They are drawn together with it.
     """
+    labels = torch.zeros(len(real)) if labels is None else labels
+    strata = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
     generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> torch.Tensor:
+        return torch.cat([rows[torch.randint(len(rows), (len(rows),), generator=generator)] for rows in strata])
+
     replicates = {name: [] for name in arms}
     for _ in range(draws):
-        real_rows = torch.randint(len(real), (len(real),), generator=generator)
-        rows = torch.randint(len(real), (len(real),), generator=generator)
+        real_rows, rows = draw(), draw()
         for name, fake in arms.items():
-            replicates[name].append(frechet_distance(real[real_rows], fake[rows]))
+            drawn = fake[real_rows if name in made_from_real else rows]
+            replicates[name].append(frechet_distance(real[real_rows], drawn))
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in replicates.items()}
 
 

@@ -50,6 +50,7 @@ FOLDERS = {
     "classifier_judge": "classifier of attributes that only judges",
     "classifier_features": "classifier of attributes whose features give the Frechet distances",
 }
+COMPANIONS = ("reward_", "extractor_", "classifier_")  # models beside a pipeline, which are none of its parts
 DATA_SETS = {  # title; terms
     "phantoms": (
         "Phantoms",
@@ -57,7 +58,8 @@ DATA_SETS = {  # title; terms
     ),
     "dermoscopy": (
         "Drawn dermoscopy images",
-        "Images drawn by the package `msrl_diffusers`: no person's data, no terms.",
+        "Images drawn by the package `msrl_diffusers`, with prompts such as *dermoscopy image of melanoma with hair, ruler and ink*: "
+        "no person's data, no terms.",
     ),
     "brats2019": (
         "BraTS 2019",
@@ -218,6 +220,7 @@ def _values(
         "prefixed": contents.kind == "adapter" and _is_prefixed(contents),
         "sampler": _sampler(report, scores, arm),
         "folders": {folder: FOLDERS.get(folder, name) for folder, name in contents.classes.items()},
+        "has_companions": any(folder.startswith(COMPANIONS) for folder in contents.classes),
         "data_title": data_title(dataset),
         "data_terms": stated["data_terms"] or DATA_SETS.get(dataset, (None, UNKNOWN_TERMS))[1],
         "data": report.get("data", {}),

@@ -38,7 +38,8 @@ Features = dict[str, dict[str, torch.Tensor]]  # by extractor and set, `[N, P, S
 
 @dataclass
 class Yardstick:
-    """The real volumes that every arm is measured against, as many of a class from either split, and their features."""
+    """The real volumes that every arm is measured against, as many of a class from either split and in the order of the classes,
+    and their features."""
 
     config: StudyConfig
     train: VolumeDataset
@@ -114,10 +115,11 @@ class Yardstick:
         return portraits
 
     def audit(self, volumes: VolumeDataset) -> dict | None:
-        """Copies of training volumes, against the held-out null; None where there are too few volumes for one."""
-        if min(len(self.train), len(self.heldout)) < MIN_VOLUMES:
+        """Copies of any training volume, against the null of all held-out ones; None where there are too few volumes for one."""
+        train, heldout = load_split(self.config, "train"), load_split(self.config, "heldout")
+        if min(len(train), len(heldout)) < MIN_VOLUMES:
             return None
-        auditor = Auditor(open_source(self.train), open_source(self.heldout), self.extractors["label"], seed=self.seed)
+        auditor = Auditor(open_source(train), open_source(heldout), self.extractors["label"], seed=self.seed)
         return auditor.audit(open_source(volumes)).summary()
 
 

@@ -51,7 +51,7 @@ def evaluate(config: StudyConfig) -> dict:
         "fid": {role: {arm: fids[role][chosen[arm]] for arm in REPORTED} for role in roles},
         "kid": {role: {arm: kids[role][chosen[arm]] for arm in REPORTED} for role in roles},
         **measured,
-        **_intervals(known, features, fids, chosen, config),
+        **_intervals(yardstick, features, fids, chosen),
         "memorization": audit and {**baseline["memorization"], "rl": audit},
         "reward": _rewards(config, load_reported(config, AT_ROLLOUTS), arms["rl @ rollout"]),
         "reward_models": json.loads((Path(config.output_dir) / "validity" / "stage.json").read_text())["result"],
@@ -75,12 +75,14 @@ def _choose_sampler(
     return min(distances, key=distances.get)
 
 
-def _intervals(known: Features, features: Features, fids: dict, chosen: dict, config: StudyConfig) -> dict:
+def _intervals(yardstick: Yardstick, features: Features, fids: dict, chosen: dict) -> dict:
     """95 % bootstrap intervals of every distance, and of the paired difference between the arms, over all classes."""
-    intervals, differences = {}, {}
-    for role, found in known.items():
+    intervals, differences, draws = {}, {}, yardstick.config.bootstrap_draws
+    for role, found in yardstick.real.items():
         arms = {**{arm: found[arm] for arm in ARMS}, "rl": features[role]["rl"]}
-        replicates = bootstrap_frechet(found["train"], arms, config.bootstrap_draws, config.seed_of("evaluate"))
+        replicates = bootstrap_frechet(
+            found["train"], arms, draws, yardstick.seed, yardstick.train.class_labels, made_from_real=("limit",)
+        )
         values = {arm: fids[role][chosen[arm]]["all"] for arm in REPORTED}
         intervals[role] = {arm: centred_interval(values[arm], replicates[arm]) for arm in REPORTED}
         difference = values["rl"] - values["standard"]
