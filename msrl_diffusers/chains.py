@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from .errors import InputError
-from .files import write_json
+from .files import write_json, write_text
 from .processes import process_state, use_whole_cpu
 
 
@@ -102,14 +104,13 @@ class Chain:
         record, mark = folder / "stage.json", self.fingerprint(config, name)
         if finished_fingerprint(config, name) == mark:
             return json.loads(record.read_text())["result"]
-        self._check_inputs(config, name)
+        self.check_finished(config, self.stages[name].needs, f"Stage {name!r}")
         processes.wait_for_everyone()  # all have looked at what is there
         if processes.is_main_process:
             open_folder(folder, mark)
         processes.wait_for_everyone()
-        started, result = time.monotonic(), None
-        if stage.split or processes.is_main_process:
-            result = stage.run(config)
+        started = time.monotonic()
+        result = stage.run(config) if stage.split else _run_on_main_process(stage, config)
         processes.wait_for_everyone()
         if processes.is_main_process:
             saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
@@ -117,18 +118,36 @@ class Chain:
         processes.wait_for_everyone()
         return json.loads(record.read_text())["result"]
 
-    def _check_inputs(self, config: Any, name: str) -> None:
-        """Raise InputError unless every stage that `name` reads is done, with these settings."""
-        for needed in self.stages[name].needs:
+    def check_finished(self, config: Any, names: Collection[str], reader: str) -> None:
+        """Raise InputError unless the stages `names`, but those left out, are done, with these settings. `reader` is what
+        needs them, for the sentence.
+        """
+        for needed in names:
             if needed not in self.enabled(config):
                 continue
             found = finished_fingerprint(config, needed)
             if found is None:
-                raise InputError(f"Stage {name!r} needs the result of {needed!r}; run that stage first.")
+                raise InputError(f"{reader} needs the result of {needed!r}; run that stage first.")
             if found != self.fingerprint(config, needed):
-                raise InputError(
-                    f"Stage {name!r} needs {needed!r}, which was run with other settings; run it again first."
-                )
+                raise InputError(f"{reader} needs {needed!r}, which was run with other settings; run it again first.")
+
+
+def _run_on_main_process(stage: Stage, config: Any) -> dict | None:
+    """Run a stage in the first process, while the others wait for it; its result there, None in the others.
+
+    Raises:
+        InputError: that of the first process, in every one: none is left to wait for a stage that was refused.
+    """
+    result = refusal = None
+    if process_state().is_main_process:
+        try:
+            result = stage.run(config)
+        except InputError as error:
+            refusal = error
+    (sentence,) = broadcast_object_list([refusal and str(refusal)])
+    if sentence is not None:
+        raise refusal or InputError(sentence)
+    return result
 
 
 def finished_fingerprint(config: Any, name: str) -> str | None:
@@ -139,10 +158,13 @@ def finished_fingerprint(config: Any, name: str) -> str | None:
 
 def open_folder(folder: Path, mark: str) -> None:
     """Make the stage's folder. What an interrupted run of the same stage left is kept, so that training resumes; what
-    a run with other settings left is removed.
+    a run with other settings left is removed. Of a link to another run's folder only the link is.
     """
     marker = folder / ".fingerprint"
-    if marker.is_file() and marker.read_text() != mark:
+    found = marker.read_text() if marker.is_file() else None
+    if folder.is_symlink() and (found not in (None, mark) or not folder.exists()):
+        folder.unlink()
+    elif found not in (None, mark):
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(mark)
+    if found != mark:
+        write_text(marker, mark)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -22,9 +23,28 @@ def write_json(path: str | Path, content) -> None:
 
 def folder_mark(folder: str | Path) -> str:
     """Hash of the names, sizes and first 256 KiB of the files of a folder."""
+    folder = Path(folder).absolute()  # a relative path may mean another one by the next call
+    files = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        stat = path.stat()
+        files.append((f"{path.relative_to(folder)} {stat.st_size}\n", path, stat.st_mtime_ns))
+    return _mark(tuple(files), 1 << 18)
+
+
+def file_mark(path: str | Path) -> str:
+    """Hash of the size and the first MiB of a file."""
+    path = Path(path).absolute()
+    stat = path.stat()
+    return _mark(((str(stat.st_size), path, stat.st_mtime_ns),), 1 << 20)
+
+
+@lru_cache
+def _mark(files: tuple[tuple[str, Path, int], ...], num_bytes: int) -> str:
+    """Hash of the title (with the size) and the first `num_bytes` of every file. The times are there for the cache: a plan of
+    many runs asks for the same files hundreds of times, and those that keep size and time are read once."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+    for title, path, _ in files:
+        digest.update(title.encode())
         with path.open("rb") as file:
-            digest.update(file.read(1 << 18))
+            digest.update(file.read(num_bytes))
     return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -50,6 +51,19 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes (VmHWM). Not `ru_maxrss`, which begins with its parent's.
+
+    Raises:
+        InputError: a system other than Linux.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise InputError(f"{status} has no VmHWM, from which the peak of memory is read; measure it on Linux.")
 
 
 def start_missing_processes() -> None:

@@ -18,9 +18,9 @@ from .policies.base import Conditioning, DenoisingPolicy
 class StepTable:
     """The grid of a sampler: `timesteps [T]`, `alpha_prods [T]`, their successors `alpha_prods_prev [T]`, `etas [T]`.
 
-    `stochastic` lists the steps whose standard deviation reaches `min_std`. The others are taken without noise and are
-    no actions: their log-probability is infinite or so steep that it would rule the gradient (the last step of a
-    DDIM grid that ends at alpha = 1 is the usual case).
+    `stochastic` lists the steps whose standard deviation reaches `min_std`. The others are deterministic DDIM steps (their eta
+    is 0) and no actions: their log-probability is infinite or so steep that it would rule the gradient (the last step of
+    a DDIM grid that ends at alpha = 1 is the usual case).
     """
 
     timesteps: torch.Tensor
@@ -49,12 +49,13 @@ class StepTable:
         alpha_prods = table[timesteps]
         alpha_prods_prev = torch.where(previous >= 0, table[previous.clamp_min(0)], final)
         stds = ddim_std(alpha_prods, alpha_prods_prev, eta)
+        stochastic = (stds >= min_std) & (stds > 0)
         return cls(
             timesteps.to(device),
             alpha_prods.float().to(device),
             alpha_prods_prev.float().to(device),
-            torch.full_like(alpha_prods, eta, dtype=torch.float32).to(device),
-            tuple((stds >= min_std).nonzero()[:, 0].tolist()),
+            (eta * stochastic).float().to(device),
+            tuple(stochastic.nonzero()[:, 0].tolist()),
         )
 
     def __len__(self) -> int:

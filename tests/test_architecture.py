@@ -60,7 +60,12 @@ def imports_of(name: str) -> tuple[set[str], set[str]]:
 
 def test_the_package_was_found():
     assert len(MODULES) > 30
-    assert imports_of("policies.volume")[0] == {"pipelines.med_volume", "policies.base", "policies.unet"}
+    assert imports_of("policies.volume")[0] == {
+        "errors",
+        "pipelines.med_volume",
+        "policies.base",
+        "policies.unet",
+    }
 
 
 @pytest.mark.parametrize("name", list(MODULES))

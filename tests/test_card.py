@@ -15,6 +15,7 @@ from msrl_diffusers.cli import card as card_verb
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.hub import NO_AUDIT, render_card
 from msrl_diffusers.study import StudyConfig, release
+from msrl_diffusers.study.chain import fingerprint
 
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,7 @@ def test_cards_of_models_and_adapters(tmp_path):
     assert "a reward model of axial slices" in reward
     auc, spearman = (REPORT["reward_models"]["slice"][name] for name in ("auc", "spearman"))
     assert f"| slice | {auc:.3f} | {spearman:.3f} |" in reward
+    assert "| Spearman over the volumes of all sets |" in reward  # not `set_spearman`, over the sets' means
     assert "FID" not in reward  # it generates nothing
     assert "pipeline_tag" not in metadata_of(reward, tmp_path)
     judge = metadata_of(render_card(None, tmp_path / "judge"), tmp_path)
@@ -269,9 +271,11 @@ def test_class_names_are_data(folder, tmp_path):
 
 def test_the_card_of_a_release(tmp_path, monkeypatch):
     prepared = {"train": {"a": 5, "b": 6}, "heldout": {"a": 3, "b": 4}, "shape": [1, 16, 16, 16], "fingerprint": "abc"}
+    config = StudyConfig(output_dir=str(tmp_path), seed=3)
     for stage in ("prepare", "extractors", "vqgan", "diffusion", "samplers", "score", "rewards"):
         (tmp_path / stage).mkdir()
-        (tmp_path / stage / "stage.json").write_text(json.dumps({"fingerprint": "", "result": prepared}))
+        record = {"fingerprint": fingerprint(config, stage), "result": prepared}
+        (tmp_path / stage / "stage.json").write_text(json.dumps(record))
     samplers = {"samplers": [{"num_inference_steps": 9, "eta": 0.0, "guidance_scale": 2.0}], "best_sampler": 0}
     rewards = {"slice": SliceRewardModel(block_out_channels=(8, 8))}
     for name, value in (
@@ -282,7 +286,7 @@ def test_the_card_of_a_release(tmp_path, monkeypatch):
         ("extractors", {}),
     ):
         monkeypatch.setattr(release, f"load_{name}", lambda config, value=value: value)
-    release.write_release(StudyConfig(output_dir=str(tmp_path), seed=3), tmp_path / "release")
+    release.write_release(config, tmp_path / "release")
     card = (tmp_path / "release" / "README.md").read_text()
     assert "Phantoms: 5 + 6 training and 3 + 4 held-out volumes of the\nclasses a, b, fingerprint `abc`." in card
     assert "num_inference_steps=9, eta=0.0, guidance_scale=2.0" in card

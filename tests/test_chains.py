@@ -1,10 +1,15 @@
 """Chains of stages in general; the study's own are in test_study.py and test_text_to_image_study.py."""
 
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
+from launching import finish
 
-from msrl_diffusers.chains import Chain, Stage, finished_fingerprint
+from msrl_diffusers.chains import Chain, Stage, finished_fingerprint, open_folder
 from msrl_diffusers.errors import InputError
 
 
@@ -82,3 +87,51 @@ def test_a_stage_that_is_left_out_is_neither_run_nor_needed(tmp_path):
     chain.run(settings)
     assert log == chain.enabled(settings) == ["dough", "cake"]
     assert chain.up_to("sugar") == ["sugar"]
+
+
+def test_the_mark_of_a_folder_is_written_once(tmp_path):
+    """And whole: a killed run that leaves half of one would cost the next its checkpoints."""
+    folder, marker = tmp_path / "cake", tmp_path / "cake" / ".fingerprint"
+    open_folder(folder, "one")
+    (folder / "crumb").touch()
+    written = marker.stat()
+    open_folder(folder, "one")
+    assert (marker.stat().st_ino, marker.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert {path.name for path in folder.iterdir()} == {"crumb", ".fingerprint"}
+    open_folder(folder, "other")
+    assert marker.read_text() == "other"
+    assert {path.name for path in folder.iterdir()} == {".fingerprint"}
+
+
+def test_of_a_link_to_another_folder_only_the_link_is_removed(tmp_path):
+    open_folder(tmp_path / "theirs", "one")
+    for target in ("theirs", "nowhere"):
+        link = tmp_path / target[0]
+        link.symlink_to(target, target_is_directory=True)
+        open_folder(link, "two")
+        assert not link.is_symlink()
+        assert (link / ".fingerprint").read_text() == "two"
+    assert (tmp_path / "theirs" / ".fingerprint").read_text() == "one"
+    (tmp_path / "same").symlink_to("theirs", target_is_directory=True)
+    open_folder(tmp_path / "same", "one")
+    assert (tmp_path / "same").is_symlink()
+
+
+def burn(settings: Settings) -> dict:
+    raise InputError("The oven is too hot.")
+
+
+def test_what_the_first_process_refuses_is_refused_in_all(tmp_path):
+    """None waits for it: they would wait until the time of the collective is out."""
+    with pytest.raises(InputError, match="too hot"):
+        Chain({"cake": Stage(burn, (), ())}, vars).run(Settings(str(tmp_path / "alone")))
+    finish(__file__, tmp_path, processes=2)
+    assert [(tmp_path / f"refused-{rank}").read_text() for rank in (0, 1)] == 2 * ["The oven is too hot."]
+
+
+if __name__ == "__main__":
+    try:
+        Chain({"cake": Stage(burn, (), ())}, vars).run(Settings(sys.argv[1]))
+    except InputError as error:
+        (Path(sys.argv[1]) / f"refused-{os.environ['RANK']}").write_text(str(error))
+    torch.distributed.destroy_process_group()

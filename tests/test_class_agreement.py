@@ -52,6 +52,19 @@ def test_the_share_is_the_mean_over_classifiers_and_volumes():
     assert 0 <= found["interval"][0] < 0.5 < found["interval"][1] <= 1
 
 
+def test_studies_of_other_data_or_of_one_name_are_refused(tmp_path):
+    script = runpy.run_path(SCRIPT)
+    folders = [tmp_path / name for name in ("one/a", "one/b", "two/a", "two/c")]
+    for folder, fingerprint in zip(folders, "xxxy", strict=True):
+        (folder / "prepare").mkdir(parents=True)
+        (folder / "prepare" / "stage.json").write_text(json.dumps({"result": {"fingerprint": fingerprint}}))
+    script["check_studies"](folders[:2])
+    with pytest.raises(InputError, match=r"The studies in .*a and .*c are of unequal data"):
+        script["check_studies"]([folders[0], folders[3]])
+    with pytest.raises(InputError, match="folders called 'a'"):
+        script["check_studies"](folders[:3])
+
+
 def test_a_study_that_was_not_evaluated_is_refused(tmp_path, monkeypatch):
     script = runpy.run_path(SCRIPT)
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--studies", str(tmp_path)])

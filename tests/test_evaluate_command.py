@@ -11,7 +11,8 @@ from msrl_diffusers import VolumeDataset, load_phantoms, write_phantoms
 from msrl_diffusers.cli import evaluate as evaluate_verb
 from msrl_diffusers.cli.sets import is_pipeline
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.evaluation.comparison import compare_sets
+from msrl_diffusers.evaluation.comparison import compare_sets, ms_ssim_of
+from msrl_diffusers.evaluation.diversity import ms_ssim_diversity
 from msrl_diffusers.evaluation.extractors import load_extractor
 from msrl_diffusers.evaluation.features import source_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
@@ -69,6 +70,7 @@ def test_the_report(sets, tmp_path, capsys):
     assert content["extractor"]["id"].startswith("slices/SliceFeatureExtractor")
     assert len(content["extractor"]["sha256"]) == 16
     assert content["ms_ssim"]["real"]["value"] < content["ms_ssim"]["generated"]["value"]
+    assert all(figures["within_classes"] for figures in content["ms_ssim"].values())
     assert content["statistics"]["difference"]["spectrum"]["log_spectral_distance_db"][0] > 3
     out, err = capsys.readouterr()
     assert out.startswith("FID ")
@@ -131,8 +133,21 @@ def test_a_folder_against_prepared_volumes(sets, tmp_path):
     content = evaluated(tmp_path, sets["nifti"], sets["sharp"], "--image_size", "16", "--infinity")
     assert content["counts"]["real"] == 16
     assert content["by_class"] == {}  # the folder's table names no classes
+    assert [figures["within_classes"] for figures in content["ms_ssim"].values()] == [False, False]
+    similarity = ms_ssim_of(open_source(sets["sharp"]), content["seed"], by_class=False)
+    assert content["ms_ssim"]["generated"] == similarity  # pairs across classes too, as those of the folder are
     assert {"value", "standard_error", "sizes", "distances"} == set(content["fid_infinity"])
     assert "for publication" in (tmp_path / "evaluate.md").read_text()
+
+
+def test_the_only_volume_of_a_class_is_in_no_pair():
+    phantoms = load_phantoms(4, 16)
+    labels, names = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2]), {0: "a", 1: "alone", 2: "c"}
+    volumes = VolumeDataset(phantoms.pixel_values, labels, phantoms.subject_ids, names, phantoms.spacing)
+    others = labels != 1
+    expected = ms_ssim_diversity(volumes.pixel_values[others].float(), labels=labels[others])
+    assert ms_ssim_of(open_source(volumes), 0) == {**expected, "within_classes": True}
+    assert ms_ssim_of(open_source(volumes.select([0, 3, 4])), 0) is None  # all of them are alone
 
 
 def test_a_pipeline_is_sampled(sets, tmp_path):

@@ -332,7 +332,7 @@ def test_models_that_transformers_cannot_load(vit):
 
 def test_inception_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    assert "pip install msrl_diffusers[evaluation]" in failure(load_extractor, "inception")
+    assert "pip install -e '.[evaluation]'" in failure(load_extractor, "inception")
 
 
 def test_inception_with_given_weights(monkeypatch, saved):

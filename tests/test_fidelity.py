@@ -155,16 +155,17 @@ def test_bootstrap_of_the_kernel_distance():
         bootstrap_kernel(real, {"same": same[:59]})
 
 
-def test_resampled_doubles_do_not_raise_the_kernel_distance():
-    """Against the distances, pair by pair, of one draw with its doubles left out."""
-    real, fake = gaussian(12, 0), gaussian(12, 1, shift=0.3)
+@pytest.mark.parametrize("count", [12, 1100])  # 1024 rows are taken at once
+def test_resampled_doubles_do_not_raise_the_kernel_distance(count):
+    """Against the distances of all pairs of one draw with its doubles left out."""
+    real, fake = gaussian(count, 0), gaussian(count, 1, shift=0.3)
     (found,) = bootstrap_kernel(real, {"fake": fake}, draws=1, seed=5)["fake"]
     generator = torch.Generator().manual_seed(5)
-    rows, other_rows = (torch.randint(12, (12,), generator=generator).tolist() for _ in range(2))
+    rows, other_rows = (torch.randint(count, (count,), generator=generator) for _ in range(2))
 
     def mean_kernel(one, ones, other, others, same):
-        values = [(one[i, 0, 0] @ other[j, 0, 0] / 4 + 1) ** 3 for i in ones for j in others if not (same and i == j)]
-        return torch.stack(values).mean()
+        values = (one[ones, 0, 0] @ other[others, 0, 0].T / 4 + 1) ** 3
+        return values[ones[:, None] != others].mean() if same else values.mean()
 
     expected = mean_kernel(real, rows, real, rows, True) + mean_kernel(fake, other_rows, fake, other_rows, True)
     expected = expected - 2 * mean_kernel(real, rows, fake, other_rows, False)

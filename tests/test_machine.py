@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,13 @@ import torch
 from msrl_diffusers import processes
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.precision import autocast, resolve_precision
-from msrl_diffusers.processes import _asked_of_accelerate, keep_freed_memory, start_missing_processes, use_whole_cpu
+from msrl_diffusers.processes import (
+    _asked_of_accelerate,
+    keep_freed_memory,
+    peak_memory,
+    start_missing_processes,
+    use_whole_cpu,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,16 @@ def test_freed_memory_is_kept_where_there_is_glibc(monkeypatch, platform, calls)
     assert found == calls
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # musl has no such function
     keep_freed_memory()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_memory_is_the_process_s_own():
+    """`ru_maxrss` of a child would be at least the peak of its parent."""
+    block = torch.ones(2**27)  # 512 MiB
+    program = "from msrl_diffusers.processes import peak_memory; print(peak_memory())"
+    child = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    assert child + 2**28 < peak_memory()
+    assert block.nbytes < peak_memory()
 
 
 def test_an_ordinary_process_starts_no_others(monkeypatch):

@@ -12,7 +12,7 @@ from scipy import stats
 from msrl_diffusers import SliceFeatureExtractor, VolumeDataset, load_phantoms
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.memorization import Auditor, audit, tolerance_threshold
-from msrl_diffusers.evaluation.neighbours import VoxelSpace
+from msrl_diffusers.evaluation.neighbours import FeatureSpace, VoxelSpace
 from msrl_diffusers.evaluation.sources import open_source
 
 
@@ -166,6 +166,25 @@ def test_a_search_knows_shifts_up_to_its_limit(small):
     moved = torch.stack([torch.roll(train[row], (2, -2, 1), (1, 2, 3)) for row in range(3)]).half()
     distances = {shift: VoxelSpace(train.half(), 5, shift).search(moved).distances.max().item() for shift in (0, 1, 2)}
     assert distances[2] < 0.01 < 0.3 < min(distances[0], distances[1])
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_features_are_searched_block_by_block(leave_out):
+    """Against all distances at once, of more queries than a block holds."""
+    generator = torch.Generator().manual_seed(0)
+    references, *queries = (torch.randn(count, 2, 3, 2, generator=generator) for count in (40, 1500, 1500))
+    own = torch.randint(40, (1500,), generator=generator) if leave_out else None
+    found = FeatureSpace(references, 5).search(*queries, own)
+    mean, deviation = references.flatten(1).mean(dim=0), references.flatten(1).std(dim=0)
+    directions = [F.normalize((part.flatten(1) - mean) / deviation) for part in (references, *queries)]
+    distances = torch.stack([(1 - part @ directions[0].T).sqrt() for part in directions[1:]])
+    if leave_out:
+        distances[:, torch.arange(1500), own] = torch.inf
+    ordered, order = distances.amin(dim=0).sort(dim=1)
+    torch.testing.assert_close(found.distances, ordered[:, 0])
+    torch.testing.assert_close(found.scores, ordered[:, 0] / ordered[:, 4])
+    assert torch.equal(found.nearest, order[:, 0])
+    assert torch.equal(found.flipped, distances[:, torch.arange(1500), order[:, 0]].argmin(dim=0).bool())
 
 
 def test_large_volumes_are_averaged_down():

@@ -7,6 +7,7 @@ from tiny import Brightness, copied, differing, tiny_pipeline
 
 from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer, MedVolumePipeline
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.rewards import WeightedSum
 from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trainers.base import checkpoints, read_log
@@ -148,6 +149,37 @@ def test_resume_is_exact(settings, tmp_path):
     assert {"best_figure", "best_step", "scales", "unet_forwards"} <= set(states[0]["state"])
     models = [load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in ("whole", "parts")]
     assert differing(*models) == []
+
+
+def test_a_run_goes_on_elsewhere_with_the_best_weights_of_its_checkpoint(tmp_path):
+    """They lay beside the checkpoint only, and the log did too."""
+    _, figures, weights = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    checkpoint = str(tmp_path / "parts/checkpoint-2")
+    _, resumed_figures, resumed_weights = run(tmp_path / "elsewhere", 4, resume_from_checkpoint=checkpoint)
+    assert differing(weights, resumed_weights) == []
+    assert timeless([figures]) == timeless([resumed_figures])
+    assert timeless(read_log(tmp_path / "whole")) == timeless(read_log(tmp_path / "elsewhere"))
+
+
+def test_conditions_that_a_rollout_has_once_are_refused(tmp_path):
+    args = config(tmp_path, rollout_batch_size=2, num_rollout_batches=1, train_batch_size=2)
+    trainer = DiffusionPPOTrainer(tiny_pipeline(), Brightness(), args)
+    with pytest.raises(InputError, match="A rollout of 2 samples has 2 different conditions, each once"):
+        trainer.train()
+
+
+def test_classes_may_be_named(tmp_path):
+    trainer = DiffusionPPOTrainer(tiny_pipeline(), Brightness(), config(tmp_path), train_conditions=["LGG", "HGG"])
+    assert trainer.conditions.values == [1, 0]
+
+
+def test_weights_beside_a_weighted_sum_are_refused(tmp_path):
+    total = WeightedSum([Brightness(), Contrast()])
+    with pytest.raises(InputError, match="reward_weights are given beside a WeightedSum"):
+        DiffusionPPOTrainer(tiny_pipeline(), total, config(tmp_path, reward_weights=[1.0, 2.0]))
+    with pytest.raises(InputError, match="2 rewards need as many weights, got 1"):
+        DiffusionPPOTrainer(tiny_pipeline(), [Brightness(), Contrast()], config(tmp_path, reward_weights=[1.0]))
 
 
 def test_lora_trains_the_adapter_alone_and_is_fused(tmp_path):

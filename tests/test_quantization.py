@@ -32,6 +32,14 @@ def test_nearest_code_is_the_argmin_of_distances(chunk_size):
     assert torch.equal(nearest_code(vectors, codebook, chunk_size), expected)
 
 
+def test_nearest_code_is_as_exact_within_autocast():
+    generator = torch.Generator().manual_seed(0)
+    vectors, codebook = torch.randn(500, 5, generator=generator), torch.randn(200, 5, generator=generator)
+    expected = nearest_code(vectors, codebook)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_code(vectors, codebook), expected)
+
+
 def test_straight_through_has_the_gradient_of_the_continuous():
     continuous = torch.randn(8, requires_grad=True)
     value = straight_through(continuous, continuous.round())

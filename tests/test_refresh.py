@@ -187,12 +187,14 @@ def test_refreshes_that_are_refused(real, anchors, tmp_path):
     models = {"volume": VolumeRewardModel(block_out_channels=(8, 8))}
     data = ScoredVolumes(real.pixel_values, torch.rand(len(real)), real.subject_ids)
     labeler = SetLabeler(extractor(), real, anchors)
-    with pytest.raises(InputError, match=r"settings for each of \['volume'\] with one value of every, got \[\]"):
+    with pytest.raises(
+        InputError, match=r"settings for each of \['volume'\] with one value of every and of sample_weight, got \[\]"
+    ):
         RewardRefresh(models, data, labeler, {})
     refresh = RewardRefresh(models, data, labeler, {"volume": RefreshConfig(report_to="none")})
     with pytest.raises(InputError, match="needs class labels as conditions"):
         DiffusionPPOTrainer(
-            tiny_pipeline(), LearnedReward("volume", models["volume"]), config(tmp_path), train_conditions=["HGG"],
+            tiny_pipeline(), LearnedReward("volume", models["volume"]), config(tmp_path), train_conditions=["a brain"],
             refresh=refresh,
         )  # fmt: skip
     with pytest.raises(InputError, match="every must be positive, got 0"):

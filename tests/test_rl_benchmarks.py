@@ -117,6 +117,47 @@ def test_rows_and_tables_of_reports(benchmarks):
     assert _runs.merged({"ppo": {"a": 1}}, {"ppo": {"b": 2}, "x": 1}) == {"ppo": {"a": 1, "b": 2}, "x": 1}
 
 
+def test_what_is_gathered_says_where_the_runs_are_from(benchmarks, tmp_path, monkeypatch):
+    """Not what the command line's base says, which is of other data."""
+    import _runs
+
+    origin = {
+        "dataset": "nifti_folder", "data_fingerprint": "d", "pretrained": "p", "n": {"all": 8}, "extractors": {}, "commit": None,
+        "versions": {},
+    }  # fmt: skip
+    monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed)})
+    content = _runs.gathered(StudyConfig(output_dir=str(tmp_path)), {"ppo": {0: origin}}, "What")
+    assert StudyConfig().dataset != "nifti_folder" == content["dataset"]
+    assert "cpu_count" not in content  # the gathering machine's
+
+
+def test_a_method_reaches_ppo_over_the_seeds_that_both_have(benchmarks):
+    import objectives
+
+    def row(**distances):
+        seeds, values = [int(seed[1:]) for seed in distances], list(distances.values())
+        cost = {"mean": 10.0 * len(values)}
+        return {
+            "seeds": seeds, "unet_forwards": cost, "seconds": cost, "peak_memory": None,
+            "fid": {"judge": {"rl": {"mean": sum(values) / len(values), "values": values}}},
+        }  # fmt: skip
+
+    content = {
+        "variants": {
+            "ppo": row(s0=1.0, s1=2.0, s2=9.0),
+            "nft": row(s1=2.5, s0=1.5),  # a lower mean than PPO's, but of PPO's easy seeds
+            "draft": row(s0=1.5, s1=1.0),
+            "frechet": row(s3=0.1),
+            "refl": {"seeds": [], "refused": {"0": "No."}},
+        }
+    }
+    shares = objectives.shares_of_ppo(content)
+    assert {name: share["reaches_ppo"] for name, share in shares.items()} == {
+        "nft": False, "draft": True, "frechet": None,
+    }  # fmt: skip
+    assert shares["frechet"]["forwards"] == pytest.approx(1 / 3)
+
+
 def test_finished_runs_of_several_folders_are_gathered(benchmarks, tmp_path):
     import _runs
 
@@ -232,4 +273,13 @@ def test_the_ceiling_of_reward_models(benchmarks, tmp_path, monkeypatch, capsys)
     assert sets == ["reconstruction-001", "synthetic-100"]
     before = records(runs)
     run("reward_ceiling.py", *arguments, monkeypatch=monkeypatch)
+    run("reward_ceiling.py", *arguments, "--variants", "all_sets", monkeypatch=monkeypatch)
+    assert "| all_sets |" in output.with_suffix(".md").read_text()
     assert records(runs) == before
+
+
+@pytest.mark.parametrize("option", ["--finished", "--note"])
+def test_the_ceiling_has_no_finished_runs_and_no_note(benchmarks, option, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("reward_ceiling.py", option, "runs", monkeypatch=monkeypatch)
+    assert "leave --finished and --note out" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from tiny_release import released_study, write_tiny_release
 
 from msrl_diffusers import MedVolumePipeline, StudyConfig, run_study
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.evaluation.neighbours import shrink
+from msrl_diffusers.study import curve as curve_module
 from msrl_diffusers.study.artifacts import (
     load_pipeline,
     load_reward_models,
@@ -26,6 +28,7 @@ from msrl_diffusers.study.sections import METHODS
 from msrl_diffusers.study.stages import train_extractors
 from msrl_diffusers.study.validity import measure_validity
 from msrl_diffusers.trainers.snapshots import read_snapshots
+from msrl_diffusers.trainers.watchdogs import high_frequency_share
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs" / "phantoms"
@@ -177,14 +180,31 @@ def test_a_killed_curve_goes_on_and_snapshots_can_be_removed(study):
     (folder / "curve" / "stage.json").unlink()
     kept = folder / "curve" / "points" / "rollout-00000.json"
     time = kept.stat().st_mtime_ns
-    (folder / "curve" / "points" / "rollout-00003.json").unlink()
-    run_study(replace(study, keep_snapshots=False), ["curve"])
+    for name in ("points/rollout-00003.json", "curve.json"):
+        (folder / "curve" / name).unlink()
+    config = replace(study, keep_snapshots=False)
+    run_study(config, ["curve"])
     assert stage(study, "curve") == before
     assert kept.stat().st_mtime_ns == time
     assert list((folder / "ppo" / "snapshots").iterdir()) == []
+    (folder / "curve" / "stage.json").unlink()  # killed after the snapshots were removed
+    run_study(config, ["curve"])
+    assert stage(study, "curve") == before
     shutil.rmtree(folder / "curve")
     with pytest.raises(InputError, match=r"holds no snapshots; remove .*ppo to tune again"):
         run_study(study, ["curve"])
+
+
+def test_figures_of_the_curve_are_those_of_all_volumes_at_once(monkeypatch):
+    train = tiny_phantoms(4)
+    values = train.pixel_values.float()
+    values[0] *= 3  # batches of other energies
+    volumes = replace(train, pixel_values=values.half())
+    monkeypatch.setattr(curve_module, "BATCH_SIZE", 3)
+    monkeypatch.setattr(curve_module, "WORKING_EDGE", 8)
+    share = high_frequency_share(volumes.pixel_values.float())
+    assert curve_module._high_frequency_share(volumes) == pytest.approx(share, rel=1e-5)
+    assert torch.equal(curve_module._shrunk(volumes), shrink(volumes.pixel_values.float(), 8).half())
 
 
 def test_where_a_curve_turns():
@@ -321,6 +341,13 @@ def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path)
             r"frechet_features must be of \['label', 'volume', 'slice'\], got \['judge'\]",
         ),
         ({"marginal_labels": 1.5}, r"marginal_labels must lie in \[0, 1\], got 1.5"),
+        ({"samplers": []}, "samplers is empty; give one or more"),
+        ({"synthetic_steps": []}, "synthetic_steps is empty; give one or more"),
+        ({"reconstruction_steps": []}, "reconstruction_steps is empty; give one or more"),
+        ({"synthetic_steps": [10, 0]}, "synthetic_steps must be 1 or more, got 0"),
+        ({"reconstruction_steps": [0, 10]}, "reconstruction_steps must be from 1 to 100, got 0"),
+        ({"reconstruction_steps": [1, 101]}, "reconstruction_steps must be from 1 to 100, got 101"),
+        ({"evaluation_per_class": 1}, "evaluation_per_class must be 2 or more, got 1"),
         ({"num_curve_points": -1}, "num_curve_points must be 0 or more, got -1"),
         ({"degraded_anchors": {"kinds": ["blur"]}}, "needs two lists, kinds and strengths"),
         ({"degraded_anchors": {"kinds": ["smear"], "strengths": [0.5]}}, "kind 'smear' is unknown; choose of"),
@@ -348,6 +375,10 @@ def test_data_of_rewards_that_are_given_can_t_be_changed(release):
             StudyConfig(pretrained=release, **fields)
         StudyConfig(pretrained=release, pretrained_rewards=False, **fields)
     StudyConfig(pretrained=release, marginal_labels=0.5, refresh={"every": 2})
+
+
+def test_a_release_states_its_sampler(release):
+    StudyConfig(pretrained=release, samplers=[])
 
 
 # ------------------------------------------------------------------------------------------------------------ methods

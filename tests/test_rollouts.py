@@ -1,9 +1,10 @@
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from peft import LoraConfig
 from tiny import tiny_pipeline
 
+from msrl_diffusers.errors import InputError
 from msrl_diffusers.functional.denoising import gaussian_log_prob
 from msrl_diffusers.policies import make_policy
 from msrl_diffusers.rollouts import Rollout, StepTable, condition_numbers, sample_rollout, step_moments
@@ -62,9 +63,30 @@ def test_steps_without_noise_are_no_actions():
     assert table.stochastic
     assert (rollout.log_probs[:, quiet] == 0).all()
     assert (rollout.log_probs[:, list(table.stochastic)] != 0).all()
-    for step in quiet:
-        mean, _ = step_moments(policy, table, step, rollout.latents[:, step], rollout.conditioning, 1.0)
+    without_noise = StepTable.of(policy.scheduler, STEPS, 0.0, 0.0)
+    assert without_noise.stochastic == ()
+    for step in quiet:  # deterministic steps of DDIM
+        mean, _ = step_moments(policy, without_noise, step, rollout.latents[:, step], rollout.conditioning, 1.0)
         torch.testing.assert_close(rollout.latents[:, step + 1], mean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_a_scheduler_that_clips_latents_is_refused(option):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{option: True})
+    with pytest.raises(InputError, match=rf"has {option}, which clips latents .* set pipe.scheduler = DDIMScheduler"):
+        make_policy(pipeline)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_every_sample_may_have_a_timestep_of_its_own(guidance_scale):
+    policy = make_policy(tiny_pipeline())
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    conditioning = policy.encode([0, 1])
+    with torch.no_grad():
+        apart = [policy.predict(latents, torch.tensor(t), conditioning, guidance_scale) for t in (900, 100)]
+        together = policy.predict(latents, torch.tensor([900, 100]), conditioning, guidance_scale)
+    torch.testing.assert_close(together, torch.stack([apart[0][0], apart[1][1]]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_scheduler_without_ddim_steps_is_refused():

@@ -1,5 +1,8 @@
+import hashlib
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from msrl_diffusers import (
     StudyConfig,
     VolumeProcessor,
     VolumeRewardModel,
+    load_phantoms,
     run_study,
     write_phantoms,
 )
@@ -22,6 +26,7 @@ from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
+from msrl_diffusers.files import file_mark, folder_mark
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
 from msrl_diffusers.study.artifacts import (
@@ -189,6 +194,9 @@ def test_the_page_holds_the_numbers_of_the_json(finished, report):
     for role in ROLES:
         for arm in ARMS:
             assert f"{report['fid'][role][arm]['all']:.4f}" in page
+    header, _, volume = page.split("| reward model, on held-out subjects |")[1].splitlines()[:3]
+    assert header.split(" | ")[1] == "Spearman over the volumes of all sets"  # not over the sets' means
+    assert volume.split(" | ")[2] == f"{report['reward_models']['volume']['spearman']:.3f}"
     for figure in ("comparison", "ppo", "reward_vs_fid"):
         assert f"figures/{figure}.png" in page
         assert (finished / "figures" / f"{figure}.png").stat().st_size > 1000
@@ -314,8 +322,15 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
 
 def test_a_release_of_an_unfinished_study_is_refused(study, tmp_path):
     (study / "samplers" / "stage.json").unlink()
-    with pytest.raises(InputError, match="A release needs the result of stage 'samplers'; run that stage first"):
+    with pytest.raises(InputError, match="A release needs the result of 'samplers'; run that stage first"):
         write_release(settings_with(study), tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+
+
+def test_a_release_of_models_of_other_settings_is_refused(study, tmp_path):
+    config = settings_with(study, vqgan={"learning_rate": 0.5})
+    with pytest.raises(InputError, match="A release needs 'vqgan', which was run with other settings; run it again"):
+        write_release(config, tmp_path / "release")
     assert not (tmp_path / "release").exists()
 
 
@@ -380,6 +395,21 @@ def test_a_fingerprint_follows_the_files_it_is_given(tmp_path):
     assert fingerprint(config, "prepare") != before
 
 
+def test_the_mark_of_given_files_is_theirs_and_they_are_read_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"12345")
+    (tmp_path / "c").write_bytes(b"c" * 300_000)
+    parts = b"a/b 5\n12345c 300000\n" + b"c" * (1 << 18)
+    assert folder_mark(tmp_path) == hashlib.sha256(parts).hexdigest()[:16]
+    assert file_mark(tmp_path / "c") == hashlib.sha256(b"300000" + b"c" * 300_000).hexdigest()[:16]
+    before, times = folder_mark(tmp_path), (tmp_path / "a" / "b").stat()
+    (tmp_path / "a" / "b").write_bytes(b"54321")
+    os.utime(tmp_path / "a" / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert folder_mark(tmp_path) == before  # size and time are the same
+    os.utime(tmp_path / "a" / "b", ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000_000))
+    assert folder_mark(tmp_path) != before
+
+
 def test_a_fingerprint_of_extractors_knows_their_precision(tmp_path):
     one, other = (settings_with(tmp_path, mixed_precision=precision) for precision in ("no", "bf16"))
     assert one.trainer_config("extractors").mixed_precision != other.trainer_config("extractors").mixed_precision
@@ -419,6 +449,28 @@ def test_a_study_runs_from_a_prepared_cache(tmp_path):
     missing = settings_with(tmp_path / "no", dataset="prepared", data_dir=str(tmp_path / "data"))
     with pytest.raises(InputError, match=r"train\.safetensors can't be read as prepared volumes"):
         run_study(missing, ["prepare"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda train, heldout: train, "4 subjects are in the training set and in the hold-out"),
+        (lambda train, heldout: heldout.take_per_class(1), "Class 'HGG' needs 2 volumes or more in the hold-out and has 1"),
+        (lambda train, heldout: replace(heldout, pixel_values=heldout.pixel_values[..., :8]), "The hold-out has volumes of shape"),
+        (lambda train, heldout: replace(heldout, id2label={0: "LGG", 1: "HGG"}), "The hold-out has classes"),
+        (lambda train, heldout: replace(heldout, spacing=(1.0, 1.0, 1.0)), "The hold-out has voxels of"),
+    ],
+    ids=["leak", "few", "shape", "classes", "spacing"],
+)  # fmt: skip
+def test_a_split_that_later_stages_can_not_use_is_refused_at_once(change, sentence, tmp_path):
+    train, heldout = load_phantoms(2, 16), load_phantoms(2, 16, first_index=2)
+    train.save(tmp_path / "cache" / "train.safetensors")
+    change(train, heldout).save(tmp_path / "cache" / "heldout.safetensors")
+    config = settings_with(tmp_path / "out", dataset="prepared", data_dir=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=sentence):
+        run_study(config, ["prepare"])
+    heldout.save(tmp_path / "cache" / "heldout.safetensors")
+    assert run_study(config, ["prepare"])["heldout"] == {"HGG": 2, "LGG": 2}
 
 
 def test_gap_closed():

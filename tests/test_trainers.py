@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from launching import interrupted_when_saving
 from tiny import copied, differing
 from trainers_scene import build
@@ -13,7 +14,8 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.layers import conv
 from msrl_diffusers.precision import resolve_precision
 from msrl_diffusers.seeding import batch_indices
-from msrl_diffusers.trainers.base import checkpoints, in_fast_memory_format, read_log
+from msrl_diffusers.trainers.base import TrainingRun, checkpoints, in_fast_memory_format, read_log
+from msrl_diffusers.trainers.base_config import TrainingConfig
 
 
 NAMES = [
@@ -84,6 +86,43 @@ def test_the_memory_format_is_the_fast_one_of_the_precision(spatial_dims):
     native = resolve_precision("auto", "cpu") == "bf16"
     in_fast_memory_format(module, "auto")
     assert module[0].weight.is_contiguous() == native
+
+
+def test_no_checkpoint_lies_within_an_accumulation(tmp_path):
+    settings = {"max_steps": 6, "gradient_accumulation_steps": 3, "save_steps": 2}
+    whole, module = build("reward-volume", tmp_path / "whole", **settings)
+    whole.train()
+    assert [path.name for path in checkpoints(tmp_path / "whole")] == ["checkpoint-3", "checkpoint-6"]
+    again, resumed = build(
+        "reward-volume", tmp_path / "parts", **settings, resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3")
+    )
+    again.train()
+    assert differing(copied(module), copied(resumed)) == []
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_every_schedule_warms_up(schedule, tmp_path):
+    run = TrainingRun(
+        TrainingConfig(str(tmp_path), lr_scheduler_type=schedule, warmup_steps=4, report_to="none"), "warming up"
+    )
+    optimizer = run.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    scheduler, rates = run.lr_scheduler(optimizer, 100), []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0, 0.25e-4, 0.5e-4, 0.75e-4, 1e-4])
+
+
+def test_the_denoiser_learns_the_same_whatever_sampler_its_pipeline_has(tmp_path):
+    weights = []
+    for scheduler_class in (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler):
+        trainer, module = build("diffusion", tmp_path / scheduler_class.__name__, max_steps=2)
+        trainer.pipeline.scheduler = scheduler_class.from_config(trainer.pipeline.scheduler.config)
+        trainer.pipeline.scheduler.set_timesteps(4)
+        trainer.train()
+        weights.append(copied(module))
+    assert differing(weights[0], weights[1]) == differing(weights[0], weights[2]) == []
 
 
 def test_another_seed_gives_another_training(tmp_path):

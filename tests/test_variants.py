@@ -14,6 +14,7 @@ from tiny import tiny_study
 from msrl_diffusers import StudyConfig, run_study
 from msrl_diffusers.cli.study import StudyArguments
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.files import write_json
 from msrl_diffusers.study import published, side_by_side
 from msrl_diffusers.study import runs as runs_module
 from msrl_diffusers.study.chain import enabled_stages, fingerprint
@@ -172,6 +173,20 @@ def test_a_link_that_no_longer_fits_is_made_anew(tmp_path):
     assert stage_folder(other, "prepare").parent == tmp_path / "run"
     assert json.loads((tmp_path / "home" / "prepare" / "stage.json").read_text())["result"]["train"]["HGG"] == 4
     assert json.loads((tmp_path / "run" / "prepare" / "stage.json").read_text())["result"]["train"]["HGG"] == 3
+
+
+def test_what_another_run_is_about_to_make_anew_is_not_linked(tmp_path):
+    """Its folder holds the very stage that is wanted, but of its settings before."""
+    other, config = (StudyConfig(output_dir=str(tmp_path / name), **tiny_study()) for name in ("other", "run"))
+    run_study(other, ["prepare"])
+    for changed in (replace(other, num_per_class=3), replace(other, image_size=32)):
+        link_finished("prepare", config, [changed])
+        assert not (tmp_path / "run" / "prepare").exists()
+    link_finished("prepare", config, [replace(other, num_per_class=3), other])
+    assert stage_folder(config, "prepare") == stage_folder(other, "prepare")
+    write_json(tmp_path / "other" / "ppo" / "stage.json", {"fingerprint": fingerprint(config, "ppo"), "result": {}})
+    link_finished("ppo", config, [replace(other, method="nft")])  # which has no such stage
+    assert not (tmp_path / "run" / "ppo").exists()
 
 
 def test_tables_gather_the_reports(finished, tables):

@@ -5,7 +5,6 @@ is made once, and a benchmark that was killed goes on when it is started again.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,14 +170,13 @@ def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]],
     first = finished[0]
     return {
         "what": f"{what}; {note}" if note else what,
-        "dataset": base.dataset,
+        "dataset": first["dataset"],
         "data_fingerprint": first["data_fingerprint"],
         "pretrained": first["pretrained"],
         "n": first["n"],
         "seeds": sorted({seed for by_seed in reports.values() for seed in by_seed}),
         "extractors": first["extractors"],
         "variants": {name: row_of(by_seed) for name, by_seed in reports.items()},
-        "cpu_count": os.cpu_count(),
         "commit": git_commit(),
         "commits_of_runs": sorted({report["commit"] for report in finished if report["commit"]}),
         "devices_of_runs": sorted({report["device"] for report in finished if report.get("device")}),

@@ -4,9 +4,9 @@
 
 A Frechet distance compares whole distributions and can hide that a lesion is missing. Here networks that saw real training volumes
 alone (a 3D ResNet of MONAI, of several seeds) read the class of held-out real volumes, of reconstructions, and of the samples that
-finished studies reported, before and after tuning. They scored no reward and picked no weights. `agreement` is the share read as the
-class asked for, the mean over classifiers, with the 95 % bootstrap interval over volumes; `difference` is that of the tuned samples
-from those before, paired by noise. Beside the JSON lies the same as a Markdown table.
+finished studies of the same data reported, before and after tuning. They scored no reward and picked no weights. `agreement` is
+the share read as the class asked for, the mean over classifiers, with the 95 % bootstrap interval over volumes; `difference` is
+that of the tuned samples from those before, paired by noise. Beside the JSON lies the same as a Markdown table.
 """
 
 import argparse
@@ -56,6 +56,33 @@ def share(values: torch.Tensor, seed: int) -> dict:
     rows = torch.randint(len(values), (DRAWS, len(values)), generator=generator_for(seed, "class agreement"))
     low, high = values[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return {"value": values.mean().item(), "interval": [low, high]}
+
+
+def check_studies(folders: list[Path]) -> None:
+    """Refuse studies that can't stand in one table.
+
+    Raises:
+        InputError: folders of one name, a study whose data were not prepared, or studies of unequal data.
+    """
+    first, names = folders[0], [folder.name for folder in folders]
+    for folder in folders:
+        if names.count(folder.name) > 1:
+            raise InputError(
+                f"Two of the studies are in folders called {folder.name!r}; give every study a name of its own."
+            )
+        if data_fingerprint(folder) != data_fingerprint(first):
+            raise InputError(
+                f"The studies in {first} and {folder} are of unequal data, but the classifiers learn from one; give studies of "
+                "equal data."
+            )
+
+
+def data_fingerprint(folder: Path) -> str:
+    """Hash of the volumes that a study prepared."""
+    record = folder / "prepare" / "stage.json"
+    if not record.is_file():
+        raise InputError(f"{record} is not there; run the study of that folder to its end first.")
+    return json.loads(record.read_text())["result"]["fingerprint"]
 
 
 def read_study(folder: Path, models: list[torch.nn.Module], seed: int) -> dict:
@@ -118,10 +145,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/class-agreement.json"))
     args = parser.parse_args()
-    prepared = args.studies[0] / "prepare" / "train.safetensors"
-    if not prepared.is_file():
-        raise InputError(f"{prepared} is not there; run the study of that folder to its end first.")
-    train = VolumeDataset.load(prepared)
+    check_studies(args.studies)
+    train = VolumeDataset.load(args.studies[0] / "prepare" / "train.safetensors")
     models = [trained_classifier(train, args.max_steps, args.seed + number) for number in range(args.num_classifiers)]
     content = {
         "classifiers": args.num_classifiers,

@@ -27,10 +27,12 @@ from tqdm import tqdm
 from msrl_diffusers import SliceFeatureExtractor
 from msrl_diffusers.data.phantoms import FIELD_OF_VIEW, make_phantom
 from msrl_diffusers.data.processor import to_nifti
+from msrl_diffusers.errors import sentence_instead_of_traceback
 from msrl_diffusers.evaluation.features import source_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.evaluation.sources import open_source
 from msrl_diffusers.files import write_json
+from msrl_diffusers.processes import peak_memory
 from msrl_diffusers.study.report import git_commit, versions
 
 
@@ -46,18 +48,10 @@ def write_images(folder: Path, num_volumes: int, num_distinct: int, image_size: 
             os.link(folder / f"phantom-{index % num_distinct:06d}.nii.gz", path)
 
 
-def peak_mib() -> float:
-    """Peak resident memory of this process so far."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise SystemExit("/proc/self/status has no VmHWM: this benchmark needs Linux.")
-
-
 def measure(folder: Path, batch_size: int) -> dict:
     """What a child process finds: seconds and memory of the distance between `folder/real` and `folder/fake`."""
     torch.manual_seed(0)
-    extractor, idle = SliceFeatureExtractor(), peak_mib()
+    extractor, idle = SliceFeatureExtractor(), peak_memory()
     started = time.monotonic()
     features = [
         source_features(extractor, open_source(folder / name), batch_size=batch_size).double()
@@ -69,8 +63,8 @@ def measure(folder: Path, batch_size: int) -> dict:
         "volumes": sum(map(len, features)),
         "seconds": time.monotonic() - started,
         "distance_seconds": time.monotonic() - extracted,
-        "idle_mib": idle,
-        "peak_mib": peak_mib(),
+        "idle_mib": idle / 2**20,
+        "peak_mib": peak_memory() / 2**20,
         "fid": value,
     }
 
@@ -126,4 +120,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with sentence_instead_of_traceback():
+        main()

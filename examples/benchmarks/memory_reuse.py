@@ -8,7 +8,6 @@ times; `ratio` is that of the median seconds, with over without, and `peak_memor
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from msrl_diffusers import MedVolumePipeline, SliceFeatureExtractor, SliceRewardModel, VolumeRewardModel
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.files import write_json
-from msrl_diffusers.processes import keep_freed_memory
+from msrl_diffusers.processes import keep_freed_memory, peak_memory
 from msrl_diffusers.study.report import git_commit, versions
 from msrl_diffusers.trainers.base import in_fast_memory_format
 
@@ -76,7 +75,7 @@ def measure(name: str, kept: bool) -> dict[str, float]:
     started = time.perf_counter()
     work()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": seconds, "peak_memory": peak_memory() / 2**20}
 
 
 def main() -> None:

@@ -3,12 +3,11 @@
     python examples/benchmarks/method_memory.py --output examples/results/method-memory.json
 
 Two rollouts of every method, each in a fresh process. `peak_memory`, in bytes: what the process held at most beyond what it held
-after its imports; on a GPU the most that was allocated there.
+after its imports (on Linux); on a GPU the most that was allocated there.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from objectives import CONFIG, VARIANTS
 from tqdm import tqdm
 
 from msrl_diffusers.files import write_json
-from msrl_diffusers.processes import device_name, keep_freed_memory, use_whole_cpu
+from msrl_diffusers.processes import device_name, keep_freed_memory, peak_memory, use_whole_cpu
 from msrl_diffusers.study import StudyConfig, run_study
 from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.report import git_commit, versions
@@ -40,14 +39,10 @@ def measure(name: str, folder: Path) -> int:
     """Bytes that tuning took in this process."""
     keep_freed_memory()
     use_whole_cpu()
-    config, before = config_of(name, folder), _peak()
+    config, before = config_of(name, folder), peak_memory()
     run_study(config, [config.method])
     result = json.loads((Path(config.output_dir) / config.method / "stage.json").read_text())["result"]
-    return result["peak_memory"] or _peak() - before
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result["peak_memory"] or peak_memory() - before
 
 
 def main() -> None:

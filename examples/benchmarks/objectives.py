@@ -5,13 +5,14 @@
     python examples/benchmarks/objectives.py --finished DIR DIR
 
 Beside the JSON lie the same as a table and a figure. `share_of_ppo` says of each method how many of PPO's denoiser forwards it
-took, and whether it reached PPO's distance. Every tuned model stands at two samplers: the pretrained model's best, and the
-rollouts' with all the noise of DDPM.
+took, and whether it reached PPO's distance over the seeds that both have. Every tuned model stands at two samplers: the pretrained
+model's best, and the rollouts' with all the noise of DDPM.
 """
 
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from _runs import COLUMNS, gathered, parse_benchmark, reports_of, shown, table, write_results
 from matplotlib.figure import Figure
@@ -44,8 +45,8 @@ BY_SAMPLER = {
 
 
 def shares_of_ppo(content: dict) -> dict[str, dict] | None:
-    """Of each method: its denoiser forwards and seconds over those of PPO, and whether its judge distance is at most PPO's;
-    means over seeds. None where PPO was not run; no share of seconds where one of the two ran on a GPU and the other did not."""
+    """Of each method: its denoiser forwards and seconds over those of PPO, means over the seeds of each, and `_reaches` of the two.
+    None where PPO was not run; no share of seconds where one of the two ran on a GPU and the other did not."""
     rows = {name: row for name, row in content["variants"].items() if row["seeds"]}
     if "ppo" not in rows:
         return None
@@ -60,11 +61,19 @@ def shares_of_ppo(content: dict) -> dict[str, dict] | None:
             "seconds": mean(row, "seconds") / mean(ppo, "seconds")
             if bool(row["peak_memory"]) == bool(ppo["peak_memory"])
             else None,
-            "reaches_ppo": row["fid"]["judge"]["rl"]["mean"] <= ppo["fid"]["judge"]["rl"]["mean"],
+            "reaches_ppo": _reaches(row, ppo),
         }
         for name, row in rows.items()
         if name != "ppo"
     }
+
+
+def _reaches(row: dict, ppo: dict) -> bool | None:
+    """Whether the judge distance is at most PPO's, means over the seeds that both have: each has reward models of its own. None
+    where they have none in common."""
+    own, others = (dict(zip(one["seeds"], one["fid"]["judge"]["rl"]["values"], strict=True)) for one in (row, ppo))
+    both = own.keys() & others.keys()
+    return fmean(own[seed] for seed in both) <= fmean(others[seed] for seed in both) if both else None
 
 
 def draw(content: dict) -> Figure:
@@ -110,7 +119,7 @@ def lines(content: dict) -> list[str]:
             "|---|---|---|---|",
         ]
         for name, share in content["share_of_ppo"].items():
-            reaches = "yes" if share["reaches_ppo"] else "no"
+            reaches = {True: "yes", False: "no", None: "other seeds"}[share["reaches_ppo"]]
             seconds = "another machine" if share["seconds"] is None else f"{share['seconds']:.2f}"
             found.append(f"| {name} | {share['forwards']:.2f} | {seconds} | {reaches} |")
     return found

@@ -34,7 +34,7 @@ def validity_of_run(config: StudyConfig) -> dict:
 
 def markdown(content: dict) -> str:
     """A line per set of reward models."""
-    columns = [(role, figure) for role in content["rows"]["extremes"] for figure in FIGURES]
+    columns = [(role, figure) for role in next(iter(content["rows"].values())) for figure in FIGURES]
     lines = [
         "# What the reward models can learn",
         "",
@@ -52,6 +52,10 @@ def markdown(content: dict) -> str:
 
 def main() -> None:
     args, base = parse_benchmark(CONFIG, "outputs/reward_ceiling.json")
+    if args.finished or args.note:
+        raise InputError(
+            "reward_ceiling.py gathers no finished runs and prints no note; leave --finished and --note out."
+        )
     configs = configs_of(base, chosen(VARIANTS, args.variants), args.seeds)
     for sentence in run_configs(base, configs, args.jobs, study_chain(base).up_to("validity")).values():
         raise InputError(sentence)

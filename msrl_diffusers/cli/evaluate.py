@@ -168,8 +168,9 @@ def _diversity_table(content: dict) -> list[list]:
     for name, figures in content["ms_ssim"].items():
         if figures:
             low, high = figures["interval"]
+            within = ", within classes" if figures["within_classes"] else ""
             rows.append([
-                f"MS-SSIM, pairs of {name}", figures["value"], f"{low:.4g} .. {high:.4g}", "lower: more diverse",
+                f"MS-SSIM, pairs of {name}{within}", figures["value"], f"{low:.4g} .. {high:.4g}", "lower: more diverse",
             ])  # fmt: skip
     if content["manifold"]:
         meanings = {

@@ -1,5 +1,6 @@
 """A generated set against a real one: distances with intervals and their floor, diversity, plain statistics."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -73,13 +74,14 @@ def compare_sets(
             content["by_class"][name] = _distances(of_class["real"], of_class["generated"], **draw)
     if held_out is not None:
         content["held_out"] = _distances(features["held_out"], features["generated"], **draw)
+    by_class = bool(real.class_names and generated.class_names)  # for both alike: volumes of one class are more alike
     return {
         **content,
         **_floor(features, **draw),
         "num_features": extractor.num_features,
         "manifold": manifold_figures(*(volume_features(features[name]) for name in ("real", "generated"))),
         "ms_ssim": {
-            name: ms_ssim_of(source, seed) for name, source in (("real", real), ("generated", generated))
+            name: ms_ssim_of(source, seed, by_class) for name, source in (("real", real), ("generated", generated))
         },
         "statistics": _statistics(real, generated, batch_size),
     }  # fmt: skip
@@ -134,19 +136,23 @@ def _rows_of(source: VolumeSource, class_name: str) -> list[int]:
     return [row for row, name in enumerate(source.class_names) if name == class_name]
 
 
-def ms_ssim_of(source: VolumeSource, seed: int) -> dict | None:
-    """`ms_ssim_diversity` of at most 128 volumes, within classes where there are some; None for volumes too small or too few."""
+def ms_ssim_of(source: VolumeSource, seed: int, by_class: bool = True) -> dict | None:
+    """`ms_ssim_diversity` of at most 128 volumes, of pairs within classes where there are some, unless not `by_class`;
+    `within_classes` says which. None for volumes too small or too few."""
     rows = torch.randperm(len(source), generator=generator_for(seed, "ms-ssim"))[:MAX_COMPARED].sort().values
-    chosen = source.select(rows)
-    labels = None
-    if chosen.class_names:
+    chosen, labels = source.select(rows), None
+    if by_class and chosen.class_names:
+        counts = Counter(chosen.class_names)
+        # the only volume of a class that was drawn has no pair
+        chosen = chosen.select([row for row, name in enumerate(chosen.class_names) if counts[name] > 1])
         names = sorted(set(chosen.class_names))
         labels = [names.index(name) for name in chosen.class_names]
     volumes = chosen.take(range(len(chosen)))
     try:
-        return ms_ssim_diversity(volumes, seed=seed, labels=labels)
+        found = ms_ssim_diversity(volumes, seed=seed, labels=labels)
     except InputError:
         return None
+    return {**found, "within_classes": labels is not None}
 
 
 def _statistics(real: VolumeSource, generated: VolumeSource, batch_size: int) -> dict:

@@ -16,6 +16,9 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_kernel
 from ..errors import InputError
 
 
+ROWS_AT_ONCE = 1024  # of a matrix of kernels
+
+
 class _Identity(torch.nn.Module):
     """Hands ready-made features to torchmetrics in place of a feature network."""
 
@@ -190,13 +193,27 @@ def _weighted_kernel_distance(
     """KID `[draws]` of features `[N, F]` of which each volume stands `weights [draws, N]` times."""
 
     def within(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        kernel = poly_kernel(features, features).fill_diagonal_(0)
         pairs = weights.sum(dim=1).square() - weights.square().sum(dim=1)
-        return ((weights @ kernel) * weights).sum(dim=1) / pairs
+        return _kernel_sum(features, features, weights, weights) / pairs
 
-    between = ((real_weights @ poly_kernel(real, fake)) * fake_weights).sum(dim=1)
+    between = _kernel_sum(real, fake, real_weights, fake_weights)
     between = between / (real_weights.sum(dim=1) * fake_weights.sum(dim=1))
     return within(real, real_weights) + within(fake, fake_weights) - 2 * between
+
+
+def _kernel_sum(
+    one: torch.Tensor, other: torch.Tensor, weights: torch.Tensor, other_weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum `[draws]` of the kernel over all pairs of `one [N, F]` and `other [M, F]`, each as often as the product of its weights
+    says; a set with itself without the pairs of a volume and itself. Never the whole `[N, M]` at once."""
+    sums = 0.0
+    for start in range(0, len(one), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        kernel = poly_kernel(one[rows], other)
+        if one is other:
+            kernel[:, rows].fill_diagonal_(0)
+        sums = sums + weights[:, rows] @ kernel
+    return (sums * other_weights).sum(dim=1)
 
 
 def centred_interval(value: float, replicates: torch.Tensor, level: float = 0.95) -> list[float]:

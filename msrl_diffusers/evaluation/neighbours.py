@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 
 
+QUERIES_AT_ONCE = 1024  # in a matrix of similarities
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """The nearest training volumes of N volumes.
@@ -97,14 +100,20 @@ class FeatureSpace:
     def search(self, features: torch.Tensor, mirrored: torch.Tensor, own: torch.Tensor | None = None) -> Neighbours:
         """Neighbours of volumes with `features [M, P, S, F]` and, of their mirror images, `mirrored`. `own [M]`: for
         every volume a position that doesn't count."""
-        both = torch.stack([self._directions(part.flatten(1)) @ self.references.T for part in (features, mirrored)])
-        similarities, flipped = both.max(dim=0)
-        if own is not None:
-            similarities[torch.arange(len(own)), own] = -torch.inf
-        ordered, order = _distance(similarities).sort(dim=1, stable=True)
-        nearest = order[:, 0]
-        scores = ordered[:, 0] / ordered[:, self.neighbours - 1].clamp_min(1e-6)
-        return Neighbours(scores, ordered[:, 0], nearest, flipped.gather(1, nearest[:, None])[:, 0].bool())
+        found = []
+        for start in range(0, len(features), QUERIES_AT_ONCE):
+            rows = slice(start, start + QUERIES_AT_ONCE)
+            plain, mirror = (
+                self._directions(part[rows].flatten(1)) @ self.references.T for part in (features, mirrored)
+            )
+            similarities = torch.maximum(plain, mirror)
+            if own is not None:
+                similarities[torch.arange(len(similarities)), own[rows]] = -torch.inf
+            ordered, order = _distance(similarities).topk(self.neighbours, dim=1, largest=False)
+            scores = ordered[:, 0] / ordered[:, -1].clamp_min(1e-6)
+            flipped = (mirror > plain).gather(1, order[:, :1])[:, 0]
+            found.append((scores, ordered[:, 0], order[:, 0], flipped))
+        return Neighbours(*(torch.cat(values) for values in zip(*found, strict=True)))
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
         return F.normalize((features - self.mean) / self.deviation.clamp_min(1e-6))

@@ -10,12 +10,14 @@ def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor, chunk_size: int 
     """Indices `[N]` of the codes nearest to `vectors [N, D]` in `codebook [K, D]` (VQ-VAE, arXiv 1711.00937, eq. 1).
 
     `argmin |v - c|^2 = argmax (v.c - |c|^2 / 2)`: one matrix product, taken in chunks whose `[chunk, K]` scores stay
-    in the processor's cache (a full distance matrix is bound by memory and several times slower on a CPU).
+    in the processor's cache (a full distance matrix is bound by memory and several times slower on a CPU). In float32, within
+    autocast too: rounded scores have ties.
     """
-    half_norms_K = codebook.square().sum(dim=1) / 2
-    return torch.cat(
-        [torch.addmm(-half_norms_K, chunk, codebook.T).argmax(dim=1) for chunk in vectors.split(chunk_size)]
-    )
+    vectors, codebook = vectors.float(), codebook.float()
+    with torch.autocast(vectors.device.type, enabled=False):
+        half_norms_K = codebook.square().sum(dim=1) / 2
+        scores = (torch.addmm(-half_norms_K, chunk, codebook.T) for chunk in vectors.split(chunk_size))
+        return torch.cat([chunk.argmax(dim=1) for chunk in scores])
 
 
 def straight_through(continuous: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,8 @@ class EMAQuantizer(nn.Module):
     """Codebook moved by exponential averages of the vectors assigned to it (arXiv 1711.00937, appendix A.1).
 
     The first training batch initialises the codes; the flag is a buffer, so a resumed training does not start over.
-    A code whose average use falls under `restart_threshold` is put onto a random vector of the batch. Under
+    A code whose average use falls under `restart_threshold` times (1 - `decay`) of a vector per batch is put onto a random
+    vector of the batch. Under
     `torch.distributed` the statistics are summed and the random vectors taken from the first process, so that all
     processes keep the same codebook.
     """
@@ -81,7 +82,7 @@ class EMAQuantizer(nn.Module):
             indices = nearest_code(vectors.detach(), self.codebook)
             self._update(vectors.detach(), indices)
         else:
-            indices = nearest_code(vectors, self.codebook.float())
+            indices = nearest_code(vectors, self.codebook)
         quantized = F.embedding(indices, self.codebook).reshape(B, *spatial, C).movedim(-1, 1).to(latents.dtype)
         return QuantizerOutput(
             latents=straight_through(latents, quantized),

@@ -26,13 +26,15 @@ class UNetPolicy:
     def predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> torch.Tensor:
-        """The denoiser's output `[B, C, *S]` for `latents [B, C, *S]`, with classifier-free guidance unless the scale is 1."""
+        """The denoiser's output `[B, C, *S]` for `latents [B, C, *S]` at `timestep []` or `[B]`, with classifier-free guidance
+        unless the scale is 1."""
         if guidance_scale == 1.0:
             return self.denoiser(latents, timestep, **conditioning.positive, return_dict=False)[0]
         self.check_guidance()
         both = {  # one call, as the pipelines do it
             name: torch.cat([conditioning.negative[name], value]) for name, value in conditioning.positive.items()
         }
+        timestep = torch.cat([timestep, timestep]) if timestep.ndim else timestep
         output = self.denoiser(torch.cat([latents, latents]), timestep, **both, return_dict=False)[0]
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)

@@ -4,16 +4,27 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import InputError
 from ..pipelines.med_volume import MedVolumePipeline
 from .base import Conditioning
 from .unet import UNetPolicy
 
 
 class VolumePolicy(UNetPolicy):
-    """The policy of a `MedVolumePipeline`; conditions are class labels or their names."""
+    """The policy of a `MedVolumePipeline`; conditions are class labels or their names.
+
+    Raises:
+        InputError: its scheduler clips what it predicts, as no step of a rollout does.
+    """
 
     def __init__(self, pipeline: MedVolumePipeline):
         super().__init__(pipeline)
+        clips = [name for name in ("clip_sample", "thresholding") if pipeline.scheduler.config.get(name)]
+        if clips:
+            raise InputError(
+                f"The pipeline's scheduler has {clips[0]}, which clips latents that are not bounded: set pipe.scheduler = "
+                f"{type(pipeline.scheduler).__name__}.from_config(pipe.scheduler.config, {clips[0]}=False)."
+            )
         self.latent_shape = pipeline.latent_shape
 
     def encode(self, conditions: Sequence[int] | Sequence[str] | torch.Tensor) -> Conditioning:

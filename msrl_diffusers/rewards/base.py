@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from ..errors import InputError
+
 
 class Reward(Protocol):
     """`(samples [B, C, *S] in [-1, 1], conditions [B]) -> [B]` float32; higher is better; finite, or it raises.
@@ -69,6 +71,9 @@ class WeightedSum:
         rewards: the parts.
         weights: one per part; equal and summing to 1 by default.
         scales: one `Scale` per name of a part; set by `fit` where not given.
+
+    Raises:
+        InputError: no reward, two of one name, or not one weight per reward.
     """
 
     name = "weighted_sum"
@@ -80,14 +85,14 @@ class WeightedSum:
         scales: Mapping[str, Scale] | None = None,
     ):
         if not rewards:
-            raise ValueError("WeightedSum needs at least one reward.")
+            raise InputError("A weighted sum needs at least one reward.")
         self.rewards = list(rewards)
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
-            raise ValueError(f"Rewards need different names, got {names}.")
+            raise InputError(f"Rewards need different names, got {names}.")
         self.weights = list(weights) if weights is not None else [1 / len(self.rewards)] * len(self.rewards)
         if len(self.weights) != len(self.rewards):
-            raise ValueError(f"{len(self.rewards)} rewards need as many weights, got {len(self.weights)}.")
+            raise InputError(f"{len(self.rewards)} rewards need as many weights, got {len(self.weights)}.")
         self.scales = dict(scales or {})
 
     @property

@@ -1,12 +1,11 @@
 """The chain of a study: which stages it has, what each depends on, and when one may be skipped (`chains.Chain`)."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ..chains import Chain, Stage, finished_fingerprint
-from ..files import folder_mark
+from ..files import file_mark, folder_mark
 from ..trainers.base_config import BOOKKEEPING
 from . import stages
 from .artifacts import pretrained_stages
@@ -156,11 +155,7 @@ def _settings(config: StudyConfig) -> dict:
 
 def _mark(path: str) -> str:
     """Hash of what a folder, or a file, holds."""
-    if not Path(path).is_file():
-        return folder_mark(path)
-    with Path(path).open("rb") as file:
-        head = file.read(1 << 20)
-    return hashlib.sha256(str(Path(path).stat().st_size).encode() + head).hexdigest()[:16]
+    return file_mark(path) if Path(path).is_file() else folder_mark(path)
 
 
 def _left_out(config: StudyConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from ..data.cases import LOADERS
 from ..errors import InputError
 from ..precision import PRECISIONS
 from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
+from ..trajectories import RECONSTRUCTION_GRID
 from .reward_options import check_reward_options
 from .sections import METHODS, NETWORKS, TRAINER_CONFIGS, check_network, make_trainer_config, trainer_defaults
 
@@ -220,21 +221,37 @@ class StudyConfig:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
             raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
-        for name in ("max_steps", "evaluation_per_class", "downstream_per_class"):
+        for name in ("max_steps", "downstream_per_class"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
+        if self.evaluation_per_class is not None and self.evaluation_per_class < 2:  # the covariance needs two
+            raise InputError(f"StudyConfig: evaluation_per_class must be 2 or more, got {self.evaluation_per_class}.")
+        self._check_lists()
         if not self.frechet_features or not set(self.frechet_features) <= set(FRECHET_FEATURES):
             raise InputError(
                 f"StudyConfig: frechet_features must be of {list(FRECHET_FEATURES)}, got {self.frechet_features}."
             )
-        for sampler in self.samplers:
-            if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
-                raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")
         for section in NETWORKS:
             check_network(section, getattr(self, section))
         for section in TRAINER_CONFIGS:
             self.trainer_config(section)
         check_reward_options(self)
+
+    def _check_lists(self) -> None:
+        """Raise InputError for samplers or steps that the stages which go through them, hours later, could not use."""
+        for name in ("synthetic_steps", "reconstruction_steps", *(() if self.pretrained else ("samplers",))):
+            if not getattr(self, name):
+                raise InputError(f"StudyConfig: {name} is empty; give one or more.")
+        if min(self.synthetic_steps) < 1:
+            raise InputError(f"StudyConfig: synthetic_steps must be 1 or more, got {min(self.synthetic_steps)}.")
+        wrong = [step for step in self.reconstruction_steps if not 1 <= step <= RECONSTRUCTION_GRID]
+        if wrong:
+            raise InputError(
+                f"StudyConfig: reconstruction_steps must be from 1 to {RECONSTRUCTION_GRID}, got {wrong[0]}."
+            )
+        for sampler in self.samplers:
+            if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
+                raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")
 
     @property
     def refreshes(self) -> bool:

@@ -39,6 +39,7 @@ from .config import StudyConfig
 
 KL_PER_CLASS = 16  # samples on whose path the divergence is measured
 NEIGHBOURS = 10
+BATCH_SIZE = 32  # of volumes made float32, or transformed, at once
 MIN_STD = 0.01  # of a step whose divergence counts, where the method has no such setting
 
 
@@ -50,6 +51,20 @@ def measure_curve(config: StudyConfig) -> dict:
         InputError: the snapshots of the run were removed.
     """
     folder, run_folder = Path(config.output_dir) / "curve", Path(config.output_dir) / config.method
+    path = folder / "curve.json"
+    if path.is_file():  # of this very stage, killed after it: some or all snapshots may be removed already
+        content = json.loads(path.read_text())
+    else:
+        content = _measure(config, folder, run_folder)
+        write_json(path, content)
+    if not config.keep_snapshots and process_state().is_main_process:
+        for snapshot in (run_folder / FOLDER).glob("*"):
+            snapshot.unlink()
+    return content
+
+
+def _measure(config: StudyConfig, folder: Path, run_folder: Path) -> dict:
+    """The content of `curve.json`; raises InputError as `measure_curve` states."""
     if not read_snapshots(run_folder):
         raise InputError(
             f"{run_folder / FOLDER} holds no snapshots; remove {run_folder} to tune again, and set keep_snapshots: true."
@@ -68,7 +83,7 @@ def measure_curve(config: StudyConfig) -> dict:
         measured[name] = json.loads(path.read_text())
     rows = dict(zip(measured, _with_reward(list(measured.values()), instruments.reward), strict=True))
     kept = rows.pop("kept", None)
-    content = {
+    return {
         "points": list(rows.values()),
         "kept": kept,
         "n": len(instruments.volumes),
@@ -77,11 +92,6 @@ def measure_curve(config: StudyConfig) -> dict:
         "real": instruments.real_figures,
         "turning_point": turning_point(list(rows.values())),
     }
-    write_json(folder / "curve.json", content)
-    if not config.keep_snapshots and process_state().is_main_process:
-        for path in (run_folder / FOLDER).glob("*"):
-            path.unlink()
-    return content
 
 
 def _measured_snapshots(instruments: "_Instruments", run_folder: Path, folder: Path) -> list[Snapshot]:
@@ -133,8 +143,7 @@ class _Instruments:
         self.rewards = {role: LearnedReward(role, model) for role, model in load_reward_models(config).items()}
         trained = [self.rewards["volume"], self.rewards["slice"]]
         self.reward = WeightedSum(trained, self.args.reward_weights)
-        working = shrink(train.pixel_values.float(), WORKING_EDGE).half()
-        self.space = VoxelSpace(working, min(NEIGHBOURS, len(train) - 1), max_shift=1)
+        self.space = VoxelSpace(_shrunk(train), min(NEIGHBOURS, len(train) - 1), max_shift=1)
         self.real_figures = self._plain_figures(self.volumes)
 
     def load(self, path: Path | None) -> None:
@@ -204,17 +213,33 @@ class _Instruments:
 
     def _plain_figures(self, volumes: VolumeDataset) -> dict:
         similarity = ms_ssim_of(open_source(volumes), self.config.seed_of("curve"))
-        samples = volumes.pixel_values.float()
         return {
-            "diversity": sample_diversity(samples, volumes.class_labels),
+            "diversity": sample_diversity(volumes.pixel_values, volumes.class_labels),
             "ms_ssim": None if similarity is None else similarity["value"],
-            "high_frequency": high_frequency_share(samples),
+            "high_frequency": _high_frequency_share(volumes),
         }
 
     def _nearest(self, volumes: VolumeDataset) -> dict:
         """Distance to the nearest training volume, in [0, sqrt(2)], and its ratio to that of the 10th nearest: means."""
-        found = self.space.search(shrink(volumes.pixel_values.float(), WORKING_EDGE).half())
+        found = self.space.search(_shrunk(volumes))
         return {"distance": found.distances.mean().item(), "ratio": found.scores.mean().item()}
+
+
+def _shrunk(volumes: VolumeDataset) -> torch.Tensor:
+    """The volumes of at most `WORKING_EDGE` voxels along every axis, float16; the large ones are float32 by batches alone."""
+    return torch.cat([shrink(part.float(), WORKING_EDGE).half() for part in volumes.pixel_values.split(BATCH_SIZE)])
+
+
+def _high_frequency_share(volumes: VolumeDataset) -> float:
+    """`high_frequency_share` of all volumes, with the spectra of one batch in memory at a time: the mean over batches, weighted
+    by their energies, which are those of their spectra (Parseval)."""
+    high = energy = 0.0
+    for part in volumes.pixel_values.split(BATCH_SIZE):
+        part = part.float()
+        weight = (part - part.mean(dim=(2, 3, 4), keepdim=True)).square().sum().item()
+        high += weight * high_frequency_share(part)
+        energy += weight
+    return high / max(energy, 1e-12)
 
 
 def _step_divergence(

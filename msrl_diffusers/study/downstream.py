@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..chains import open_folder
 from ..data.splits import check_no_leak, split_by_subject
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
@@ -145,7 +146,7 @@ def _run_arm(
             return saved
     processes.wait_for_everyone()  # all have looked at what is there
     if processes.is_main_process:
-        _open_folder(folder, mark)
+        open_folder(folder, mark)
     processes.wait_for_everyone()
     started = time.monotonic()
     model, figures = _train(folder, real_train, synthetic, config, seed)
@@ -249,15 +250,6 @@ def _folder_name(arm: str) -> str:
     return "_".join(re.findall(r"[a-z0-9]+", arm.lower()))
 
 
-def _open_folder(folder: Path, mark: str) -> None:
-    """Make the folder. What an interrupted run with the same settings and volumes left is kept, so that training
-    resumes; what a run with others left is removed."""
-    marker = folder / ".fingerprint"
-    if marker.is_file() and marker.read_text() != mark:
-        shutil.rmtree(folder)
-    write_text(marker, mark)
-
-
 def _check(
     real_train: VolumeDataset, real_test: VolumeDataset, arms: Mapping[str, VolumeDataset | None], seeds: Sequence[int]
 ) -> str:
@@ -277,7 +269,7 @@ def _check(
     trained_on = {f"Arm {name!r}": synthetic for name, synthetic in arms.items() if synthetic is not None}
     for name, volumes in {"The real test set": real_test, **trained_on}.items():
         check_classes(volumes, name)
-        _check_same_kind(real_train, volumes, name)
+        check_same_kind(real_train, volumes, name)
     check_no_leak(real_train.subject_ids, real_test.subject_ids)
     for name, volumes in trained_on.items():
         shared = sorted(set(volumes.subject_ids) & set(real_test.subject_ids))
@@ -289,7 +281,8 @@ def _check(
     return references[0]
 
 
-def _check_same_kind(real: VolumeDataset, volumes: VolumeDataset, name: str) -> None:
+def check_same_kind(real: VolumeDataset, volumes: VolumeDataset, name: str) -> None:
+    """Raise InputError unless `volumes` have the shape, the classes and the spacing of the real training volumes."""
     shapes = [tuple(data.pixel_values.shape[1:]) for data in (real, volumes)]
     if shapes[0] != shapes[1]:
         raise InputError(

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
 from ..files import write_json, write_text
 from ..hub import render_card
 from .artifacts import PRIOR_STAGES, load_extractors, load_pipeline, load_reward_models, load_samplers, load_scores
-from .chain import enabled_stages, finished_fingerprint
+from .chain import study_chain
 from .config import StudyConfig
 from .report import git_commit, versions
 
@@ -18,11 +17,9 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     """Write the pipeline, the reward models and extractors in float16, the scores and a card to `path`.
 
     Raises:
-        InputError: one of the stages that made them is not done.
+        InputError: one of the stages that made them is not done, or was run with other settings.
     """
-    for stage in ("prepare", *PRIOR_STAGES, "score", "rewards"):
-        if stage in enabled_stages(config) and finished_fingerprint(config, stage) is None:
-            raise InputError(f"A release needs the result of stage {stage!r}; run that stage first.")
+    study_chain(config).check_finished(config, ("prepare", *PRIOR_STAGES, "score", "rewards"), "A release")
     path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
     prepared = json.loads((Path(config.output_dir) / "prepare" / "stage.json").read_text())["result"]
     load_pipeline(config).to(dtype=torch.float16).save_pretrained(path)

@@ -162,7 +162,8 @@ def markdown(content: dict) -> str:
         f"Mean reward before {reward['before']['mean']:.2f} (sd {reward['before']['std']:.2f}), after "
         f"{reward['after']['mean']:.2f} (sd {reward['after']['std']:.2f}): a gain of {reward['gain']:.2f} reference deviations.",
         "",
-        "| reward model, on held-out subjects | AUC k = 1 against synthetic | Spearman over sets | after RL (reference deviations) |",
+        "| reward model, on held-out subjects | AUC k = 1 against synthetic | Spearman over the volumes of all sets | after RL "
+        "(reference deviations) |",
         "|---|---|---|---|",
     ]
     for role, validity in content["reward_models"].items():

@@ -11,7 +11,7 @@ from ..data.cases import list_cases
 from ..data.phantoms import load_phantoms
 from ..data.preparation import prepare_cases
 from ..data.processor import VolumeProcessor
-from ..data.splits import SIDES, SplitPlan
+from ..data.splits import SIDES, SplitPlan, check_no_leak
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
 from ..evaluation.features import extract_features, extractor_identity, hash_tensors
@@ -29,7 +29,7 @@ from ..trainers.vqgan_trainer import VQGANTrainer
 from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
 from .artifacts import EXTRACTOR_CLASSES, load_extractors, load_pipeline, load_reported, load_split
 from .config import StudyConfig
-from .downstream import run_downstream
+from .downstream import check_same_kind, run_downstream
 
 
 SCHEDULER_DEFAULTS = {
@@ -46,7 +46,11 @@ SCHEDULER_DEFAULTS = {
 
 
 def prepare(config: StudyConfig) -> dict:
-    """Volumes of both splits, their counts and fingerprint."""
+    """Volumes of both splits, their counts and fingerprint.
+
+    Raises:
+        InputError: a split that later stages could not use (`_check_splits`), or a data set that can't be read.
+    """
     folder, left_out = Path(config.output_dir) / "prepare", 0
     if config.dataset == "phantoms":
         for number, split in enumerate(SIDES):
@@ -67,6 +71,7 @@ def prepare(config: StudyConfig) -> dict:
         plan = SplitPlan(config.holdout_fraction, config.data_seed)
         left_out = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)["rejected"]
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
+    _check_splits(train, heldout)
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
     return {
         "train": train.class_counts(),
@@ -76,6 +81,18 @@ def prepare(config: StudyConfig) -> dict:
         "left_out": left_out,
         "fingerprint": hash_tensors({"train": train.pixel_values, "heldout": heldout.pixel_values}.items()),
     }
+
+
+def _check_splits(train: VolumeDataset, heldout: VolumeDataset) -> None:
+    """Raise InputError for a subject on both sides, volumes of two kinds, or a class with fewer than two volumes on a side."""
+    check_no_leak(train.subject_ids, heldout.subject_ids)
+    check_same_kind(train, heldout, "The hold-out")
+    for side, volumes in (("training set", train), ("hold-out", heldout)):
+        for name, count in volumes.class_counts().items():
+            if count < 2:  # the covariance in a distance needs two
+                raise InputError(
+                    f"Class {name!r} needs 2 volumes or more in the {side} and has {count}; give more, or another split."
+                )
 
 
 def train_extractors(config: StudyConfig) -> dict:

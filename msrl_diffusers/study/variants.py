@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
-from .chain import enabled_stages, fingerprint, finished_fingerprint
+from .chain import enabled_stages, fingerprint, finished_fingerprint, study_chain
 from .config import StudyConfig
 
 
@@ -76,7 +76,10 @@ def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]
         return
     for other in others:
         source = Path(other.output_dir) / stage
-        if not source.is_symlink() and finished_fingerprint(other, stage) == wanted:
+        if source.is_symlink() or finished_fingerprint(other, stage) != wanted:
+            continue
+        chain = study_chain(other)  # what lies there stale is about to be removed
+        if stage in chain.stages and chain.fingerprint(other, stage) == wanted:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.symlink_to(os.path.relpath(source, folder.parent), target_is_directory=True)
             return

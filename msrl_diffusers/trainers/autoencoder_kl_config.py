@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import TrainingConfig
+from .base_config import TrainingConfig, check_not_negative
 
 
 @dataclass
@@ -26,7 +26,6 @@ class AutoencoderKLConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("l1_weight", "l2_weight", "kl_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+            check_not_negative(self, name)
         if not self.l1_weight + self.l2_weight:
             raise InputError("l1_weight and l2_weight are both 0; one of them must ask for reconstructions.")

@@ -54,6 +54,7 @@ class TrainingRun:
         self.state: dict = {}  # what else the loop must remember; plain JSON
         self.history: list[dict] = []
         self.stopped: str | None = None
+        self.resumed_from = self.output_dir  # where the checkpoint lay that was resumed, and what belongs to it
         self.callbacks: Callbacks | None = None
         self.progress: tqdm | None = None
         self._pending: dict[str, list[float]] = defaultdict(list)
@@ -72,16 +73,17 @@ class TrainingRun:
         args = self.args
         return torch.optim.AdamW(
             parameters,
-            lr=learning_rate or args.learning_rate,
+            lr=args.learning_rate if learning_rate is None else learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.weight_decay,
             fused=True if self.device.type == "cuda" else None,  # one kernel, where a small network waits for launches
         )
 
     def lr_scheduler(self, optimizer: torch.optim.Optimizer, num_updates: int):
-        """The learning rate schedule over `num_updates` optimizer updates."""
+        """The learning rate schedule over `num_updates` optimizer updates, with warm-up whatever its type."""
+        name = self.args.lr_scheduler_type
         return get_scheduler(
-            self.args.lr_scheduler_type,
+            "constant_with_warmup" if name == "constant" else name,  # the latter ignores warm-up
             optimizer,
             num_warmup_steps=self.args.warmup_steps,
             num_training_steps=max(1, num_updates),
@@ -113,7 +115,8 @@ class TrainingRun:
         saved = json.loads((path / "trainer_state.json").read_text())
         self.step, self.state = saved["step"], saved["state"]
         self._pending.update(saved["pending"])  # figures since the last log line
-        self.history = read_log(self.output_dir, up_to=self.step)
+        self.resumed_from = path.parent
+        self.history = read_log(self.resumed_from, up_to=self.step)
 
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.
@@ -123,6 +126,7 @@ class TrainingRun:
         if self.is_main:
             write_log(self.output_dir, self.history)
         self._tell("train_begin", self.step)
+        due = False  # a checkpoint
         with tqdm(
             total=self.args.max_steps, initial=self.step, desc=self.description, disable=not self.is_main, leave=True
         ) as self.progress:
@@ -137,8 +141,10 @@ class TrainingRun:
                     self.stop("a callback asked for it")
                 self._flush()
                 asked = bool(self.callbacks and self.callbacks.take_save_request())
-                if asked or (self.args.save_steps and self.step % self.args.save_steps == 0):
+                due = due or asked or bool(self.args.save_steps and self.step % self.args.save_steps == 0)
+                if due and self.accelerator.sync_gradients:  # a checkpoint has no gradients that wait for an update
                     self.save_checkpoint()
+                    due = False
         self._tell("train_end")
 
     def doing(self, what: str) -> None:

@@ -11,6 +11,10 @@ from ..errors import InputError
 from ..precision import PRECISIONS
 
 
+LR_SCHEDULERS = tuple(
+    name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT
+)  # which needs rules
+
 # Fields that have no influence on what comes out.
 BOOKKEEPING = (
     "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
@@ -50,11 +54,11 @@ class TrainingConfig:
         check_types(self)
         for name in ("max_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             check_positive(self, name)
-        check_positive(self, "learning_rate")
-        check_positive(self, "save_total_limit")
-        if self.save_steps < 0:
-            raise InputError(f"{type(self).__name__}: save_steps must be 0 or more, got {self.save_steps}.")
-        check_choice(self, "lr_scheduler_type", tuple(name.value for name in SchedulerType))
+        for name in ("learning_rate", "max_grad_norm", "save_total_limit"):
+            check_positive(self, name)
+        for name in ("save_steps", "warmup_steps"):
+            check_not_negative(self, name)
+        check_choice(self, "lr_scheduler_type", LR_SCHEDULERS)
         check_choice(self, "report_to", ("none", *(tracker.value for tracker in LoggerType)))
         check_choice(self, "mixed_precision", PRECISIONS)
 
@@ -87,6 +91,12 @@ def check_positive(config, name: str) -> None:
     """Raise InputError unless the field is greater than zero."""
     if not 0 < getattr(config, name) < float("inf"):  # refuses NaN as well
         raise InputError(f"{type(config).__name__}: {name} must be positive, got {getattr(config, name)}.")
+
+
+def check_not_negative(config, name: str) -> None:
+    """Raise InputError unless the field is zero or greater."""
+    if not 0 <= getattr(config, name) < float("inf"):
+        raise InputError(f"{type(config).__name__}: {name} must be 0 or more, got {getattr(config, name)}.")
 
 
 def check_choice(config, name: str, choices: tuple) -> None:

@@ -21,7 +21,7 @@ class Conditions:
     @classmethod
     def of(cls, pipeline, train_conditions: Sequence | None = None, train_dataset=None) -> "Conditions":
         """From a list, from a `datasets.Dataset` (a column `prompt`, `label` or `class_label`; the other columns are
-        metadata), or all classes of the pipeline.
+        metadata), or all classes of the pipeline. Names of classes become their labels.
 
         Raises:
             InputError: both or neither where the pipeline has no classes, nothing in them, or no such column.
@@ -47,7 +47,8 @@ class Conditions:
             raise InputError(f"{type(pipeline).__name__} has no classes; give its prompts as train_conditions.")
         if not values:
             raise InputError("There are no conditions to train on.")
-        return cls(values, rows)
+        labels = {name: label for label, name in getattr(pipeline, "id2label", {}).items()}
+        return cls([labels.get(value, value) for value in values], rows)
 
     def __len__(self) -> int:
         return len(self.values)

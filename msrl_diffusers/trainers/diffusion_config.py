@@ -25,5 +25,7 @@ class LatentDiffusionConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "encode_batch_size")
+        if self.snr_gamma is not None:
+            check_positive(self, "snr_gamma")
         if not 0 <= self.class_dropout < 1:
             raise InputError(f"class_dropout must lie in [0, 1), got {self.class_dropout}.")

@@ -8,6 +8,7 @@
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 
 from ..data.volumes import VolumeDataset
 from ..pipelines.med_volume import MedVolumePipeline
@@ -27,7 +28,8 @@ class LatentDiffusionTrainer:
     def train(self) -> dict[str, float]:
         """Run the training; returns the last logged figures."""
         args, run = self.args, TrainingRun(self.args, "diffusion")
-        accelerator, scheduler = run.accelerator, self.pipeline.scheduler
+        # whatever sampler the pipeline has: others add noise by scales of their own
+        accelerator, scheduler = run.accelerator, DDIMScheduler.from_config(self.pipeline.scheduler.config)
         unet = in_fast_memory_format(self.pipeline.unet, args.mixed_precision)
         latents, labels = self._cache_latents(run.device)
         optimizer = run.optimizer(unet.parameters())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import check_choice, check_positive
+from .base_config import check_choice, check_not_negative, check_positive
 from .online_config import OnlineConfig
 
 
@@ -75,8 +75,7 @@ class FrechetConfig(OnlineConfig):
         if self.kl_budget is not None:
             check_positive(self, "kl_budget")
         for name in ("prior_weight", "eval_steps"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"FrechetConfig: {name} must be 0 or more, got {getattr(self, name)}.")
+            check_not_negative(self, name)
         check_choice(self, "prior", ("reference", "data"))
         if self.gradient_steps > self.num_inference_steps:
             raise InputError(

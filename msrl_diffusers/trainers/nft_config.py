@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import check_choice, check_positive
+from .base_config import check_choice, check_not_negative, check_positive
 from .online_config import OnlineConfig
 
 
@@ -76,8 +76,7 @@ class DiffusionNFTConfig(OnlineConfig):
         check_choice(self, "objective", ("nft", "awm"))
         check_choice(self, "weighting", ("uniform", "noise", "noise_squared", "huber"))
         for name in ("eta", "kl_coef", "old_kl_coef", "old_decay_start", "old_decay_rate"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+            check_not_negative(self, name)
         for name in ("min_signal", "old_decay_max"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")

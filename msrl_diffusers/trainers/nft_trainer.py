@@ -113,6 +113,7 @@ class DiffusionNFTTrainer:
         self._old = OldPolicy(run, weights, self.policy) if args.keeps_old else None
         run.resume()
         scoring = Scoring(run, self.reward, self.conditions)
+        scoring.check_groups()
         self.unet_forwards = run.state.get("unet_forwards", 0)
 
         for step in run.steps():

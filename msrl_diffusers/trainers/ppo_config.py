@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import check_choice, check_positive
+from .base_config import check_choice, check_not_negative, check_positive
 from .online_config import OnlineConfig
 
 
@@ -72,14 +72,18 @@ class DiffusionPPOConfig(OnlineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("num_updates", "eta", "clip_shift", "kl_threshold", "kl_target"):
+        for name in ("num_updates", "eta", "adv_clip_max", "clip_shift", "kl_threshold", "kl_target"):
             check_positive(self, name)
+        for name in ("min_std", "kl_coef", "kl_rate"):
+            check_not_negative(self, name)
         for name in ("sde_window", "kl_budget", "reference_update_steps"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         check_choice(self, "log_prob_reduction", ("mean", "sum"))
         check_choice(self, "policy_loss", ("clip", "kl_mask"))
         check_choice(self, "kl_mode", ("fixed", "adaptive"))
+        if self.kl_mode == "adaptive":
+            check_positive(self, "kl_coef")  # which is multiplied
         if self.kl_gate_quantile is not None and not 0 < self.kl_gate_quantile < 1:
             raise InputError(f"kl_gate_quantile must lie between 0 and 1, got {self.kl_gate_quantile}.")
         if not 0 < self.timestep_fraction <= 1:

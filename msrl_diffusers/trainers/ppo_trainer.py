@@ -84,7 +84,7 @@ class DiffusionPPOTrainer:
         if args.kl_gate_quantile is not None:
             check_can_be_unsure(self.reward)
         if refresh is not None and not all(isinstance(value, int) for value in self.conditions.values):
-            raise InputError("A reward refresh needs class labels as conditions: numbers, not names or prompts.")
+            raise InputError("A reward refresh needs class labels as conditions, no prompts.")
         self.policy = tunable_policy(pipeline, args)
         num_elements = math.prod(self.policy.latent_shape)
         self._clip_range = scaled_clip_range(args.clip_shift, num_elements, args.log_prob_reduction)
@@ -108,6 +108,7 @@ class DiffusionPPOTrainer:
         self._leash = Leash(run, weights, self.policy)
         run.resume()
         scoring = Scoring(run, self.reward, self.conditions)
+        scoring.check_groups()
         if self.refresh is not None:
             self.refresh.resume(run)
         self.unet_forwards = run.state.get("unet_forwards", 0)
@@ -211,7 +212,8 @@ class DiffusionPPOTrainer:
                     if measured:
                         leash.note(kl)
                     run.record(**{f"ppo/{name}": value for name, value in stats.items()}, **{"ppo/loss": loss})
-                    passes = len(batch) * (1 + COST_OF_BACKWARD + int(leash.moving is not None)) + measured
+                    more = args.gradient_checkpointing + int(leash.moving is not None)
+                    passes = len(batch) * (1 + COST_OF_BACKWARD + more) + measured
                     self.unet_forwards += passes * accelerator.num_processes * self._cost(args.train_guidance_scale)
             weights.end_update()
 

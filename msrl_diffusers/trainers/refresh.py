@@ -59,11 +59,11 @@ class RewardRefresh:
         models: the models behind the rewards, by name.
         data: the reward data they were trained on.
         labeler: gives the targets.
-        args: settings by name of the model; one `every` for all. `seed` and `validation_fraction` should be those of the first
+        args: settings by name of the model; one `every` and one `sample_weight` for all. `seed` and `validation_fraction` should be those of the first
             training, so that subjects stay on their side of the split. Where output goes is not theirs to say.
 
     Raises:
-        InputError: settings for other models, or of unequal `every`.
+        InputError: settings for other models, or of unequal `every` or `sample_weight`.
     """
 
     def __init__(
@@ -73,9 +73,10 @@ class RewardRefresh:
         labeler: SetLabeler,
         args: Mapping[str, RefreshConfig],
     ):
-        if set(args) != set(models) or len({each.every for each in args.values()}) != 1:
+        if set(args) != set(models) or len({(each.every, each.sample_weight) for each in args.values()}) != 1:
             raise InputError(
-                f"A refresh needs settings for each of {sorted(models)} with one value of every, got {sorted(args)}."
+                f"A refresh needs settings for each of {sorted(models)} with one value of every and of sample_weight, got "
+                f"{sorted(args)}."
             )
         # as training leaves them: a resumed run must not score in another memory format, which rounds otherwise
         self.models = {
@@ -96,6 +97,10 @@ class RewardRefresh:
         for model in self.models.values():
             model.to(run.device)
         self._added = []
+        if run.resumed_from != run.output_dir and (run.resumed_from / FOLDER).is_dir():
+            if run.is_main:
+                shutil.copytree(run.resumed_from / FOLDER, run.output_dir / FOLDER, dirs_exist_ok=True)
+            run.accelerator.wait_for_everyone()
         for step in run.state.get("refreshes", []):
             folder = self._folder(run, step)
             stored = load_file(folder / "samples.safetensors")

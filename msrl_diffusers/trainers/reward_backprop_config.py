@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import check_choice, check_positive
+from .base_config import check_choice, check_not_negative, check_positive
 from .online_config import OnlineConfig
 
 
@@ -76,8 +76,7 @@ class RewardBackpropConfig(OnlineConfig):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         for name in ("eta", "kl_coef"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"RewardBackpropConfig: {name} must be 0 or more, got {getattr(self, name)}.")
+            check_not_negative(self, name)
         check_choice(self, "variant", ("draft", "draft_lv", "refl"))
         check_choice(self, "decode", ("straight_through", "pre_quantization"))
         if not 0 < self.late_fraction <= 1:

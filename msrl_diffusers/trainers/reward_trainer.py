@@ -114,7 +114,8 @@ class ScoredVolumes:
         if len(subjects) < 2:
             raise InputError(f"Reward data of {len(subjects)} subjects can't be split; at least two are needed.")
         order = torch.randperm(len(subjects), generator=generator_for(seed, "validation subjects")).tolist()
-        return {subjects[i] for i in order[: max(1, round(fraction * len(subjects)))]}
+        count = min(max(1, round(fraction * len(subjects))), len(subjects) - 1)  # someone to train on is left
+        return {subjects[i] for i in order[:count]}
 
     def _split(self, validation_subjects: set[str]) -> tuple["ScoredVolumes", "ScoredVolumes"]:
         inside = torch.tensor([subject in validation_subjects for subject in self.subject_ids])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..errors import InputError
 from ..functional.advantages import normalize_advantages
 from ..rewards import Reward, WeightedSum, as_reward
 from ..rewards.base import Scale
@@ -24,10 +25,14 @@ def join_rewards(
     """One reward or several, in any form `rewards.as_reward` knows, as one weighted sum (kept if it is one already).
 
     Raises:
-        InputError: something that is no reward.
-        ValueError: not one weight per reward, or two rewards of one name.
+        InputError: something that is no reward, weights beside a sum that has its own, not one weight per reward, or two
+            rewards of one name.
     """
     if isinstance(reward_funcs, WeightedSum):
+        if weights is not None:
+            raise InputError(
+                "reward_weights are given beside a WeightedSum, which has its own; leave one of them out."
+            )
         return reward_funcs
     several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
     sources = list(reward_funcs) if several else [reward_funcs]
@@ -52,6 +57,20 @@ class Scoring:
                 part.model.to(run.device)
         if "scales" in run.state:
             reward.scales = {name: Scale(**scale) for name, scale in run.state["scales"].items()}
+
+    def check_groups(self) -> None:
+        """Refuse rollouts that have every condition once: advantages compare samples of one condition.
+
+        Raises:
+            InputError: there are several conditions, and a rollout of all processes has no more samples than that.
+        """
+        total = self.args.samples_per_rollout * self.run.accelerator.num_processes
+        several = len(set(self.conditions.values))
+        if several > 1 and total <= several:
+            raise InputError(
+                f"A rollout of {total} samples has {several} different conditions, each once, so no sample is better than "
+                "another of its condition; make rollouts larger (num_rollout_batches), or give fewer conditions."
+            )
 
     def batches(self, step: int, num_parts: int = 1) -> Iterator[tuple[list[int], list[int]]]:
         """This process' part of rollout number `step` in batches of `rollout_batch_size`: numbers of samples within

@@ -1,8 +1,10 @@
 """TunedWeights: the denoiser of a policy in training, from its optimizer to the weights the pipeline ends with."""
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import DistributedType
@@ -13,6 +15,7 @@ from ..errors import InputError
 from ..models.adapters import carried_adapters, carries_fresh_adapters
 from ..policies import DenoisingPolicy, make_policy
 from .base import TrainingRun, in_fast_memory_format
+from .lora import merge_lora
 from .online_config import OnlineConfig
 from .weight_average import WeightAverage
 
@@ -120,6 +123,8 @@ class TunedWeights:
         if args.ema_decay is not None:
             self._average = WeightAverage(list(self.trainable.values()), args.ema_decay, run.device)
             run.accelerator.register_for_checkpointing(self._average)
+        run.accelerator.register_save_state_pre_hook(self._keep_best_in)
+        run.accelerator.register_load_state_pre_hook(self._take_best_from)
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor | None:
         """Add the gradient of one micro-batch; with the last one of an update, clip it and step.
@@ -176,6 +181,19 @@ class TunedWeights:
             os.replace(f"{path}.tmp", path)
         self.run.accelerator.wait_for_everyone()
 
+    def _keep_best_in(self, models, weights, folder: str) -> None:
+        """A checkpoint has the best weights of its time: the run may be resumed elsewhere, or from an earlier one."""
+        best = self.run.output_dir / BEST_WEIGHTS
+        if self.run.is_main and best.is_file():
+            shutil.copyfile(best, Path(folder) / BEST_WEIGHTS)
+
+    def _take_best_from(self, models, folder: str) -> None:
+        best = self.run.output_dir / BEST_WEIGHTS
+        if self.run.is_main and (Path(folder) / BEST_WEIGHTS).is_file():
+            shutil.copyfile(Path(folder) / BEST_WEIGHTS, f"{best}.tmp")
+            os.replace(f"{best}.tmp", best)
+        self.run.accelerator.wait_for_everyone()
+
     def finish(self, best: bool) -> None:
         """Give the pipeline its denoiser back, unwrapped, with a LoRA adapter fused into it.
 
@@ -194,8 +212,7 @@ class TunedWeights:
                 if name in weights:
                     parameter.copy_(weights[name])
         if self.args.use_lora:
-            unet.fuse_lora()
-            unet.unload_lora()
+            merge_lora(unet)
         self.pipeline.unet = self.policy.denoiser = unet.requires_grad_(True).eval()
 
     def push_to_hub(self) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .base_config import TrainingConfig
+from .base_config import TrainingConfig, check_positive
 
 
 @dataclass
@@ -31,3 +31,7 @@ class VQGANConfig(TrainingConfig):
     discriminator_layers: int = field(default=2, metadata={"help": "Strided layers of the patch discriminators."})
     num_slices: int = field(default=4, metadata={"help": "Random slices per volume for the slice discriminator."})
     flip_augmentation: bool = field(default=True, metadata={"help": "Flip left and right at random."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "discriminator_learning_rate")

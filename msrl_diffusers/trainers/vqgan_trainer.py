@@ -78,7 +78,10 @@ class VQGANTrainer:
                         loss = loss + args.adversarial_weight * g_loss + args.feature_matching_weight * matching
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    accelerator.unscale_gradients(
+                        optimizer
+                    )  # its own alone: the discriminators' wait for their backward
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 if adversarial:

@@ -96,7 +96,7 @@ class Watch:
         improved = figure > run.state.get("best_figure", float("-inf"))
         if improved:
             run.state.update(best_figure=figure, best_step=step)
-        if self.patience is not None and step - run.state["best_step"] >= self.patience:
+        if self.patience is not None and step - run.state.get("best_step", 0) >= self.patience:
             run.stop("the selection figure has not improved")
         return improved
 
