@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 ROLES = ("judge", "second_judge", "label")
-STANDARD = "+ standard synthetic"  # an arm of the downstream study
+REAL, STANDARD = "real only", "+ standard synthetic"  # arms of the downstream study
 GAPS = (
     ("gap_closed", "judge"),
     ("gap_closed_heldout", "judge"),
@@ -20,7 +20,7 @@ STUDIES = {  # folders of `examples/results`: what was studied, and by which con
 LEAST_AUC = 0.7  # of a reward model that learned something
 METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "ppo": "any reward, a black box too; the published method",
-    "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, looked at twice)",
+    "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, with only two looks at the label distance)",
     "frechet": "real volumes are at hand: rewards lend their features only",
 }
 
@@ -30,12 +30,10 @@ def study_lines(reports: dict[Path, dict]) -> list[str]:
     first = next(iter(reports.values()))
     lines = [
         f"{first['n']['all']} volumes on each side of a distance; lower is better; in brackets 95 % bootstrap intervals. *Floor*: real "
-        "held-out volumes. *Limit*: reconstructions by the autoencoder, of the very volumes they are compared with: it may lie below the "
-        "floor, which compares other subjects. *Gap closed*: (standard - RL) / (standard - limit); *to held-out*: the same of distances to "
-        f"held-out volumes, of which the limit shows none either: by the judge it is {first['fid_heldout']['judge']['limit']['all']:.3f} from "
-        "them. Features are those of networks trained "
-        "here; no figure compares with one of Inception. Of a run the weights with the lowest label distance are kept: *unchanged* are "
-        "those from which no rollout led to a lower one.",
+        "held-out volumes. *Limit*: reconstructions of the training volumes by the autoencoder (rFID), which may lie below the floor. *Gap "
+        "closed*: (standard - RL) / (standard - limit); *to held-out*: the same with all distances to held-out volumes (there the judge's "
+        f"limit is {first['fid_heldout']['judge']['limit']['all']:.3f}). Features are of networks trained here: no distance compares with "
+        "one of Inception. Each run keeps the weights of the lowest label distance; *unchanged*: those were the pretrained ones.",
         "",
         "| seed | extractor | floor | limit | before (standard) | after RL | after minus before, paired | gap closed | to held-out |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -140,23 +138,25 @@ def paper_lines(content: dict, name: str) -> list[str]:
         f"`msrl study --config examples/configs/{config} --seeds {' '.join(map(str, content['seeds']))} --ablations "
         f"{' '.join(variant for variant in content['ablations'] if variant != 'full')}`: {content['n']['all']} volumes on each side, mean and "
         f"deviation over {seeds} seeds of the reward models, PPO and the evaluation ([all tables](examples/results/{name}/tables.md)). Published "
-        f"figures ({content['published']['source']}, {data}) are of other data and another extractor; compare shares of the gap.",
+        f"figures ({content['published']['source']}, {data}) are of other data and another extractor; compare shares of the gap. *Accuracy*: of a "
+        "classifier that is pretrained on the volumes of the arm and then trained on few real ones (`downstream_per_class` of the config).",
         "",
         "| | judge | gap closed, judge | accuracy with its volumes | published: distance | published: accuracy |",
         "|---|---|---|---|---|---|",
     ]
-    theirs = content["published"]
-    standard = [
-        content["fid"]["judge"]["standard"]["all"],
-        None,
-        (content["downstream"] or {}).get(STANDARD, {}).get("accuracy"),
-    ]
+    theirs, ours = content["published"], content["downstream"] or {}
+    published = theirs["downstream"][data]
     rows = {
+        "real volumes only": (
+            [None, None, ours.get(REAL, {}).get("accuracy")],
+            None,
+            published[REAL]["accuracy"][0],
+        ),
         "standard diffusion": (
-            standard,
+            [content["fid"]["judge"]["standard"]["all"], None, ours.get(STANDARD, {}).get("accuracy")],
             theirs["fid"][data]["standard"]["all"],
-            theirs["downstream"][data][STANDARD]["accuracy"][0],
-        )
+            published[STANDARD]["accuracy"][0],
+        ),
     }
     for variant, row in content["ablations"].items():
         published = theirs["ablations"][variant]
@@ -164,7 +164,8 @@ def paper_lines(content: dict, name: str) -> list[str]:
         rows[f"RL, {variant.replace('_', ' ')}"] = (figures, published["fid"], published["accuracy"])
     for title, (figures, fid, accuracy) in rows.items():
         cells = [_shown(figure, digits) for figure, digits in zip(figures, (3, 2, 2), strict=True)]
-        lines.append(f"| {title} | " + " | ".join([*cells, f"{fid:.2f}", f"{accuracy:.2f}"]) + " |")
+        cells += ["" if fid is None else f"{fid:.2f}", f"{accuracy:.2f}"]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "What the paper found, and whether it holds here (mean of differences over seeds, positive as claimed, 95 % interval):",
@@ -187,9 +188,9 @@ def refusal_line(content: dict, name: str) -> str:
     refused, rows = len(content["variants"]["default"]["refused"]), content["variants"]
     closed = {variant: _closed(rows[variant]["gap_closed"]["judge"]) for variant in ("unchecked", "paper")}
     return (
-        f"- With {len(content['seeds'])} seeds of reward models and PPO on the same pipeline ([page](examples/results/{name}.md)): the "
-        f"default recipe found its reward models below their floors and refused to start in {refused}; told to start all the same it "
-        f"closed {closed['unchecked']} of the judge's gap, the published recipe, which has no floors, {closed['paper']}: less than nothing "
+        f"- On a second pipeline of the same config (its extractors are others: distances do not compare with the table's), "
+        f"{len(content['seeds'])} seeds of reward models and PPO ([page](examples/results/{name}.md)): the default recipe, which has "
+        f"`validity_floors`, found its reward models below them and refused to start in {refused}; without floors it closed {closed['unchecked']} of the judge's gap, the published recipe, which has no floors, {closed['paper']}: less than nothing "
         "is farther from the real volumes than before."
     )
 
@@ -204,7 +205,7 @@ def lower_line(content: dict, name: str) -> str:
     first = next(iter(content["variants"].values()))
     kid = ", ".join(f"{value:+.4f}" for value in first["kid"]["judge"]["standard"]["values"])
     return (
-        f"- One pipeline tuned by several methods ([page](examples/results/{name}.md)); nearer to the real volumes by the judge: "
+        f"- That pipeline tuned by several methods ([page](examples/results/{name}.md)); nearer to the real volumes by the judge: "
         f"{', '.join(parts)}. The judge's KID of the pretrained model is {kid} by seed, where 0 is no difference: with "
         f"{content['n']['all']} volumes on each side there is no gap that it could see closed."
     )
@@ -275,8 +276,8 @@ def _reward_verdict(reports: list[dict]) -> list[str]:
     if best >= LEAST_AUC:
         return []
     return [
-        f"- The reward models learned next to nothing (AUC at most {best:.2f}; chance is .5): these runs say nothing about "
-        "reinforcement learning, only that the chain runs to its end."
+        f"- The reward models learned next to nothing (AUC at most {best:.2f}, that of the held-out one included; chance is 0.5): "
+        "these runs say nothing about reinforcement learning, only that the chain runs to its end."
     ]
 
 
