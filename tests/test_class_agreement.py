@@ -1,4 +1,4 @@
-"""benchmarks/class_agreement.py on a study of seconds, as a user runs it."""
+"""benchmarks/class_agreement.py and readme_pictures.py on a study of seconds, as a user runs them."""
 
 import json
 import runpy
@@ -15,15 +15,32 @@ from msrl_diffusers.study import run_study
 
 
 SCRIPT = str(Path(__file__).parent.parent / "examples" / "benchmarks" / "class_agreement.py")
+PICTURES = str(Path(SCRIPT).parent / "readme_pictures.py")
 
 
-def test_every_arm_is_read_by_classifiers_of_real_volumes(tmp_path, monkeypatch, capsys):
-    release = write_tiny_release(tmp_path / "release")
-    run_study(StudyConfig(**released_study(tmp_path / "study", release)))
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The folder of a finished study; not to be written to."""
+    folder = tmp_path_factory.mktemp("class-agreement")
+    run_study(StudyConfig(**released_study(folder / "study", write_tiny_release(folder / "release"))))
+    return folder / "study"
+
+
+def test_the_picture_shows_what_the_study_left(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [PICTURES, "--volumes", str(study), "--output_dir", str(tmp_path)])
+    runpy.run_path(PICTURES, run_name="__main__")
+    assert [path.name for path in tmp_path.iterdir()] == ["phantoms.png"]
+    monkeypatch.setattr(sys, "argv", [PICTURES, "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(PICTURES, run_name="__main__")
+    assert capsys.readouterr().err == "error: There is nothing to draw; give --volumes, --images or both.\n"
+
+
+def test_every_arm_is_read_by_classifiers_of_real_volumes(study, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results" / "agreement.json"
     options = [
         "--studies",
-        str(tmp_path / "study"),
+        str(study),
         "--num_classifiers",
         "2",
         "--max_steps",
@@ -34,14 +51,14 @@ def test_every_arm_is_read_by_classifiers_of_real_volumes(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", [SCRIPT, *options])
     runpy.run_path(SCRIPT, run_name="__main__")
     content = json.loads(output.read_text())
-    study = content["studies"]["study"]
-    assert set(study["agreement"]) == {"real_floor", "limit", "standard", "rl"}
-    for arm in study["agreement"].values():
+    found = content["studies"]["study"]
+    assert set(found["agreement"]) == {"real_floor", "limit", "standard", "rl"}
+    for arm in found["agreement"].values():
         assert set(arm) == {"all", "HGG", "LGG"}
         assert all(0 <= row["interval"][0] <= row["value"] <= row["interval"][1] <= 1 for row in arm.values())
-    after, before = (study["agreement"][arm]["all"]["value"] for arm in ("rl", "standard"))
-    assert study["difference"]["value"] == pytest.approx(after - before)
-    assert json.loads(capsys.readouterr().out) == {"study": study["difference"]}
+    after, before = (found["agreement"][arm]["all"]["value"] for arm in ("rl", "standard"))
+    assert found["difference"]["value"] == pytest.approx(after - before)
+    assert json.loads(capsys.readouterr().out) == {"study": found["difference"]}
     assert "| study | real, held out |" in output.with_suffix(".md").read_text()
 
 
