@@ -103,7 +103,7 @@ def method_lines(content: dict, on_gpu: dict) -> list[str]:
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
         "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen (the limit "
         "reconstructs the training volumes, so with those it is compared with its own originals); KID is the kernel distance, unbiased at any "
-        "number of volumes. PPO's runs are those of `make demo`. Settings were picked on other "
+        "number of volumes. PPO's runs are those of an earlier `make demo`. Settings were picked on other "
         "seeds, without a judge; how often draft_cheap is looked at a second time, when a first had been judged on two of these. Forwards of "
         "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
         "on an H200, with as many samples in a batch, that of frechet of rollouts of 50 steps with gradients through ten, which close no more "
