@@ -162,9 +162,11 @@ def open_folder(folder: Path, mark: str) -> None:
     """
     marker = folder / ".fingerprint"
     found = marker.read_text() if marker.is_file() else None
-    if folder.is_symlink() and (found not in (None, mark) or not folder.exists()):
-        folder.unlink()
-    elif found not in (None, mark):
+    stale = found not in (None, mark)
+    if folder.is_symlink():
+        if stale or not folder.exists():
+            folder.unlink()
+    elif stale:
         shutil.rmtree(folder)
     if found != mark:
         write_text(marker, mark)

@@ -1,6 +1,4 @@
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from layouts import write_brats
-from tiny import copied, differing, tiny_study
+from tiny import copied, differing, settings_with
 
 from msrl_diffusers import (
     MedVolumePipeline,
@@ -26,7 +24,6 @@ from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
-from msrl_diffusers.files import file_mark, folder_mark
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
 from msrl_diffusers.study.artifacts import (
@@ -47,13 +44,6 @@ from msrl_diffusers.study.stages import load_arm
 CPU_CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "phantoms" / "cpu.yaml"
 ARMS = ("real_floor", "limit", "limit_heldout", "standard", "rl")
 ROLES = ("judge", "second_judge", "label")
-
-
-def settings_with(folder, **changes) -> StudyConfig:
-    settings = tiny_study()
-    for name, value in changes.items():
-        settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
-    return StudyConfig(output_dir=str(folder), **settings)
 
 
 def marks(folder) -> dict[str, tuple[int, str]]:
@@ -354,66 +344,6 @@ def test_stages_up_to():
     assert stages_up_to("report") == list(STAGES)
     for name, stage in STAGES.items():
         assert all(list(STAGES).index(needed) < list(STAGES).index(name) for needed in stage.needs)
-
-
-def test_a_fingerprint_follows_what_a_stage_depends_on(tmp_path):
-    base = settings_with(tmp_path)
-    changed = {
-        "num_per_class": set(STAGES),
-        "unet": set(STAGES) - {"prepare", "extractors", "vqgan"},
-        "target_map": {"score", "rewards", "validity", "ppo", "evaluate", "downstream", "report"},
-        "bootstrap_draws": {"evaluate", "baseline_downstream", "downstream", "report"},
-        "downstream": {"baseline_downstream", "downstream", "report"},
-        "output_dir": set(),
-    }
-    values = {
-        "num_per_class": 5,
-        "unet": {"dropout": 0.1},
-        "target_map": "rank",
-        "bootstrap_draws": 3,
-        "downstream": {"widen_factor": 0.125},
-    }
-    for field, stages in changed.items():
-        other = (
-            settings_with(tmp_path / "b")
-            if field == "output_dir"
-            else settings_with(tmp_path, **{field: values[field]})
-        )
-        assert {name for name in STAGES if fingerprint(base, name) != fingerprint(other, name)} == stages, field
-
-
-def test_a_fingerprint_follows_the_files_it_is_given(tmp_path):
-    write_phantoms(tmp_path / "data", 2, image_size=16)
-    config = settings_with(tmp_path, dataset="nifti_folder", data_dir=str(tmp_path / "data"))
-    before = fingerprint(config, "prepare")
-    shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
-    moved = settings_with(tmp_path, dataset="nifti_folder", data_dir=str(tmp_path / "elsewhere"))
-    assert fingerprint(moved, "prepare") == before
-    (tmp_path / "data" / "metadata.csv").write_text(
-        (tmp_path / "data" / "metadata.csv").read_text().replace("HGG", "LGG", 1)
-    )
-    assert fingerprint(config, "prepare") != before
-
-
-def test_the_mark_of_given_files_is_theirs_and_they_are_read_once(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_bytes(b"12345")
-    (tmp_path / "c").write_bytes(b"c" * 300_000)
-    parts = b"a/b 5\n12345c 300000\n" + b"c" * (1 << 18)
-    assert folder_mark(tmp_path) == hashlib.sha256(parts).hexdigest()[:16]
-    assert file_mark(tmp_path / "c") == hashlib.sha256(b"300000" + b"c" * 300_000).hexdigest()[:16]
-    before, times = folder_mark(tmp_path), (tmp_path / "a" / "b").stat()
-    (tmp_path / "a" / "b").write_bytes(b"54321")
-    os.utime(tmp_path / "a" / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert folder_mark(tmp_path) == before  # size and time are the same
-    os.utime(tmp_path / "a" / "b", ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000_000))
-    assert folder_mark(tmp_path) != before
-
-
-def test_a_fingerprint_of_extractors_knows_their_precision(tmp_path):
-    one, other = (settings_with(tmp_path, mixed_precision=precision) for precision in ("no", "bf16"))
-    assert one.trainer_config("extractors").mixed_precision != other.trainer_config("extractors").mixed_precision
-    assert fingerprint(one, "extractors") != fingerprint(other, "extractors")
 
 
 def test_scripts_of_one_stage_share_their_results_with_the_study(tmp_path):

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusi
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D
+from msrl_diffusers import MedVolumePipeline, StudyConfig, UNet3DModel, VQModel3D
 from msrl_diffusers.data.cases import list_cases
 from msrl_diffusers.data.phantoms import load_phantoms
 from msrl_diffusers.data.preparation import prepare_case
@@ -143,6 +143,14 @@ def tiny_stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def settings_with(folder, **changes) -> StudyConfig:
+    """The config of `tiny_study` in a folder, with changes of fields; of a section those that are named."""
+    settings = tiny_study()
+    for name, value in changes.items():
+        settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
+    return StudyConfig(output_dir=str(folder), **settings)
 
 
 class Brightness:

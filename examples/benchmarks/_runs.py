@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.utils import merge_dicts
 from matplotlib.figure import Figure
 
 from msrl_diffusers.arguments import CONFIG_HELP, parse, take_option
@@ -72,9 +73,7 @@ def merged(*parts: Mapping) -> dict:
     """Several changes as one; of sections both are taken."""
     result = {}
     for part in parts:
-        for name, value in part.items():
-            both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
-            result[name] = {**result[name], **value} if both else value
+        merge_dicts(part, result)
     return result
 
 

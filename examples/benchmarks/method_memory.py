@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from _runs import merged
 from objectives import CONFIG, VARIANTS
 from tqdm import tqdm
 
@@ -30,9 +31,8 @@ METHODS = ("ppo", "ppo_window", "nft", "draft_cheap", "frechet")
 def config_of(name: str, folder: Path) -> StudyConfig:
     """The study of a method, below `folder`, with two rollouts."""
     base = StudyConfig(**{**read_study(CONFIG), "output_dir": str(folder)})
-    config = changed_config(base, name, 0, VARIANTS[name])
-    getattr(config, config.method)["max_steps"] = 2
-    return config
+    method = VARIANTS[name].get("method", base.method)
+    return changed_config(base, name, 0, merged(VARIANTS[name], {method: {"max_steps": 2}}))
 
 
 def measure(name: str, folder: Path) -> int:

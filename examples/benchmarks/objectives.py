@@ -69,8 +69,8 @@ def shares_of_ppo(content: dict) -> dict[str, dict] | None:
 
 
 def _reaches(row: dict, ppo: dict) -> bool | None:
-    """Whether the judge distance is at most PPO's, means over the seeds that both have: each has reward models of its own. None
-    where they have none in common."""
+    """Whether the judge distance is at most PPO's, means over the seeds that both have: each starts from other noise, at another
+    distance of the pretrained model. None where they have none in common."""
     own, others = (dict(zip(one["seeds"], one["fid"]["judge"]["rl"]["values"], strict=True)) for one in (row, ppo))
     both = own.keys() & others.keys()
     return fmean(own[seed] for seed in both) <= fmean(others[seed] for seed in both) if both else None

@@ -60,9 +60,8 @@ class EMAQuantizer(nn.Module):
 
     The first training batch initialises the codes; the flag is a buffer, so a resumed training does not start over.
     A code whose average use falls under `restart_threshold` times (1 - `decay`) of a vector per batch is put onto a random
-    vector of the batch. Under
-    `torch.distributed` the statistics are summed and the random vectors taken from the first process, so that all
-    processes keep the same codebook.
+    vector of the batch. Under `torch.distributed` the statistics are summed and the random vectors taken from the first
+    process, so that all processes keep the same codebook.
     """
 
     def __init__(self, num_codes: int, channels: int, decay: float, restart_threshold: float, commitment: float):

@@ -126,10 +126,10 @@ class Yardstick:
 def measure_baseline(config: StudyConfig) -> dict:
     """The figures of all arms but the tuned one. Saves their volumes, and features for `evaluate`."""
     yardstick, samplers, pipeline = Yardstick.of(config), samplers_of(config), load_pipeline(config)
-    arms = {"real_floor": yardstick.heldout}
-    arms |= {
-        name: _reconstructions(pipeline, volumes, config)
-        for name, volumes in (("limit", yardstick.train), ("limit_heldout", yardstick.heldout))
+    arms = {
+        "real_floor": yardstick.heldout,
+        "limit": _reconstructions(pipeline, yardstick.train, config),
+        "limit_heldout": _reconstructions(pipeline, yardstick.heldout, config),
     }
     arms |= at_samplers("standard", samplers, lambda sampler: yardstick.sample(pipeline, sampler))
     features = yardstick.features(arms)

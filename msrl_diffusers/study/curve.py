@@ -39,7 +39,7 @@ from .config import StudyConfig
 
 KL_PER_CLASS = 16  # samples on whose path the divergence is measured
 NEIGHBOURS = 10
-BATCH_SIZE = 32  # of volumes made float32, or transformed, at once
+BATCH_SIZE = 32  # of volumes made float32 at once
 MIN_STD = 0.01  # of a step whose divergence counts, where the method has no such setting
 
 
@@ -216,7 +216,7 @@ class _Instruments:
         return {
             "diversity": sample_diversity(volumes.pixel_values, volumes.class_labels),
             "ms_ssim": None if similarity is None else similarity["value"],
-            "high_frequency": _high_frequency_share(volumes),
+            "high_frequency": high_frequency_share(volumes.pixel_values),
         }
 
     def _nearest(self, volumes: VolumeDataset) -> dict:
@@ -228,18 +228,6 @@ class _Instruments:
 def _shrunk(volumes: VolumeDataset) -> torch.Tensor:
     """The volumes of at most `WORKING_EDGE` voxels along every axis, float16; the large ones are float32 by batches alone."""
     return torch.cat([shrink(part.float(), WORKING_EDGE).half() for part in volumes.pixel_values.split(BATCH_SIZE)])
-
-
-def _high_frequency_share(volumes: VolumeDataset) -> float:
-    """`high_frequency_share` of all volumes, with the spectra of one batch in memory at a time: the mean over batches, weighted
-    by their energies, which are those of their spectra (Parseval)."""
-    high = energy = 0.0
-    for part in volumes.pixel_values.split(BATCH_SIZE):
-        part = part.float()
-        weight = (part - part.mean(dim=(2, 3, 4), keepdim=True)).square().sum().item()
-        high += weight * high_frequency_share(part)
-        energy += weight
-    return high / max(energy, 1e-12)
 
 
 def _step_divergence(

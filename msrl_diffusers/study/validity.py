@@ -17,10 +17,8 @@ from .reward_data import load_given_set, targets_by_volume
 def measure_validity(config: StudyConfig) -> dict:
     """By role, how well each reward ranks trajectory sets of held-out subjects, tells k = 1 from synthetic ones and predicts
     targets; and the same of `unseen_sets` (`evaluation.validity.reward_validity`)."""
-    pipeline, subjects = (
-        load_pipeline(config),
-        load_split(config, "heldout").take_per_class(config.num_validity_subjects),
-    )
+    pipeline = load_pipeline(config)
+    subjects = load_split(config, "heldout").take_per_class(config.num_validity_subjects)
     rewards = {role: LearnedReward(role, model) for role, model in load_reward_models(config).items()}
     targets, specs = load_scores(config)["targets"], set_specs(config.synthetic_steps, config.reconstruction_steps)
     sets = {role: {} for role in rewards}

@@ -12,6 +12,7 @@ from .base import TrainingRun
 
 
 Watchdog = Callable[[Rollout], float]
+SPECTRA_AT_ONCE = 32  # samples
 
 
 class Watch:
@@ -153,14 +154,17 @@ def sample_diversity(samples: torch.Tensor, groups: torch.Tensor) -> float:
 def high_frequency_share(samples: torch.Tensor) -> float:
     """Share of the spectral energy of `samples [B, C, *S]` above half the Nyquist frequency along any axis, means removed.
 
-    It falls when edges are wiped out and rises with noise and checkerboards.
+    It falls when edges are wiped out and rises with noise and checkerboards. The spectra of a few samples are in memory at a time.
     """
     axes = tuple(range(2, samples.ndim))
-    values = samples.float() - samples.float().mean(dim=axes, keepdim=True)
-    energy = torch.fft.fftn(values, dim=axes).abs().square()
     grids = torch.meshgrid(*(torch.fft.fftfreq(samples.shape[axis]).abs() for axis in axes), indexing="ij")
-    high = torch.stack(grids).amax(dim=0).to(energy.device) > 0.25
-    return (energy[..., high].sum() / energy.sum().clamp_min(1e-12)).item()
+    high = torch.stack(grids).amax(dim=0).to(samples.device) > 0.25
+    above = total = 0.0
+    for part in samples.split(SPECTRA_AT_ONCE):
+        values = part.float() - part.float().mean(dim=axes, keepdim=True)
+        energy = torch.fft.fftn(values, dim=axes).abs().square()
+        above, total = above + energy[..., high].sum().item(), total + energy.sum().item()
+    return above / max(total, 1e-12)
 
 
 def reward_disagreement(parts: Mapping[str, torch.Tensor]) -> float:

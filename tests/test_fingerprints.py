@@ -1,0 +1,111 @@
+"""Fingerprints of stages: they follow all that a result depends on, and nothing else."""
+
+import hashlib
+import os
+import shutil
+
+from tiny import settings_with, tiny_phantoms
+
+from msrl_diffusers import StudyConfig, write_phantoms
+from msrl_diffusers.files import file_mark, folder_mark
+from msrl_diffusers.study import STAGES
+from msrl_diffusers.study.chain import fingerprint, study_chain
+
+
+def test_a_fingerprint_follows_what_a_stage_depends_on(tmp_path):
+    base = settings_with(tmp_path)
+    changed = {
+        "num_per_class": set(STAGES),
+        "unet": set(STAGES) - {"prepare", "extractors", "vqgan"},
+        "target_map": {"score", "rewards", "validity", "ppo", "evaluate", "downstream", "report"},
+        "bootstrap_draws": {"evaluate", "baseline_downstream", "downstream", "report"},
+        "downstream": {"baseline_downstream", "downstream", "report"},
+        "output_dir": set(),
+    }
+    values = {
+        "num_per_class": 5,
+        "unet": {"dropout": 0.1},
+        "target_map": "rank",
+        "bootstrap_draws": 3,
+        "downstream": {"widen_factor": 0.125},
+    }
+    for field, stages in changed.items():
+        other = (
+            settings_with(tmp_path / "b")
+            if field == "output_dir"
+            else settings_with(tmp_path, **{field: values[field]})
+        )
+        assert {name for name in STAGES if fingerprint(base, name) != fingerprint(other, name)} == stages, field
+
+
+def test_a_fingerprint_follows_the_files_it_is_given(tmp_path):
+    write_phantoms(tmp_path / "data", 2, image_size=16)
+    config = settings_with(tmp_path, dataset="nifti_folder", data_dir=str(tmp_path / "data"))
+    before = fingerprint(config, "prepare")
+    shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+    moved = settings_with(tmp_path, dataset="nifti_folder", data_dir=str(tmp_path / "elsewhere"))
+    assert fingerprint(moved, "prepare") == before
+    (tmp_path / "data" / "metadata.csv").write_text(
+        (tmp_path / "data" / "metadata.csv").read_text().replace("HGG", "LGG", 1)
+    )
+    assert fingerprint(config, "prepare") != before
+
+
+def test_the_mark_of_given_files_is_theirs_and_they_are_read_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"12345")
+    (tmp_path / "c").write_bytes(b"c" * 300_000)
+    parts = b"a/b 5\n12345c 300000\n" + b"c" * (1 << 18)
+    assert folder_mark(tmp_path) == hashlib.sha256(parts).hexdigest()[:16]
+    assert file_mark(tmp_path / "c") == hashlib.sha256(b"300000" + b"c" * 300_000).hexdigest()[:16]
+    before, times = folder_mark(tmp_path), (tmp_path / "a" / "b").stat()
+    (tmp_path / "a" / "b").write_bytes(b"54321")
+    os.utime(tmp_path / "a" / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert folder_mark(tmp_path) == before  # size and time are the same
+    os.utime(tmp_path / "a" / "b", ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000_000))
+    assert folder_mark(tmp_path) != before
+
+
+def test_a_fingerprint_of_extractors_knows_their_precision(tmp_path):
+    one, other = (settings_with(tmp_path, mixed_precision=precision) for precision in ("no", "bf16"))
+    assert one.trainer_config("extractors").mixed_precision != other.trainer_config("extractors").mixed_precision
+    assert fingerprint(one, "extractors") != fingerprint(other, "extractors")
+
+
+def test_options_that_are_not_used_change_no_fingerprint():
+    base = StudyConfig()
+    marks = {name: fingerprint(base, name) for name in STAGES}
+    same = StudyConfig(
+        curve_per_class=5, keep_snapshots=False, nft={"max_steps": 5},
+        degraded_anchors={}, marginal_labels=0.0,
+    )  # fmt: skip
+    assert {name: fingerprint(same, name) for name in STAGES} == marks
+    changed = {
+        "marginal_labels": ({"marginal_labels": 0.5}, "rewards"),
+        "conditional_rewards": ({"conditional_rewards": True}, "rewards"),
+        "degraded_anchors": ({"degraded_anchors": {"kinds": ["blur"], "strengths": [0.5]}}, "score"),
+        "policy_anchors": ({"policy_anchors": {"a": "nowhere"}}, "score"),
+        "refresh": ({"refresh": {"every": 2}}, "ppo"),
+        "validity_floors": ({"validity_floors": {"auc": 0.0, "spearman": -1.0}}, "ppo"),
+        "watch_per_class": ({"watch_per_class": 4}, "ppo"),
+    }
+    features = {"frechet_features": ["label", "slice"]}
+    assert fingerprint(StudyConfig(**features), "ppo") == marks["ppo"]  # of no effect there
+    frechet = [fingerprint(StudyConfig(method="frechet", **fields), "frechet") for fields in ({}, features)]
+    assert frechet[0] != frechet[1]
+    names = list(STAGES)
+    for option, (fields, first) in changed.items():
+        other = StudyConfig(**fields)
+        found = [name for name in names if fingerprint(other, name) != marks[name]]
+        assert found[0] == first, option
+        chain = study_chain(other)
+        assert found == [name for name in names if first in chain.up_to(name)], option
+
+
+def test_a_given_file_counts_by_what_it_holds(tmp_path):
+    path = tmp_path / "samples.safetensors"
+    tiny_phantoms().save(path)
+    config = StudyConfig(policy_anchors={"a": str(path)})
+    before = fingerprint(config, "score")
+    tiny_phantoms(4).save(path)
+    assert fingerprint(config, "score") != before
