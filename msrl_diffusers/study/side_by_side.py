@@ -152,6 +152,9 @@ def _run_job(job: Job, others: Sequence[StudyConfig]) -> str | None:
             run_study(job.config, [job.stage])
         except InputError as refusal:
             return str(refusal)
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # the next stage of this process may be a small one, and the GPU is shared
     return None
 
 
