@@ -23,7 +23,7 @@ from msrl_diffusers.study.artifacts import (
 from msrl_diffusers.study.chain import STAGES, enabled_stages, study_chain
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.curve import turning_point
-from msrl_diffusers.study.reward_data import reward_data, reward_set_names, reward_sets
+from msrl_diffusers.study.reward_data import compared_counts, first_of, reward_data, reward_set_names, reward_sets
 from msrl_diffusers.study.sections import METHODS
 from msrl_diffusers.study.stages import train_extractors
 from msrl_diffusers.study.validity import measure_validity
@@ -281,12 +281,24 @@ def test_conditional_rewards_know_the_classes_of_the_data(own_rewards):
     assert reward_data(own_rewards).class_labels[: len(train)].tolist() == train.class_labels.tolist()
 
 
+def test_few_volumes_of_an_earlier_policy_are_compared_with_as_few_of_the_others(own_rewards, tmp_path, monkeypatch):
+    monkeypatch.setattr("msrl_diffusers.study.reward_data.MIN_ANCHORS", 3)
+    tiny_phantoms(3).save(tmp_path / "few.safetensors")
+    config = replace(own_rewards, policy_anchors={"few": str(tmp_path / "few.safetensors")})
+    train = load_split(own_rewards, "train")
+    assert compared_counts(own_rewards, train) == {0: 4, 1: 4}
+    assert compared_counts(config, train) == {0: 3, 1: 3}
+    sets = dict(reward_sets(config, train))
+    assert len(sets["policy-few"]) == 6
+    assert len(sets["degraded-blur-050"]) == len(train)  # they are trained on all
+    assert first_of(train, {0: 4, 1: 4}) is train
+    assert first_of(train, {0: 3, 1: 3}).class_counts() == {"HGG": 3, "LGG": 3}
+
+
 def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path):
     tiny_phantoms(2).save(tmp_path / "few.safetensors")
     config = replace(own_rewards, policy_anchors={"few": str(tmp_path / "few.safetensors")})
-    with pytest.raises(
-        InputError, match=r"has 2 volumes of class 'HGG'; .* needs 4, as many as there are training volumes"
-    ):
+    with pytest.raises(InputError, match=r"has 2 volumes of class 'HGG'; .* needs 4: sample more"):
         dict(reward_sets(config, load_split(own_rewards, "train")))
     other = replace(tiny_phantoms(4), id2label={0: "LGG", 1: "HGG"})
     other.save(tmp_path / "turned.safetensors")

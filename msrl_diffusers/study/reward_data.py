@@ -21,18 +21,22 @@ from .config import StudyConfig
 from .stages import load_arm
 
 
+MIN_ANCHORS = 64  # volumes of a class in the smallest set: all distances are of as many
+
+
 def score_trajectories(config: StudyConfig) -> dict:
     """FID of every set by the label extractor, and the reward targets."""
     train = load_split(config, "train")
-    extractor = load_extractors(config)["label"]
-    real = extract_features(extractor, train.pixel_values)
-    fids = {
-        name: frechet_by_class(real, train, extract_features(extractor, volumes.pixel_values), volumes)
-        for name, volumes in tqdm(reward_sets(config, train), desc="score", total=len(reward_set_names(config)))
-    }
+    extractor, counts, fids = load_extractors(config)["label"], compared_counts(config, train), {}
+    real = first_of(train, counts)
+    real_features = extract_features(extractor, real.pixel_values)
+    for name, volumes in tqdm(reward_sets(config, train), desc="score", total=len(reward_set_names(config))):
+        compared = first_of(volumes, counts)
+        features = extract_features(extractor, compared.pixel_values)
+        fids[name] = frechet_by_class(real_features, real, features, compared)
     scores = {
         "extractor": extractor_identity(extractor),
-        "n": len(train),
+        "n": len(real),
         "fid": fids,
         "targets": set_targets(fids, list(train.id2label.values()), config.target_map),
     }
@@ -103,7 +107,7 @@ def reward_set_names(config: StudyConfig) -> list[str]:
 
 def reward_sets(config: StudyConfig, train: VolumeDataset) -> Iterator[tuple[str, VolumeDataset]]:
     """Every set of the reward data with its name, one at a time: trajectories from their files, degraded training volumes, and
-    samples of earlier policies, as many of each class as there are training volumes: distances of unequal sets say nothing.
+    samples of earlier policies, at most as many of each class as there are training volumes.
 
     Raises:
         InputError: a set that can't be read, or with too few volumes of a class.
@@ -113,11 +117,37 @@ def reward_sets(config: StudyConfig, train: VolumeDataset) -> Iterator[tuple[str
     for kind, strength in _degradations(config):
         yield _degraded_name(kind, strength), degrade_dataset(train, kind, strength, config.seed)
     for name, path in config.policy_anchors.items():
-        yield f"policy-{name}", load_given_set(name, path, train, config, "policy_anchors")
+        yield f"policy-{name}", _policy_anchor(name, path, train, config)
 
 
-def load_given_set(name: str, path: str, train: VolumeDataset, config: StudyConfig, field: str) -> VolumeDataset:
-    """A set that the config names in `field`, of as many volumes of each class as `train` has.
+def _policy_anchor(name: str, path: str, train: VolumeDataset, config: StudyConfig) -> VolumeDataset:
+    counts = _label_counts(train)
+    least = {label: min(count, MIN_ANCHORS) for label, count in counts.items()}
+    return load_given_set(name, path, train, config, "policy_anchors", least).take_per_class(counts)
+
+
+def compared_counts(config: StudyConfig, train: VolumeDataset) -> dict[int, int]:
+    """How many volumes of each class label distances are of: as many as the smallest set has, since those of unequal numbers
+    can't be compared. Samples of an earlier policy may be fewer than the training volumes, which all other sets are as many as."""
+    anchors = [_policy_anchor(name, path, train, config) for name, path in config.policy_anchors.items()]
+    counts = [_label_counts(volumes) for volumes in (train, *anchors)]
+    return {label: min(each[label] for each in counts) for label in train.id2label}
+
+
+def first_of(volumes: VolumeDataset, counts: dict[int, int]) -> VolumeDataset:
+    """The first volumes of each class, so many; `volumes` itself, in its order, where it has no more."""
+    return volumes if _label_counts(volumes) == counts else volumes.take_per_class(counts)
+
+
+def _label_counts(volumes: VolumeDataset) -> dict[int, int]:
+    by_name = volumes.class_counts()
+    return {label: by_name[name] for label, name in volumes.id2label.items()}
+
+
+def load_given_set(
+    name: str, path: str, train: VolumeDataset, config: StudyConfig, field: str, least: dict[int, int]
+) -> VolumeDataset:
+    """A set that the config names in `field`, of at least so many volumes of each class label.
 
     Raises:
         InputError: what `load_arm` refuses, or too few volumes.
@@ -128,14 +158,13 @@ def load_given_set(name: str, path: str, train: VolumeDataset, config: StudyConf
             f"{field}: {path} holds volumes {list(volumes.pixel_values.shape[1:])} of the classes {volumes.id2label}; those of "
             f"the study are {list(train.pixel_values.shape[1:])} of {train.id2label}."
         )
-    wanted, found = train.class_counts(), volumes.class_counts()
-    for class_name, count in wanted.items():
-        if found.get(class_name, 0) < count:
+    for label, count in _label_counts(volumes).items():
+        if count < least[label]:
             raise InputError(
-                f"{field}: {path} has {found.get(class_name, 0)} volumes of class {class_name!r}; a distance beside those of "
-                f"the other sets needs {count}, as many as there are training volumes."
+                f"{field}: {path} has {count} volumes of class {volumes.id2label[label]!r}; a distance beside those of the other "
+                f"sets needs {least[label]}: sample more."
             )
-    return volumes.take_per_class({label: wanted[class_name] for label, class_name in train.id2label.items()})
+    return volumes
 
 
 def _degradations(config: StudyConfig) -> list[tuple[str, float]]:

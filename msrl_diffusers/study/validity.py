@@ -11,7 +11,7 @@ from ..seeding import fold_seed
 from ..trajectories import frechet_by_class, sample_set, set_specs
 from .artifacts import load_extractors, load_pipeline, load_reward_models, load_scores, load_split
 from .config import StudyConfig
-from .reward_data import load_given_set, targets_by_volume
+from .reward_data import compared_counts, first_of, load_given_set, targets_by_volume
 
 
 def measure_validity(config: StudyConfig) -> dict:
@@ -45,10 +45,12 @@ def _unseen(config: StudyConfig, rewards: dict[str, LearnedReward]) -> dict[str,
     if not config.unseen_sets:
         return dict.fromkeys(rewards)
     train, extractor, fids = load_split(config, "train"), load_extractors(config)["label"], load_scores(config)["fid"]
-    real, unseen = extract_features(extractor, train.pixel_values), {role: {} for role in rewards}
+    counts, unseen = compared_counts(config, train), {role: {} for role in rewards}
+    real = first_of(train, counts)
+    features = extract_features(extractor, real.pixel_values)
     for name, path in config.unseen_sets.items():
-        volumes = load_given_set(name, path, train, config, "unseen_sets")
-        found = frechet_by_class(real, train, extract_features(extractor, volumes.pixel_values), volumes)
+        volumes = first_of(load_given_set(name, path, train, config, "unseen_sets", counts), counts)
+        found = frechet_by_class(features, real, extract_features(extractor, volumes.pixel_values), volumes)
         targets = {
             class_name: place_on_scale(
                 {each: by_class[class_name] for each, by_class in fids.items()}, distance, config.target_map
