@@ -131,6 +131,32 @@ def test_what_is_gathered_says_where_the_runs_are_from(benchmarks, tmp_path, mon
     assert "cpu_count" not in content  # the gathering machine's
 
 
+def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch):
+    import _runs
+
+    monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed)})
+    origin = {
+        "dataset": "phantoms", "data_fingerprint": "d", "pretrained": "p", "n": {"all": 8}, "extractors": {"judge": "j"},
+        "commit": "new", "device": "CPU", "versions": {},
+    }  # fmt: skip
+    base = StudyConfig(output_dir=str(tmp_path))
+    earlier = _runs.gathered(base, {"paper": {0: {**origin, "commit": "old"}, 3: origin}}, "What")
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(earlier))
+    args = _runs.BenchmarkArguments(finished=[str(path), "runs"])
+    content = _runs.gathered(base, {"refresh": {1: origin}}, "What", earlier=_runs.earlier_results(args))
+    assert content["variants"] == {"paper": {"seeds": [0, 3]}, "refresh": {"seeds": [1]}}
+    assert content["seeds"] == [0, 1, 3]
+    assert content["commits_of_runs"] == ["new", "old"]
+    with pytest.raises(InputError, match=r"have 'paper' already; name what is new in --variants"):
+        _runs.gathered(base, {"paper": {1: origin}}, "What", earlier=[earlier])
+    with pytest.raises(InputError, match="of other runs: their pretrained differs"):
+        _runs.gathered(base, {"refresh": {1: {**origin, "pretrained": "q"}}}, "What", earlier=[earlier])
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"earlier.json can't be read .*; give a JSON that this benchmark wrote"):
+        _runs.earlier_results(args)
+
+
 def test_a_method_reaches_ppo_over_the_seeds_that_both_have(benchmarks):
     import objectives
 

@@ -47,7 +47,8 @@ class BenchmarkArguments:
         default=None,
         metadata={
             "help": "Folders with runs of this benchmark, `<variant>-seed<N>`, of whatever seeds and machines: their reports are "
-            "gathered as they are, with the sentences of those that were refused, and nothing is run."
+            "gathered as they are, with the sentences of those that were refused, and nothing is run. A JSON that this benchmark "
+            "wrote may be among them: its variants stay, and those of the folders come beside them."
         },
     )
     note: str = field(default="", metadata={"help": "What the page should say of how the runs were made."})
@@ -98,7 +99,28 @@ def reports_of(
         InputError: what `chosen`, `finished_reports` and `run_all` refuse.
     """
     asked = chosen(variants, args.variants)
-    return finished_reports(args.finished, asked) if args.finished else run_all(base, asked, args.seeds, args.jobs)
+    if not args.finished:
+        return run_all(base, asked, args.seeds, args.jobs)
+    return finished_reports([path for path in args.finished if not _is_result(path)], asked)
+
+
+def earlier_results(args: BenchmarkArguments) -> list[dict]:
+    """What this benchmark wrote earlier, of the files in `args.finished`.
+
+    Raises:
+        InputError: a file that can't be read.
+    """
+    contents = []
+    for path in filter(_is_result, args.finished or ()):
+        try:
+            contents.append(json.loads(Path(path).read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} can't be read ({error}); give a JSON that this benchmark wrote.") from error
+    return contents
+
+
+def _is_result(path: str | Path) -> bool:
+    return Path(path).suffix == ".json"
 
 
 def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> dict[str, dict[int, dict | str]]:
@@ -160,14 +182,24 @@ def configs_of(
     }
 
 
-def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]], what: str, note: str = "") -> dict:
-    """The content of the JSON: a row of figures per variant, and where they come from."""
+def gathered(
+    base: StudyConfig,
+    reports: Mapping[str, Mapping[int, dict | str]],
+    what: str,
+    note: str = "",
+    earlier: Sequence[Mapping] = (),
+) -> dict:
+    """The content of the JSON: a row of figures per variant, and where they come from. Variants of `earlier` contents stay.
+
+    Raises:
+        InputError: every run was refused, or `earlier` has one of the variants, or is of other volumes, judges or models.
+    """
     finished = [report for by_seed in reports.values() for report in by_seed.values() if isinstance(report, dict)]
     if not finished:
         sentences = [sentence for by_seed in reports.values() for sentence in by_seed.values()]
         raise InputError(f"Every run was refused; the first because: {sentences[0]}")
     first = finished[0]
-    return {
+    content = {
         "what": f"{what}; {note}" if note else what,
         "dataset": first["dataset"],
         "data_fingerprint": first["data_fingerprint"],
@@ -181,6 +213,22 @@ def gathered(base: StudyConfig, reports: Mapping[str, Mapping[int, dict | str]],
         "devices_of_runs": sorted({report["device"] for report in finished if report.get("device")}),
         "versions": first["versions"],
     }
+    for each in earlier:
+        _add_earlier(content, each)
+    return content
+
+
+def _add_earlier(content: dict, earlier: Mapping) -> None:
+    """Put the variants of an earlier content before those of `content`; raises InputError as `gathered` states."""
+    twice = sorted(content["variants"].keys() & earlier["variants"].keys())
+    if twice:
+        raise InputError(f"The earlier results have {twice[0]!r} already; name what is new in --variants.")
+    for name in ("data_fingerprint", "pretrained", "extractors", "n"):
+        if content[name] != earlier[name]:
+            raise InputError(f"The earlier results are of other runs: their {name} differs; give those of one.")
+    content["variants"] = {**earlier["variants"], **content["variants"]}
+    for name in ("seeds", "commits_of_runs", "devices_of_runs"):
+        content[name] = sorted({*content[name], *earlier[name]})
 
 
 def row_of(by_seed: Mapping[int, dict | str]) -> dict:
@@ -234,6 +282,7 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
         "kept_after": [tuning["kept_after"] for tuning in tunings],
         "stopped": [tuning["stopped"] for tuning in tunings],
         "turning_points": [(report["curve"] or {}).get("turning_point") for report in reports],
+        "curves": [report["curve"] and report["curve"]["points"] for report in reports],
     }
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from _runs import COLUMNS, gathered, parse_benchmark, reports_of, shown, table, write_results
+from _runs import COLUMNS, earlier_results, gathered, parse_benchmark, reports_of, shown, table, write_results
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
@@ -128,7 +128,8 @@ def lines(content: dict) -> list[str]:
 def main() -> None:
     args, base = parse_benchmark(CONFIG, "outputs/objectives.json")
     reports = reports_of(args, base, VARIANTS)
-    content = gathered(base, reports, "One pretrained pipeline tuned by several methods", args.note)
+    what = "One pretrained pipeline tuned by several methods"
+    content = gathered(base, reports, what, args.note, earlier_results(args))
     content["share_of_ppo"] = shares_of_ppo(content)
     write_results(content, "Objectives", lines(content), draw(content), args.output)
     sys.stdout.write(json.dumps(content["share_of_ppo"], indent=2) + "\n")

@@ -9,9 +9,11 @@ how many denoiser forwards. Beside the JSON lie the same as a table and a figure
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from _runs import COLUMNS, gathered, merged, parse_benchmark, reports_of, shown, table, write_results
+from _runs import COLUMNS, earlier_results, gathered, merged, parse_benchmark, reports_of, shown, table, write_results
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
@@ -43,19 +45,20 @@ REMEDIES: dict[str, dict] = {
 RECIPE = ("by_class", "any_brightness", "early_stop")  # what the default recipe is made of
 DEFAULT = merged(*(REMEDIES[name] for name in RECIPE))
 FLOORS = {"validity_floors": {"auc": 0.7, "spearman": 0.3}}
+NO_CURVE = {"num_curve_points": 0}  # as long as a third of a run; that of `paper` is what remedies are for
 
 
 def earlier_policy(base: StudyConfig, seed: int) -> dict:
     """The samples that the plain recipe ended with, as a further set of reward data; that run comes before."""
     samples = Path(base.output_dir) / f"paper-seed{seed}" / "evaluate" / "rl.safetensors"
-    return {"policy_anchors": {"paper": str(samples)}}
+    return {"policy_anchors": {"paper": str(samples)}, **NO_CURVE}
 
 
 VARIANTS = {
     "paper": {},
     "default": merged(DEFAULT, FLOORS),
-    "unchecked": DEFAULT,  # started whatever its rewards are worth
-    **REMEDIES,
+    "unchecked": merged(DEFAULT, NO_CURVE),  # started whatever its rewards are worth
+    **{name: merged(changes, NO_CURVE) for name, changes in REMEDIES.items()},
     "policy_anchors": earlier_policy,
 }
 
@@ -69,17 +72,38 @@ VALIDITY = {
 
 
 def draw(content: dict) -> Figure:
-    """What each variant closes of the judge's gap, seed by seed, beside reward, diversity and cost."""
+    """What each variant closes of the judge's gap, seed by seed, beside reward, diversity and cost; and where variants have them,
+    the over-optimization curves."""
     rows = {name: row for name, row in content["variants"].items() if row["seeds"]}
-    panels = {
-        "judge gap closed": lambda row: row["gap_closed"]["judge"],
-        "label gap closed": lambda row: row["gap_closed"]["label"],
-        "reward gained, in deviations": lambda row: row["reward_gain"],
-        "MS-SSIM over real": lambda row: row["ms_ssim_over_real"],
-    }
-    figure = Figure(figsize=(13, 0.4 * len(rows) + 1.5), layout="constrained")
+    curves = {name: row["curves"] for name, row in rows.items() if all(row.get("curves") or [None])}
+    figure = Figure(figsize=(13, 0.4 * len(rows) + 1.5 + 3.5 * bool(curves)), layout="constrained")
+    if not curves:
+        _draw_bars(figure.subplots(1, len(BARS), sharey=True), rows)
+        return figure
+    above, below = figure.subfigures(2, 1, height_ratios=[0.4 * len(rows) + 1.5, 3.5])
+    _draw_bars(above.subplots(1, len(BARS), sharey=True), rows)
+    _draw_curves(below.subplots(1, len(AGAINST_KL)), curves)
+    return figure
+
+
+BARS = {
+    "judge gap closed": lambda row: row["gap_closed"]["judge"],
+    "label gap closed": lambda row: row["gap_closed"]["label"],
+    "reward gained, in deviations": lambda row: row["reward_gain"],
+    "MS-SSIM over real": lambda row: row["ms_ssim_over_real"],
+}
+AGAINST_KL = {
+    "reward that is trained on": lambda point: point["reward"]["mean"],
+    "label distance": lambda point: point["fid"]["label"],
+    "judge distance": lambda point: point["fid"]["judge"],
+    "second judge distance": lambda point: point["fid"]["second_judge"],
+}
+SHOWN_GAP = -2.0  # bars end here: a recipe that ruins the policy would hide all others
+
+
+def _draw_bars(axes: Sequence[Axes], rows: dict) -> None:
     places = range(len(rows))
-    for axis, (title, figure_of) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+    for axis, (title, figure_of) in zip(axes, BARS.items(), strict=True):
         for place, row in zip(places, rows.values(), strict=True):
             found = figure_of(row)
             if found is not None:
@@ -92,7 +116,22 @@ def draw(content: dict) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.set_ylim(len(rows) - 0.5, -0.5)
-    return figure
+        if "gap" in title:
+            axis.set_xlim(max(SHOWN_GAP, axis.get_xlim()[0]), 1.0)
+
+
+def _draw_curves(axes: Sequence[Axes], curves: dict) -> None:
+    for axis, (title, figure_of) in zip(axes, AGAINST_KL.items(), strict=True):
+        for number, (name, by_seed) in enumerate(curves.items()):
+            for place, points in enumerate(by_seed):
+                axis.plot(
+                    [point["sqrt_kl"] for point in points], [figure_of(point) for point in points],
+                    marker="o", markersize=3, color=f"C{number}", label=None if place else name,
+                )  # fmt: skip
+        axis.set_title(f"{title}, by seed", fontsize=10)
+        axis.set_xlabel("square root of the KL divergence", fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
 
 
 def lines(content: dict) -> list[str]:
@@ -116,9 +155,8 @@ def lines(content: dict) -> list[str]:
 def main() -> None:
     args, base = parse_benchmark(RECIPES / "paper.yaml", "outputs/recipes.json")
     reports = reports_of(args, base, VARIANTS)
-    content = gathered(
-        base, reports, "PPO by the published recipe, with each remedy alone, and by the default recipe", args.note
-    )
+    what = "PPO by the published recipe, with each remedy alone, and by the default recipe"
+    content = gathered(base, reports, what, args.note, earlier_results(args))
     write_results(content, "Recipes", lines(content), draw(content), args.output)
     closed = {name: row["gap_closed"]["judge"] for name, row in content["variants"].items() if row["seeds"]}
     sys.stdout.write(json.dumps({name: value and value["mean"] for name, value in closed.items()}, indent=2) + "\n")
