@@ -31,7 +31,8 @@ REMEDIES: dict[str, dict] = {
         "slice_reward": {"num_heads": 5, "spread_penalty": 1.0},
     },
     "early_stop": {"select_by": "-label_fid", "watch_per_class": 64, "ppo": {"patience": 4}},
-    "adaptive_kl": {"ppo": {"kl_mode": "adaptive", "kl_target": 1.5e-3, "kl_budget": 3e-3}},
+    "heldout_stop": {"select_by": "-heldout_fid", "watch_per_class": 64, "ppo": {"patience": 4}},
+    "adaptive_kl": {"ppo": {"kl_mode": "adaptive", "kl_coef": 0.3, "kl_target": 2e-4, "kl_budget": 8e-4}},
     "gated_kl": {"ppo": {"kl_gate_quantile": 0.7, "kl_coef": 1.0}},
     "moving_reference": {"ppo": {"reference_update_steps": 4}},
     "hard_data": {

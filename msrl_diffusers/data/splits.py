@@ -135,7 +135,9 @@ def check_no_leak(train: Collection[str], heldout: Collection[str]) -> None:
     """Raise InputError if a subject is on both sides."""
     shared = sorted(set(train) & set(heldout))
     if shared:
-        raise InputError(f"{len(shared)} subjects are in the training set and in the hold-out, {shared[0]!r} first.")
+        raise InputError(
+            f"{len(shared)} subjects are in the training set and in the hold-out, {shared[0]!r} first: leave each on one side."
+        )
 
 
 def _subjects_by_class(subjects: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
