@@ -1,28 +1,16 @@
-"""Lines of the README on studies of volumes: distances before and after, methods, the paper's tables, classes to be seen."""
+"""Lines of the README on studies of volumes: distances before and after, the paper's tables, classes to be seen."""
 
 from pathlib import Path
 
 
 ROLES = ("judge", "second_judge", "label")
 REAL, STANDARD = "real only", "+ standard synthetic"  # arms of the downstream study
-GAPS = (
-    ("gap_closed", "judge"),
-    ("gap_closed_heldout", "judge"),
-    ("gap_closed_kid", "judge"),
-    ("gap_closed", "second_judge"),
-)
-ON_GPU = {"frechet": "frechet_50"}  # whose memory stands for it
 STUDIES = {  # folders of `examples/results`: what was studied, and by which config
     "study-phantoms-32": ("phantoms at 32^3", "phantoms/study.yaml"),
     "study-phantoms-64": ("phantoms at 64^3", "phantoms/study_64.yaml"),
     "study-ixi-64": ("real brains at 64^3, IXI", "nifti_folder/study_64.yaml"),
 }
 LEAST_AUC = 0.7  # of a reward model that learned something
-METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
-    "ppo": "any reward, a black box too; the published method",
-    "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, with only two looks at the label distance)",
-    "frechet": "real volumes are at hand: rewards lend their features only",
-}
 
 
 def study_lines(reports: dict[Path, dict]) -> list[str]:
@@ -94,40 +82,6 @@ def _gap_closed(fids: dict[str, float]) -> str:
     return f"{(fids['standard'] - fids['rl']) / gap:.0%}" if gap > 0 else ""
 
 
-def method_lines(content: dict, on_gpu: dict) -> list[str]:
-    """One table, a row per method: what it closes of the gap, what it costs, and when to take it. Memory is that of `on_gpu`, an
-    earlier run of the same batches."""
-    first = next(iter(content["variants"].values()))
-    lines = [
-        f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(content)}); one set "
-        f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
-        "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen (the limit "
-        "reconstructs the training volumes, so with those it is compared with its own originals); KID is the kernel distance, unbiased at any "
-        "number of volumes. PPO's runs are those of an earlier `make demo`. Settings were picked on other "
-        "seeds, without a judge; how often draft_cheap is looked at a second time, when a first had been judged on two of these. Forwards of "
-        "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
-        "on an H200, with as many samples in a batch, that of frechet of rollouts of 50 steps with gradients through ten, which close no more "
-        "([JSON](examples/results/objectives-phantoms.json), [page](examples/results/objectives-phantoms.md)).",
-        "",
-        "| method | take it when | judge | gap closed, judge | to held-out | by its KID | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in ((name, content["variants"][name]) for name in METHODS):
-        measured = content["variants"][ON_GPU[name]] if name in ON_GPU else on_gpu["variants"][row["method"]]
-        cells = [
-            METHODS[name],
-            _change(row["fid"]["judge"]),
-            *(_closed(row[gap][role]) for gap, role in GAPS),
-            _change(row["fid"]["label"]),
-            f"{row['ms_ssim_over_real']['mean']:.2f}",
-            " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
-            f"{row['unet_forwards']['mean']:,.0f}",
-            f"{measured['peak_memory']['mean'] / 2**30:.1f} GiB",
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def paper_lines(content: dict, name: str) -> list[str]:
     """What a study over seeds (`tables.json`) says: its ablations, its classifiers, and which of the paper's findings hold."""
     data = next(iter(content["published"]["fid"]))
@@ -163,7 +117,7 @@ def paper_lines(content: dict, name: str) -> list[str]:
         figures = [row["fid_judge"], row["gap_closed_judge"], row["accuracy"]]
         rows[f"RL, {variant.replace('_', ' ')}"] = (figures, published["fid"], published["accuracy"])
     for title, (figures, fid, accuracy) in rows.items():
-        cells = [_shown(figure, digits) for figure, digits in zip(figures, (3, 2, 2), strict=True)]
+        cells = [mean_and_sd(figure, digits) for figure, digits in zip(figures, (3, 2, 2), strict=True)]
         cells += ["" if fid is None else f"{fid:.2f}", f"{accuracy:.2f}"]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines += [
@@ -181,34 +135,6 @@ def paper_lines(content: dict, name: str) -> list[str]:
         )
         lines.append(f"- {finding['claim']}: {holds}, {shown}.")
     return lines
-
-
-def refusal_line(content: dict, name: str) -> str:
-    """Whether the floors of the default recipe were right to refuse its rewards: what came of them all the same."""
-    refused, rows = len(content["variants"]["default"]["refused"]), content["variants"]
-    closed = {variant: _closed(rows[variant]["gap_closed"]["judge"]) for variant in ("unchecked", "paper")}
-    return (
-        f"- On a second pipeline of the same config (its extractors are others: distances do not compare with the table's), "
-        f"{len(content['seeds'])} seeds of reward models and PPO ([page](examples/results/{name}.md)): the default recipe, which has "
-        f"`validity_floors`, found its reward models below them and refused to start in {refused}; without floors it closed {closed['unchecked']} of the judge's gap, the published recipe, which has no floors, {closed['paper']}: less than nothing "
-        "is farther from the real volumes than before."
-    )
-
-
-def lower_line(content: dict, name: str) -> str:
-    """In how many seeds each method ended nearer to the real volumes by the judge; where it sees no gap that is chance."""
-    parts = []
-    for method, row in content["variants"].items():
-        before, after = (row["fid"]["judge"][arm]["values"] for arm in ("standard", "rl"))
-        nearer = sum(new < old for new, old in zip(after, before, strict=True))
-        parts.append(f"{method} {nearer} of {len(after)} ({_change(row['fid']['judge'])})")
-    first = next(iter(content["variants"].values()))
-    kid = ", ".join(f"{value:+.4f}" for value in first["kid"]["judge"]["standard"]["values"])
-    return (
-        f"- That pipeline tuned by several methods ([page](examples/results/{name}.md)); nearer to the real volumes by the judge: "
-        f"{', '.join(parts)}. The judge's KID of the pretrained model is {kid} by seed, where 0 is no difference: with "
-        f"{content['n']['all']} volumes on each side there is no gap that it could see closed."
-    )
 
 
 def agreement_lines(content: dict) -> list[str]:
@@ -235,31 +161,7 @@ def agreement_lines(content: dict) -> list[str]:
     return lines
 
 
-def _seeds_of(content: dict) -> str:
-    """Which seeds each variant was run with; variants of the same seeds together."""
-    names: dict[str, list[str]] = {}
-    for name in METHODS:
-        names.setdefault(", ".join(map(str, content["variants"][name]["seeds"])), []).append(name)
-    return "; ".join(f"{seeds} of {', '.join(of)}" for seeds, of in names.items())
-
-
-def _limit(role: str, row: dict) -> str:
-    return f"{role.replace('_', ' ')} {row['fid'][role]['limit']['mean']:.3f}"
-
-
-def _change(fids: dict) -> str:
-    """A distance before and after tuning."""
-    return " -> ".join(_shown(fids[arm], 3) for arm in ("standard", "rl"))
-
-
-def _closed(figure: dict | None) -> str:
-    if figure is None:
-        return "no gap"
-    low, high = figure["interval"]
-    return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
-
-
-def _shown(figure: dict | None, digits: int) -> str:
+def mean_and_sd(figure: dict | None, digits: int) -> str:
     """Mean and deviation over seeds."""
     return "" if figure is None else f"{figure['mean']:.{digits}f} +- {figure['sd']:.{digits}f}"
 

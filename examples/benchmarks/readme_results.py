@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from _readme_images import race_lines, story_lines
-from _readme_volumes import agreement_lines, lower_line, method_lines, paper_lines, refusal_line, study_lines
+from _readme_methods import lower_line, method_lines, recipe_lines, refusal_line
+from _readme_volumes import agreement_lines, paper_lines, study_lines
 
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,14 @@ def section() -> str:
             "### The same pipeline by other methods",
             "",
             *method_lines(json.loads(objectives.read_text()), on_gpu),
+            "",
+        ]
+    recipes = RESULTS / "recipes-phantoms.json"
+    if recipes.is_file():
+        lines += [
+            "### Rewards under optimization",
+            "",
+            *recipe_lines(json.loads(recipes.read_text()), recipes.stem),
             "",
         ]
     for path in sorted(RESULTS.glob("study-*/tables.json")):
