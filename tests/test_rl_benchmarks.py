@@ -148,8 +148,10 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
     assert content["variants"] == {"paper": {"seeds": [0, 3]}, "refresh": {"seeds": [1]}}
     assert content["seeds"] == [0, 1, 3]
     assert content["commits_of_runs"] == ["new", "old"]
-    with pytest.raises(InputError, match=r"have 'paper' already; name what is new in --variants"):
-        _runs.gathered(base, {"paper": {1: origin}}, "What", earlier=[earlier])
+    with pytest.raises(InputError, match=r"have 'paper' with the seeds \[3\] too: give the folder of these runs"):
+        _runs.gathered(base, {"paper": {0: origin, 1: origin}}, "What", earlier=[earlier])
+    content = _runs.gathered(base, {"paper": {0: origin, 1: origin, 3: origin}}, "What", earlier=[earlier])
+    assert content["variants"]["paper"] == {"seeds": [0, 1, 3]}
     with pytest.raises(InputError, match="of other runs: their pretrained differs"):
         _runs.gathered(base, {"refresh": {1: {**origin, "pretrained": "q"}}}, "What", earlier=[earlier])
     path.write_text("{")

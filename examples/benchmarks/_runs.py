@@ -192,7 +192,7 @@ def gathered(
     """The content of the JSON: a row of figures per variant, and where they come from. Variants of `earlier` contents stay.
 
     Raises:
-        InputError: every run was refused, or `earlier` has one of the variants, or is of other volumes, judges or models.
+        InputError: every run was refused, or `earlier` has a variant with further seeds, or is of other volumes, judges or models.
     """
     finished = [report for by_seed in reports.values() for report in by_seed.values() if isinstance(report, dict)]
     if not finished:
@@ -219,10 +219,15 @@ def gathered(
 
 
 def _add_earlier(content: dict, earlier: Mapping) -> None:
-    """Put the variants of an earlier content before those of `content`; raises InputError as `gathered` states."""
-    twice = sorted(content["variants"].keys() & earlier["variants"].keys())
-    if twice:
-        raise InputError(f"The earlier results have {twice[0]!r} already; name what is new in --variants.")
+    """Put the variants of an earlier content before those of `content`, which may have one again, with the same seeds and more;
+    raises InputError as `gathered` states."""
+    for name in content["variants"].keys() & earlier["variants"].keys():
+        missing = sorted(set(earlier["variants"][name]["seeds"]) - set(content["variants"][name]["seeds"]))
+        if missing:
+            raise InputError(
+                f"The earlier results have {name!r} with the seeds {missing} too: give the folder of these runs, or leave {name!r} "
+                "out of --variants."
+            )
     for name in ("data_fingerprint", "pretrained", "extractors", "n"):
         if content[name] != earlier[name]:
             raise InputError(f"The earlier results are of other runs: their {name} differs; give those of one.")
