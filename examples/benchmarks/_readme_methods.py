@@ -98,7 +98,7 @@ def recipe_lines(content: dict, name: str) -> list[str]:
     return [
         *lines,
         "",
-        f"- The published recipe over-optimizes: along its runs the judge's distance is lowest after {_listed(turning)} of "
+        f"- The published recipe over-optimizes: along its runs (the curves, of samples by the rollouts' own sampler) the judge's distance is lowest after {_listed(turning)} of "
         f"{rows['paper']['rollouts'][0]} rollouts, by seed, {'and the reward goes on rising' if rises else 'where the reward ends too in some'}. "
         "A held-out reward model does not see it, since it rises too.",
         "- What helps is the label distance, which is free at any time. Nearer to the real volumes by the judge end "
