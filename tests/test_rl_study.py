@@ -15,21 +15,25 @@ from msrl_diffusers import MedVolumePipeline, StudyConfig, run_study
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.neighbours import shrink
 from msrl_diffusers.study import curve as curve_module
-from msrl_diffusers.study.artifacts import (
-    load_pipeline,
-    load_reward_models,
-    load_split,
-)
+from msrl_diffusers.study.artifacts import load_extractors, load_pipeline, load_reward_models, load_split
 from msrl_diffusers.study.chain import STAGES, enabled_stages, study_chain
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.curve import turning_point
-from msrl_diffusers.study.reward_data import compared_counts, first_of, reward_data, reward_set_names, reward_sets
+from msrl_diffusers.study.reward_data import (
+    compared_counts,
+    first_of,
+    reward_data,
+    reward_set_names,
+    reward_sets,
+    score_trajectories,
+)
 from msrl_diffusers.study.sections import METHODS
 from msrl_diffusers.study.stages import train_extractors
 from msrl_diffusers.study.validity import measure_validity
 from msrl_diffusers.trainers import watchdogs
 from msrl_diffusers.trainers.snapshots import read_snapshots
 from msrl_diffusers.trainers.watchdogs import high_frequency_share
+from msrl_diffusers.trajectories import score_set
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs" / "phantoms"
@@ -293,6 +297,13 @@ def test_few_volumes_of_an_earlier_policy_are_compared_with_as_few_of_the_others
     assert len(sets["degraded-blur-050"]) == len(train)  # they are trained on all
     assert first_of(train, {0: 4, 1: 4}) is train
     assert first_of(train, {0: 3, 1: 3}).class_counts() == {"HGG": 3, "LGG": 3}
+    config = replace(config, output_dir=str(tmp_path / "study"))
+    shutil.copytree(own_rewards.output_dir, config.output_dir)
+    scores = score_trajectories(config)
+    assert scores["n"] == 6
+    extractor, blurred = load_extractors(config)["label"], sets["degraded-blur-050"]
+    wanted = score_set(extractor, train.take_per_class(3), blurred.take_per_class(3))
+    assert scores["fid"]["degraded-blur-050"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path):

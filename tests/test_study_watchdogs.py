@@ -8,7 +8,6 @@ import torch
 from tiny_release import released_study, write_tiny_release
 
 from msrl_diffusers import StudyConfig, run_study
-from msrl_diffusers.models.feature_extractors import RewardFeatureExtractor
 from msrl_diffusers.seeding import fold_seed
 from msrl_diffusers.study.artifacts import (
     best_sampler,
@@ -27,15 +26,13 @@ def release(tmp_path_factory):
     return write_tiny_release(tmp_path_factory.mktemp("release"))
 
 
-@pytest.mark.parametrize("name", ["label_fid", "heldout_fid"])
 @pytest.mark.parametrize("per_class", [0, 3])
-def test_distances_are_of_the_rollout_or_of_the_best_sampler(per_class, name, release, tmp_path):
+def test_the_label_distance_is_of_the_rollout_or_of_the_best_sampler(per_class, release, tmp_path):
     config = StudyConfig(**released_study(tmp_path, release, watch_per_class=per_class))
     run_study(config, ["prepare"])
     train, extractor = load_split(config, "train"), load_extractors(config)["label"]
-    pipeline, heldout = load_pipeline(config), load_reward_models(config)["heldout"]
-    watched = watchdogs(config, pipeline, heldout, extractor, train)[name]
-    network = {"label_fid": extractor, "heldout_fid": RewardFeatureExtractor(heldout)}[name]
+    pipeline = load_pipeline(config)
+    watched = watchdogs(config, pipeline, load_reward_models(config)["heldout"], extractor, train)["label_fid"]
 
     def distance(values: torch.Tensor) -> float:
         return watched(SimpleNamespace(samples=values.float(), conditions=train.class_labels))
@@ -49,40 +46,12 @@ def test_distances_are_of_the_rollout_or_of_the_best_sampler(per_class, name, re
     assert before == distance(noise)  # the same noise every time, whatever the rollout was
     wanted = train.take_per_class(per_class)
     sampled = sample_with(pipeline, wanted, best_sampler(config), config, fold_seed(config.seed, "watch"))
-    by_class = score_set(network, wanted, sampled)
+    by_class = score_set(extractor, wanted, sampled)
     assert before == pytest.approx((by_class["HGG"] + by_class["LGG"]) / 2, rel=1e-4)
     with torch.no_grad():
         for parameter in pipeline.unet.parameters():
             parameter.mul_(1.2)
     assert distance(real) != before
-
-
-def test_samples_are_drawn_once_for_all_distances_of_a_look(release, tmp_path, monkeypatch):
-    config = StudyConfig(**released_study(tmp_path, release, watch_per_class=3))
-    run_study(config, ["prepare"])
-    train, extractor = load_split(config, "train"), load_extractors(config)["label"]
-    looks = []
-
-    def sample(pipeline, like, *arguments):
-        looks.append(like)
-        return sample_with(pipeline, like, *arguments)
-
-    monkeypatch.setattr("msrl_diffusers.study.tuning.sample_with", sample)
-    watched = watchdogs(config, load_pipeline(config), load_reward_models(config)["heldout"], extractor, train)
-    for count in (1, 2):
-        rollout = SimpleNamespace(samples=train.pixel_values.float(), conditions=train.class_labels)
-        for name in ("label_fid", "heldout_fid"):
-            watched[name](rollout)
-        assert len(looks) == count
-
-
-def test_the_distance_of_the_held_out_reward_picks_weights(release, tmp_path):
-    config = StudyConfig(**released_study(tmp_path, release, select_by="-heldout_fid", max_steps=2))
-    run_study(config, ["prepare", "ppo"])
-    log = [json.loads(line) for line in (tmp_path / "ppo" / "log.jsonl").read_text().splitlines()]
-    distances = [line["watch/heldout_fid"] for line in log]
-    kept = json.loads((tmp_path / "ppo" / "stage.json").read_text())["result"]["kept_after"]
-    assert kept == distances.index(min(distances))
 
 
 def test_watching_counts_as_forwards(release, tmp_path):

@@ -142,7 +142,9 @@ def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> 
             found[name][int(seed)] = result
     reports = [report for by_seed in found.values() for report in by_seed.values() if isinstance(report, dict)]
     if not reports:
-        raise InputError(f"No finished run (<variant>-seed<N>/report.json) lies in {', '.join(map(str, folders))}.")
+        raise InputError(
+            f"No finished run (<variant>-seed<N>/report.json) lies in {', '.join(map(str, folders)) or 'no folder'}."
+        )
     origins = {(one["data_fingerprint"], one["extractors"]["judge"]["sha256"], one["pretrained"]) for one in reports}
     if len(origins) > 1:
         raise InputError("The finished runs are of several data sets, judges or pretrained models; give those of one.")

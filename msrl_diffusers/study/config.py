@@ -168,15 +168,12 @@ class StudyConfig:
     )
     select_by: str = field(
         default="heldout_reward",
-        metadata={
-            "help": "heldout_reward (highest), -label_fid or -heldout_fid (the lowest distance in features of the label extractor, of "
-            "the held-out reward model): picks the weights that are kept."
-        },
+        metadata={"help": "heldout_reward (highest) or -label_fid (lowest): picks the weights that PPO keeps."},
     )
     watch_per_class: int = field(
         default=0,
         metadata={
-            "help": "Volumes per class, at the standard arm's best sampler, that distances are measured on after every rollout; "
+            "help": "Volumes per class, at the standard arm's best sampler, that -label_fid is measured on after every rollout; "
             "0: the rollout's own."
         },
     )
@@ -212,7 +209,7 @@ class StudyConfig:
         check_choice(self, "dataset", ("phantoms", "prepared", *LOADERS))
         check_choice(self, "mixed_precision", PRECISIONS)
         check_choice(self, "method", METHODS)
-        check_choice(self, "select_by", ("heldout_reward", "-label_fid", "-heldout_fid"))
+        check_choice(self, "select_by", ("heldout_reward", "-label_fid"))
         check_choice(self, "target_map", ("linear", "exponential", "rank"))
         for name in ("image_size", "num_per_class", "sampling_batch_size", "num_validity_subjects", "bootstrap_draws"):
             check_positive(self, name)

@@ -251,7 +251,7 @@ def _draw(config: StudyConfig, content: dict) -> None:
     method = config.method
     plot_history(
         output_dir / method,
-        ["reward/mean", "watch/heldout_reward", "watch/label_fid", "watch/heldout_fid", f"{method}/kl"],
+        ["reward/mean", "watch/heldout_reward", "watch/label_fid", f"{method}/kl"],
         figures / f"{method}.png",
     )
     if content["curve"]:

@@ -2,9 +2,7 @@
 
 import json
 import math
-import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,8 +35,7 @@ TRAINED_ON = ("volume", "slice")  # the third reward model only watches
 
 def tune(config: StudyConfig) -> dict:
     """The pipeline tuned by `config.method` on the two rewards, or on the Frechet distance; watched by the held-out reward and
-    two distances, one of which picks the weights that are kept (with `frechet.eval_steps` fresh samples do). The judge has no part
-    in it.
+    the label FID, one of which picks the weights that are kept (with `frechet.eval_steps` fresh samples do). The judge has no part in it.
 
     Raises:
         InputError: rewards below `validity_floors`.
@@ -81,63 +78,33 @@ def watchdogs(
     extractor: torch.nn.Module,
     train: VolumeDataset,
 ) -> dict[str, Callable[[Rollout], float]]:
-    """`heldout_reward`, by the model that is never trained on; `label_fid`, the mean distance over the classes; and
-    `heldout_fid`, the same in features of the held-out reward model: the label extractor's are what rewards were regressed on,
-    so that a policy lowers that distance beyond what it is worth.
+    """`heldout_reward`, by the model that is never trained on, and `label_fid`, the mean distance over the classes.
 
-    With `watch_per_class` distances are of samples of `pipeline`, whose denoiser is tuned, at the best sampler of the
+    With `watch_per_class` the second is of samples of `pipeline`, whose denoiser is tuned, at the best sampler of the
     pretrained one: few noisy steps leave errors that a policy can mend although no other sampler makes them. They start
     from the same noise every time, so that weights differ in nothing else.
     """
-    heldout = LearnedReward("heldout", heldout_model)
-    looked_at = _last_call(partial(_look, config, pipeline, train))
+    heldout, watched = LearnedReward("heldout", heldout_model), _watched(config, train)
+    real_features = extract_features(extractor, train.pixel_values)
 
     def heldout_reward(rollout: Rollout) -> float:
         return heldout(rollout.samples, rollout.conditions).mean().item()
 
-    def distance_by(network: torch.nn.Module) -> Callable[[Rollout], float]:
-        real_features = extract_features(network, train.pixel_values)
+    def label_fid(rollout: Rollout) -> float:
+        samples, conditions = rollout.samples, rollout.conditions.cpu()
+        if watched is not None:
+            seed = config.seed_of(config.method)
+            drawn = sample_with(pipeline, watched, best_sampler(config), config, fold_seed(seed, "watch"))
+            samples, conditions = drawn.pixel_values, drawn.class_labels
+        features = extract_features(extractor, samples).cpu()
+        distances = []
+        for label in train.id2label:
+            real, generated = real_features[train.class_labels == label], features[conditions == label]
+            count = min(len(real), len(generated))
+            distances.append(frechet_distance(real[:count], generated[:count]))
+        return sum(distances) / len(distances)
 
-        def distance(rollout: Rollout) -> float:
-            samples, conditions = looked_at(rollout)
-            features, distances = extract_features(network, samples).cpu(), []
-            for label in train.id2label:
-                real, generated = real_features[train.class_labels == label], features[conditions == label]
-                count = min(len(real), len(generated))
-                distances.append(frechet_distance(real[:count], generated[:count]))
-            return sum(distances) / len(distances)
-
-        return distance
-
-    return {
-        "heldout_reward": heldout_reward,
-        "label_fid": distance_by(extractor),
-        "heldout_fid": distance_by(RewardFeatureExtractor(heldout_model)),
-    }
-
-
-def _look(
-    config: StudyConfig, pipeline: MedVolumePipeline, train: VolumeDataset, rollout: Rollout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples that distances are measured on, and their classes, on the CPU."""
-    watched = _watched(config, train)
-    if watched is None:
-        return rollout.samples, rollout.conditions.cpu()
-    seed = fold_seed(config.seed_of(config.method), "watch")
-    drawn = sample_with(pipeline, watched, best_sampler(config), config, seed)
-    return drawn.pixel_values, drawn.class_labels
-
-
-def _last_call(function: Callable[[Rollout], tuple]) -> Callable[[Rollout], tuple]:
-    """`function`, which is not called again with the rollout that it was called with last."""
-    last = {"samples": lambda: None, "result": None}
-
-    def called(rollout: Rollout) -> tuple:
-        if last["samples"]() is not rollout.samples:
-            last.update(samples=weakref.ref(rollout.samples), result=function(rollout))
-        return last["result"]
-
-    return called
+    return {"heldout_reward": heldout_reward, "label_fid": label_fid}
 
 
 def _watched(config: StudyConfig, train: VolumeDataset) -> VolumeDataset | None:
