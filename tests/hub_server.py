@@ -332,6 +332,8 @@ class HubServer:
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "lfsFile" and value["oid"] not in self.lfs:
                 return Answer(400, {"error": f"{value['path']} was not uploaded"})
             elif line["key"] == "lfsFile":

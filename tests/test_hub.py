@@ -1,6 +1,8 @@
 """Sharing on the Hub: what was pushed loads again."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from hub_scene import NAME, commits, same_weights, state_of, stored
 from huggingface_hub import snapshot_download
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_pipeline, tiny_stable_diffusion, tiny_unet, tiny_vqvae
 
 from msrl_diffusers import (
@@ -21,6 +23,7 @@ from msrl_diffusers import (
     VolumeFeatureExtractor,
     VolumeRewardModel,
 )
+from msrl_diffusers.errors import InputError
 from msrl_diffusers.hub import NO_AUDIT, inspect_folder, push_folder
 from msrl_diffusers.pipelines.remote_code import plain_index, remote_index
 
@@ -128,6 +131,46 @@ def test_pushing_the_same_again_commits_nothing(hub, folder):
     assert hub.count("PUT", "/lfs/") == uploads
 
 
+def test_what_is_left_of_an_earlier_model_goes(hub, folder, capsys):
+    """A loader prefers the index of shards, and a variant when asked; findings would be taken for the new model's."""
+    (folder / "audit").mkdir()
+    shutil.copy(folder / "audit.json", folder / "audit" / "audit.json")  # not at the top: nothing reads it
+    tiny_pipeline().save_pretrained(folder, variant="fp16")
+    tiny_vqvae().save_pretrained(folder / "vqvae", max_shard_size="20KB")
+    (folder / "vqvae" / "diffusion_pytorch_model.safetensors").unlink()
+    push_folder(folder, NAME)
+    hub.repositories[NAME]["files"]["adapters/pytorch_lora_weights.safetensors"] = b"theirs"
+    hub.lfs[hashlib.sha256(b"theirs").hexdigest()] = b"theirs"
+    earlier, model = set(stored(hub)), tiny_pipeline()
+    for part in (model.unet, model.vqvae):
+        torch.nn.init.ones_(next(part.parameters()))
+    shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    pushed = push_folder(folder, NAME, without_audit=True)
+    assert set(pushed.removed) == {"audit.json"} | {
+        name for name in earlier if any(part in name for part in ("fp16", "-of-0", "safetensors.index"))
+    }
+    assert set(stored(hub)) == {
+        *pushed.files,
+        ".gitattributes",
+        "adapters/pytorch_lora_weights.safetensors",
+        "audit/audit.json",
+    }
+    same_weights(MedVolumePipeline.from_pretrained(NAME).unet, model.unet)
+
+
+def test_weights_of_one_variant(hub, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    assert inspect_folder(tmp_path / "half").variant == "fp16"
+    push_folder(tmp_path / "half", NAME, without_audit=True)
+    card = stored(hub)["README.md"].decode()
+    assert f'MedVolumePipeline.from_pretrained("{NAME}", variant="fp16")' in card
+    assert f'DiffusionPipeline.from_pretrained("{NAME}", variant="fp16", trust_remote_code=True)' in card
+    MedVolumePipeline.from_pretrained(NAME, variant="fp16")
+    tiny_pipeline().save_pretrained(tmp_path / "half")  # plain ones beside them
+    assert inspect_folder(tmp_path / "half").variant is None
+
+
 def test_a_branch_of_its_own(hub, folder):
     push_folder(folder, NAME, revision="v2")
     assert set(stored(hub)) == {".gitattributes"}
@@ -207,6 +250,22 @@ def test_a_lora_adapter_of_the_pipeline(hub, tmp_path):
     other.load_lora_weights("somebody/adapter", weight_name="pytorch_lora_weights.safetensors")
     ours, theirs = (p("HGG", 2, generator=torch.Generator().manual_seed(0)).volumes for p in (pipe, other))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_lora_adapter_saved_by_peft(hub, tmp_path):
+    unet, inputs = tiny_unet(), (torch.randn(1, 2, 8, 8, 8), torch.tensor([10]), torch.tensor([0]))
+    tuned = get_peft_model(tiny_unet(), LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").unlink()  # peft's own card
+    push_folder(tmp_path / "adapter", "somebody/adapter", without_audit=True)
+    card = stored(hub, "somebody/adapter")["README.md"].decode()
+    assert 'pipe.unet = PeftModel.from_pretrained(pipe.unet, "somebody/adapter")' in card
+    loaded = PeftModel.from_pretrained(unet, "somebody/adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(*inputs).sample, tuned.eval()(*inputs).sample, atol=1e-6)
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"has no adapter_config\.json, without which nothing can load adapter_model"):
+        inspect_folder(tmp_path / "adapter")
 
 
 def test_a_pipeline_of_diffusers_stays_its_own(hub, tmp_path):

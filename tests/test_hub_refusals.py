@@ -85,12 +85,23 @@ def test_an_audit_from_elsewhere(hub, folder, tmp_path):
 
 
 def test_names_of_subjects_and_paths_stay_here(hub, folder, capsys):
-    for name in ("audit.html", "closest_pairs.png", "generated.safetensors"):
+    (folder / "audit").mkdir()
+    for name in (
+        "audit.html",
+        "closest_pairs.png",
+        "generated.safetensors",
+        "audit/audit.md",
+        "audit/closest_pairs.png",
+    ):
         (folder / name).write_text("patient-17")
+    (folder / "audit" / "audit.json").write_text((folder / "audit.json").read_text())
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "_name_or_path": "/data/patients/unet"}))
     _, output, _ = run_verb([folder, "--repo_id", NAME], capsys)
-    assert output.startswith("Not shared, as they show or name training volumes: audit.html, closest_pairs.png, gen")
+    assert output.startswith(
+        "Not shared, as they show or name training volumes: audit.html, audit/audit.md, audit/closest_pairs.png, clo"
+    )
+    assert "audit/audit.json" in stored(hub)
     for name, content in stored(hub).items():
         assert b"patient-" not in content, name
         assert b"/data/" not in content, name

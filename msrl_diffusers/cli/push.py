@@ -49,5 +49,7 @@ def run(arguments: Sequence[str]) -> None:
     pushed = push_folder(folder, repo_id, private=not public, **settings, **asdict(options))
     if pushed.left_out:
         sys.stdout.write(f"Not shared, as they show or name training volumes: {', '.join(pushed.left_out)}\n")
+    if pushed.removed:
+        sys.stdout.write(f"Removed there, as of an earlier model: {', '.join(pushed.removed)}\n")
     access = "private" if pushed.private else "public"
     sys.stdout.write(f"{len(pushed.files)} files in {pushed.repo_id} ({access}): {pushed.url}\n")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ..errors import InputError
 from ..pipelines.remote_code import PIPELINE
-from .contents import Contents, inspect_folder
+from .contents import PEFT_WEIGHTS, Contents, inspect_folder, read_json
 
 
 NO_AUDIT = "Memorization has not been audited."
@@ -217,6 +217,9 @@ def _values(
         "shape": report.get("data", {}).get("shape"),
         "arm": arm,
         "arms": ARMS,
+        "options": f', variant="{contents.variant}"' if contents.variant else "",  # of from_pretrained
+        "channels": _channels(contents),
+        "of_peft": contents.class_name == PEFT_WEIGHTS,
         "prefixed": contents.kind == "adapter" and _is_prefixed(contents),
         "sampler": _sampler(report, scores, arm),
         "folders": {folder: FOLDERS.get(folder, name) for folder, name in contents.classes.items()},
@@ -260,7 +263,7 @@ def _metadata(contents: Contents, values: dict, report: dict) -> str:
         relation = "adapter" if contents.kind == "adapter" else "finetune"
         base = {"base_model": values["base_model"], "base_model_relation": relation}
     data = ModelCardData(
-        library_name="peft" if contents.class_name == "adapter_model.safetensors" else "diffusers",
+        library_name="peft" if contents.class_name == PEFT_WEIGHTS else "diffusers",
         pipeline_tag=task,
         license=values["license"],
         tags=tags,
@@ -315,6 +318,12 @@ def _eval_results(values: dict, report: dict, task: str) -> list[EvalResult]:
             )
         )  # fmt: skip
     return found
+
+
+def _channels(contents: Contents) -> int:
+    """Of the volumes that a pipeline makes."""
+    config = contents.folder / "vqvae" / "config.json"
+    return read_json(config).get("out_channels", 1) if config.is_file() else 1
 
 
 def _is_prefixed(contents: Contents) -> bool:

@@ -13,7 +13,10 @@ from ..pipelines.remote_code import CODE_FILES, PIPELINE, plain_index
 
 
 WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([.-][\w.-]+)?\.safetensors")
-ADAPTER_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+SHARDS_INDEX = ".safetensors.index.json"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of PeftModel.save_pretrained
+ADAPTER_WEIGHTS = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pkl", ".pt", ".pth", ".tar"}
 SHARED = {".gif", ".jpeg", ".jpg", ".json", ".md", ".png", ".webp"}
 SHARED_NAMES = {"CITATION.cff", "LICENSE", "NOTICE", "merges.txt", "spiece.model", "vocab.txt"}
@@ -37,6 +40,7 @@ class Contents:
         classes: class by subfolder, of all that has weights or a scheduler's config.
         files: what is shared, relative to the folder, with `/`.
         left_out: what stays here because it shows or names training volumes.
+        variant: of the weights (`save_pretrained(variant="fp16")`), where there are none without one.
     """
 
     folder: Path
@@ -46,6 +50,7 @@ class Contents:
     classes: dict[str, str]
     files: tuple[str, ...]
     left_out: tuple[str, ...]
+    variant: str | None = None
 
     def read_json(self, name: str) -> dict | None:
         """A JSON file at the folder's top; None where there is none."""
@@ -81,32 +86,44 @@ def inspect_folder(folder: str | Path) -> Contents:
         raise InputError(f"{folder} is no folder; give the one that save_pretrained wrote.")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    left_out = tuple(name for name in names if name in LEFT_OUT)
-    files = tuple(name for name in names if name not in LEFT_OUT and name.split("/")[-1] not in CODE_FILES)
+    left_out = tuple(name for name in names if _last(name) in LEFT_OUT)
+    files = tuple(name for name in names if name not in left_out and _last(name) not in CODE_FILES)
     for name in names:
-        if name not in LEFT_OUT:
+        if name not in left_out:
             _check_file(folder, name)
     classes = _classes(folder, files)
     if "model_index.json" in files:
         index = plain_index(read_json(folder / "model_index.json"))
         _check_components(folder, index, files)
-        return Contents(folder, "pipeline", _class_name(folder, index), index, classes, files, left_out)
+        return Contents(
+            folder, "pipeline", _class_name(folder, index), index, classes, files, left_out, _variant(files)
+        )
     for name in ADAPTER_WEIGHTS:
         if name in files:
+            if name == PEFT_WEIGHTS and PEFT_CONFIG not in files:
+                raise InputError(
+                    f"{folder} has no {PEFT_CONFIG}, without which nothing can load {name}; save the adapter again."
+                )
             return Contents(folder, "adapter", name, {}, {}, files, left_out)
     if "config.json" in files:
         config = read_json(folder / "config.json")
         _check_weights_of(folder, ".", files)
-        return Contents(folder, "model", _class_name(folder, config), config, {}, files, left_out)
+        return Contents(folder, "model", _class_name(folder, config), config, {}, files, left_out, _variant(files))
     raise InputError(
         f"{folder} holds no pipeline (model_index.json), no model (config.json) and no LoRA adapter "
         f"({ADAPTER_WEIGHTS[0]}); give the folder that save_pretrained or save_lora_weights wrote."
     )
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights of a model, or says which files do."""
+    return bool(WEIGHTS.fullmatch(_last(name))) or name.endswith(SHARDS_INDEX)
+
+
 def shared_json(name: str, content: dict) -> dict:
-    """`content` of the JSON file `name` without paths of this machine and, in findings, without names of subjects."""
-    dropped = {"_name_or_path", *(NAMING_KEYS if name in FINDINGS else ())}
+    """`content` of the JSON file `name` without paths of this machine and, in findings, without names of subjects; they may lie
+    in a folder of the one that is shared."""
+    dropped = {"_name_or_path", *(NAMING_KEYS if _last(name) in FINDINGS else ())}
 
     def kept(value):
         if isinstance(value, dict):
@@ -114,6 +131,11 @@ def shared_json(name: str, content: dict) -> dict:
         return [kept(item) for item in value] if isinstance(value, list) else value
 
     return kept(content)
+
+
+def _last(name: str) -> str:
+    """The file's own name, without its folders."""
+    return name.split("/")[-1]
 
 
 def _check_file(folder: Path, name: str) -> None:
@@ -160,7 +182,7 @@ def _check_json(path: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no valid JSON; write it again or remove it.") from error
-    if path.name.endswith(".safetensors.index.json"):
+    if path.name.endswith(SHARDS_INDEX):
         shards = set(content.get("weight_map", {}).values())
         missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
         if missing:
@@ -204,3 +226,10 @@ def _check_weights_of(folder: Path, name: str, files: tuple[str, ...]) -> None:
     inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
     if not any(WEIGHTS.fullmatch(file) for file in inside):
         raise InputError(f"{folder / name} has a config but no weights (.safetensors); save the model again.")
+
+
+def _variant(files: tuple[str, ...]) -> str | None:
+    """The variant that weights are of, where all are of the same."""
+    names = [SHARD.sub("", _last(name)).split(".") for name in files if WEIGHTS.fullmatch(_last(name))]
+    variants = {".".join(parts[1:-1]) for parts in names}
+    return variants.pop() or None if len(variants) == 1 else None

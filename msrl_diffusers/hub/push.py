@@ -4,13 +4,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -31,7 +31,7 @@ from .cards import (
     memorization_section,
     render_card,
 )
-from .contents import Contents, inspect_folder, read_json, shared_json
+from .contents import FINDINGS, Contents, inspect_folder, is_weights, read_json, shared_json
 
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a folder went: `url` of the commit, full `repo_id`, `private`, paths of the `files`, and those `left_out`."""
+    """Where a folder went: `url` of the commit, full `repo_id`, `private`, paths of the `files`, those `left_out`, and those of an
+    earlier model that were `removed` from the repository."""
 
     url: str
     repo_id: str
     private: bool
     files: tuple[str, ...]
     left_out: tuple[str, ...]
+    removed: tuple[str, ...]
 
 
 def push_folder(
@@ -74,7 +76,9 @@ def push_folder(
 ) -> Pushed:
     """Share a pipeline, a model or a LoRA adapter in one commit; what was uploaded before an interruption is not sent again.
 
-    The folder's `README.md` is its card, with a section on memorization if it has none; without one a card is rendered.
+    What else an earlier push has left stays in the repository, but for weights beside those that are pushed and findings, which
+    would be taken for this model's. The folder's `README.md` is its card, with a section on memorization if it has none; without
+    one a card is rendered.
 
     Args:
         folder: what `save_pretrained` or `save_lora_weights` wrote.
@@ -112,8 +116,8 @@ def push_folder(
         full_id, is_private = _prepare_repository(api, repo_id, private, revision)
         files["README.md"] = _renamed(card, repo_id, full_id).encode()
         message = commit_message or f"Upload {contents.class_name} with msrl_diffusers"
-        url = _persistently(lambda: _commit(api, full_id, files, message, revision))
-    return Pushed(url, full_id, is_private, tuple(sorted(files)), contents.left_out)
+        url, removed = _persistently(lambda: _commit(api, full_id, files, message, revision))
+    return Pushed(url, full_id, is_private, tuple(sorted(files)), contents.left_out, removed)
 
 
 def _report(contents: Contents, path: str | Path | None) -> dict | None:
@@ -169,6 +173,7 @@ def _renamed(card: str, name: str, other: str) -> str:
         card.replace(f'from_pretrained("{name}"', f'from_pretrained("{other}"')
         .replace(f'load_lora_weights("{name}"', f'load_lora_weights("{other}"')
         .replace(f'load_lora_adapter("{name}"', f'load_lora_adapter("{other}"')
+        .replace(f'from_pretrained(pipe.unet, "{name}"', f'from_pretrained(pipe.unet, "{other}"')
     )
 
 
@@ -206,12 +211,31 @@ def _prepare_repository(api: HfApi, repo_id: str, private: bool, revision: str |
     return full_id, is_private
 
 
-def _commit(api: HfApi, repo_id: str, files: dict[str, Path | bytes], message: str, revision: str | None) -> str:
-    """Upload what the Hub does not have and commit all. Repeated after a lost answer, it finds nothing left to commit."""
+def _stale(there: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Files of an earlier model that is replaced: its findings, and its weights beside the new ones, of another variant or number
+    of shards, which loaders would prefer or mix."""
+    folders = {_folder(name) for name in files if is_weights(name)}
+    return sorted(
+        name for name in set(there) - set(files) if name in FINDINGS or (is_weights(name) and _folder(name) in folders)
+    )
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _commit(
+    api: HfApi, repo_id: str, files: dict[str, Path | bytes], message: str, revision: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """Upload what the Hub does not have, and commit all, without what is stale; the commit's address, and what was removed.
+    Repeated after a lost answer, it finds nothing left to commit."""
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in sorted(files.items())]
     with _in_one_sentence(repo_id, revision):  # retried by the client itself
         api.preupload_lfs_files(repo_id, operations, revision=revision, free_memory=False)
-    return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+    stale = _stale(api.list_repo_files(repo_id, revision=revision), files)
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return commit.commit_url, tuple(stale)
 
 
 def _persistently(call: Callable[[], T]) -> T:
