@@ -141,6 +141,16 @@ def test_a_study_hands_its_settings_to_the_trainers(tmp_path):
     assert (judge.seed, judge.mixed_precision, Path(judge.output_dir)) == (9, "no", tmp_path / "extractors" / "judge")
 
 
+@pytest.mark.parametrize("content", [b"stray: 1\n", b"5: 1\n", b"pretrained: 5\n", b"dataset: \xff\n"])
+def test_a_study_s_file_that_can_t_be_used_is_one_sentence(tmp_path, content):
+    (tmp_path / "study.yaml").write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"unknown field '(stray|5)'; it may have|pretrained must be|is no valid YAML"
+    ) as caught:
+        parse_study("ppo", arguments=["--config", str(tmp_path / "study.yaml")])
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_of_the_examples_is_a_study(path, tmp_path):
     settings = read_study(path)

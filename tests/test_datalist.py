@@ -91,6 +91,24 @@ def test_datalist_subjects_sessions_and_paths(tmp_path):
     assert listing.classes == ["0", "1"]
 
 
+def test_datalist_several_images_of_a_subject(tmp_path):
+    """One name in several folders, and dots that belong to names."""
+    images = ["a/T1.nii.gz", "b/T1.nii.gz", "1.2.840.7.nii.gz", "1.2.840.8.nii.gz"]
+    for image in images:
+        (tmp_path / image).parent.mkdir(exist_ok=True)
+        (tmp_path / image).touch()
+    entries = [{"image": image, "label": index % 2} for index, image in enumerate(images)]
+    path = write_entries(
+        tmp_path / "list.json", training=[{**entry, "patient": 7} for entry in entries[:2]] + entries[2:]
+    )
+    assert [case.name for case in list_cases("datalist", path, subject_column="patient").cases] == [
+        "7_a_T1", "7_b_T1", "1.2.840.7", "1.2.840.8",
+    ]  # fmt: skip
+    assert [case.name for case in list_cases("datalist", path).cases] == ["a_T1", "b_T1", "1.2.840.7", "1.2.840.8"]
+    with pytest.raises(InputError, match=r"No entry of .*list\.json has the key 'person' of subjects"):
+        list_cases("datalist", path, subject_column="person")
+
+
 def test_datalist_leaves_out_what_is_incomplete(tmp_path):
     path = write_datalist(tmp_path)
     content = json.loads(path.read_text())
@@ -126,7 +144,7 @@ def test_datalist_leaves_out_what_is_incomplete(tmp_path):
         f"{path}, testing[8] has no 'label'.",
         f"{path}, testing[9]: 'label' must be one value, it is [0, 1].",
         f"{path}, testing[11] has no 'label': it is None, not an object with keys.",
-        f"{tmp_path}/imagesTr/scan_10_0000.nii.gz: subject 'scan_10' was already found at "
+        f"{tmp_path}/imagesTr/scan_10_0000.nii.gz: subject 'scan_10_scan_10_0000' was already found at "
         f"{tmp_path}/imagesTr/scan_10_0000.nii.gz; keep one of the two",
     ]
     assert [rejection.reason for rejection in listing.rejected] == expected

@@ -82,6 +82,52 @@ def test_subjects_are_counted_from_zero(tmp_path):
     assert sorted(load_folder(tmp_path, PROCESSOR, "grade").subject_ids) == ["0", "0", "1", "1"]
 
 
+def test_a_column_of_subjects_by_name(tmp_path):
+    images = four_images()
+    rows = [f"{name},{i // 2},{'ab'[i // 2]}" for i, name in enumerate(images)]
+    write_folder(tmp_path, images, "file_name,patient,grade", rows)
+    listing = list_cases("nifti_folder", tmp_path, label_column="grade", subject_column="patient")
+    assert [(case.subject_id, case.session) for case in listing.cases] == [
+        ("0", "v0"),
+        ("0", "v1"),
+        ("1", "v2"),
+        ("1", "v3"),
+    ]
+    with pytest.raises(InputError, match="has no column 'person' of subjects; it has"):
+        list_cases("nifti_folder", tmp_path, label_column="grade", subject_column="person")
+
+
+def test_images_of_one_name_in_several_folders(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    images = {
+        "a/T1.nii.gz": ras_image(0),
+        "b/T1.nii.gz": ras_image(1),
+        "1.2.7.nii.gz": ras_image(2),
+        "1.2.8.nii.gz": ras_image(3),
+    }
+    write_folder(tmp_path, images, "file_name,grade", [f"{name},{'ab'[i % 2]}" for i, name in enumerate(images)])
+    listing = list_cases("nifti_folder", tmp_path, label_column="grade")
+    assert [case.name for case in listing.cases] == ["a_T1", "b_T1", "1.2.7", "1.2.8"]
+
+
+@pytest.mark.parametrize(("word", "side"), [("train", "train"), ("val", "heldout"), ("Test", "heldout"), ("", None)])
+def test_the_split_of_a_table(tmp_path, word, side):
+    images = four_images()
+    write_folder(
+        tmp_path, images, "file_name,grade,split", [f"{name},{'ab'[i % 2]},{word}" for i, name in enumerate(images)]
+    )
+    assert {case.split for case in list_cases("nifti_folder", tmp_path, label_column="grade").cases} == {side}
+
+
+def test_a_split_of_another_name_is_refused(tmp_path):
+    images = four_images()
+    write_folder(
+        tmp_path, images, "file_name,grade,split", [f"{name},{'ab'[i % 2]},fold {i}" for i, name in enumerate(images)]
+    )
+    assert "line 2: the split 'fold 0' is none of ['training'," in failure(tmp_path)
+
+
 def test_rows_without_a_label_are_left_out(tmp_path):
     images = four_images()
     rows = [f"{name},s{i},{label}" for i, (name, label) in enumerate(zip(images, ["1", "", "2", "1"], strict=True))]
@@ -255,6 +301,17 @@ def test_a_small_image_is_padded_with_background():
     assert volume.shape == (1, SIZE, SIZE, SIZE)
     assert (volume[0, 6:10, 6:10, 6:10] == 1).all()
     assert (volume > -1).sum() == 4**3
+
+
+def test_thick_slices_are_averaged_in_plane_too():
+    """One axis that must grow leaves the means over the others as they are."""
+    noise = np.random.default_rng(0).normal(size=(48, 48, 48)).astype(np.float32)
+    thick = noise.reshape(48, 48, 12, 4)[..., 0]
+    processor = VolumeProcessor(16, 48.0)
+    resized = processor._resize(thick).numpy()
+    assert resized.std() < 0.5 * thick.std()  # of nine voxels each
+    means = thick.reshape(16, 3, 16, 3, 12).mean(axis=(1, 3))
+    assert np.abs(resized[..., 0] - means[..., 0]).max() < 1e-5  # the outermost slice is not interpolated
 
 
 def test_foreground_near_a_border_is_centred_too():

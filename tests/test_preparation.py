@@ -142,6 +142,15 @@ def test_voxels_below_the_background_do_not_move_it():
     assert (volume - plain).abs().max() <= 1
 
 
+def test_z_scores_keep_the_darker_half_of_the_brain():
+    """Background exactly 0, brain of mean 0: many voxels below the background are tissue."""
+    data = np.zeros((40, 40, 40), np.float32)
+    data[4:34, 5:35, 5:35] = np.random.default_rng(0).normal(size=(30, 30, 30))
+    volume, geometry = PROCESSOR.preprocess_with_geometry(nib.Nifti1Image(data, np.diag([6, 6, 6, 1])))
+    assert geometry.intensities[0][0] < -1
+    assert (volume == -1).float().mean() < 0.01
+
+
 def test_a_prepared_cache_has_the_right_volumes(tmp_path):
     write_brats(tmp_path / "data", per_class=4)
     listing = list_cases("brats2019", tmp_path / "data", modality=["t1ce", "flair"])
@@ -274,9 +283,9 @@ def test_modalities_of_unequal_shape_are_refused(tmp_path):
 
 
 def test_nothing_usable_is_one_sentence(tmp_path):
-    cases = [Case({"image": str(tmp_path / f"{name}.nii")}, name, name) for name in "ab"]
-    with pytest.raises(InputError, match="None of 2 volumes could be prepared"):
-        prepare_cases(Listing(cases, ["a", "b"]), PROCESSOR, SplitPlan(), tmp_path / "out")
+    cases = [Case({"image": str(tmp_path / f"{name}.nii")}, name[0], name) for name in ("a0", "a1", "b0", "b1")]
+    with pytest.raises(InputError, match="None of 4 volumes could be prepared"):
+        prepare_cases(Listing(cases, ["a", "b"]), PROCESSOR, SplitPlan(0.5), tmp_path / "out")
 
 
 def test_load_volumes_gives_one_dataset_for_every_layout(tmp_path):
@@ -316,6 +325,44 @@ def test_the_verb_writes_what_it_promises(tmp_path, capsys):
         prepare_verb.run([*arguments, *lists])
 
 
+def test_a_split_that_can_t_be_made_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    write_marked_folder(tmp_path / "data")
+    listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
+    monkeypatch.setattr(VolumeProcessor, "preprocess_with_geometry", None)
+    for split, sentence in (
+        (SplitPlan(1.5), "holdout_fraction must lie between 0 and 1"),
+        (
+            SplitPlan(train_subjects=("s0", "s9"), heldout_subjects=("s1",)),
+            "1 listed subjects are not in the data set, 's9'",
+        ),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            prepare_cases(listing, PROCESSOR, split, tmp_path / "out")
+    with pytest.raises(InputError, match="num_workers must be 0 or more"):
+        prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out", num_workers=-1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_split_reads_nothing_again_and_leaves_no_mixture(tmp_path, monkeypatch):
+    write_marked_folder(tmp_path / "data")
+    (tmp_path / "data" / "s3.nii.gz").write_bytes(b"\x1f\x8bnothing")
+    listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
+    everything = SplitPlan(train_subjects=("s0", "s1", "s2"), heldout_subjects=("s3",))  # which can't be read
+    with pytest.raises(InputError, match="The split leaves no volume for 'heldout'"):
+        prepare_cases(listing, PROCESSOR, everything, tmp_path / "out")
+    monkeypatch.setattr(VolumeProcessor, "preprocess_with_geometry", None)  # what was prepared is there
+    first = SplitPlan(train_subjects=("s0", "s3"), heldout_subjects=("s1",))
+    summary = prepare_cases(listing, PROCESSOR, first, tmp_path / "out")
+    assert (summary["volumes"], summary["rejected"]) == (2, 1)
+    assert not list((tmp_path / "out").glob(".volumes-*"))
+    monkeypatch.undo()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
+    with pytest.raises(InputError, match="The split leaves no volume for 'heldout'"):
+        prepare_cases(listing, PROCESSOR, everything, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")} == before
+    assert prepare_cases(listing, PROCESSOR, first, tmp_path / "out") == summary
+
+
 def test_what_is_left_out_is_told_anew(tmp_path):
     """A folder that is finished, whose table has lost a row that could not be used."""
     write_marked_folder(tmp_path / "data")
@@ -341,6 +388,8 @@ def test_the_verb_takes_bins_by_name_and_by_edges(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["counts"]["train"] == {"under 40": 1, "60 and over": 1}
     prepare_verb.run([*arguments, "--output_dir", str(tmp_path / "edges"), "--label_bins", "60"])
     assert list(json.loads(capsys.readouterr().out)["counts"]["train"]) == ["age under 60", "age from 60"]
+    with pytest.raises(InputError, match="the bounds of 'old' must be numbers or null, got 'forty'"):
+        prepare_verb.run([*arguments, "--output_dir", str(tmp_path / "bad"), "--label_bins", "{old: [forty, null]}"])
     with pytest.raises(InputError, match=r"label_bins must be numbers or \{name: .*, got 'forty 60'"):
         prepare_verb.run([*arguments, "--output_dir", str(tmp_path / "bad"), "--label_bins", "forty", "60"])
 

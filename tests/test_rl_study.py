@@ -328,6 +328,23 @@ def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path)
         ),
         ({"marginal_labels": 1.5}, r"marginal_labels must lie in \[0, 1\], got 1.5"),
         ({"samplers": []}, "samplers is empty; give one or more"),
+        (
+            {"samplers": [{"num_inference_steps": "ten", "eta": 0.0}]},
+            "A sampler has 1 to 1000 num_inference_steps, and numbers",
+        ),
+        ({"samplers": [{"num_inference_steps": 1001, "eta": 0.0}]}, "A sampler has 1 to 1000 num_inference_steps"),
+        (
+            {"samplers": [{"num_inference_steps": 10, "eta": "1e-1"}]},
+            "A sampler has 1 to 1000 num_inference_steps, and numbers",
+        ),
+        (
+            {
+                "samplers": [{"num_inference_steps": 10, "eta": 0.0, "guidance_scale": 2.0}],
+                "diffusion": {"class_dropout": 0.0},
+            },
+            "Guidance needs a denoiser trained with class_dropout above 0",
+        ),
+        ({"synthetic_steps": [2000]}, "synthetic_steps are at most 1000, got 2000"),
         ({"synthetic_steps": []}, "synthetic_steps is empty; give one or more"),
         ({"reconstruction_steps": []}, "reconstruction_steps is empty; give one or more"),
         ({"synthetic_steps": [10, 0]}, "synthetic_steps must be 1 or more, got 0"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msrl_diffusers import VolumeDataset, split_by_subject
-from msrl_diffusers.data.splits import check_no_leak
+from msrl_diffusers.data.splits import SplitPlan, check_no_leak
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.seeding import batch_indices, fold_seed, generator_for, sample_generators
 
@@ -51,6 +51,16 @@ def test_too_few_subjects_raise():
         split_by_subject(dataset((6, 1)), 0.5)
     with pytest.raises(InputError, match=r"holdout_fraction must lie between 0 and 1, got 1\.5"):
         split_by_subject(dataset(), 1.5)
+
+
+def test_the_data_set_s_own_split():
+    subjects, labels = ["a", "b", "c", "d"], ["x", "y", "x", "y"]
+    own = ["train", "train", "heldout", "heldout"]
+    assert SplitPlan().sides(subjects, labels, own) == own
+    drawn = SplitPlan(0.5).sides(subjects, labels, ["train"] * 4)  # which holds nothing out
+    assert sorted(drawn) == ["heldout", "heldout", "train", "train"]
+    with pytest.raises(InputError, match="1 of 4 volumes have no split of their own, that of subject 'b' first"):
+        SplitPlan().sides(subjects, labels, ["train", None, "heldout", "heldout"])
 
 
 def test_a_leak_raises():

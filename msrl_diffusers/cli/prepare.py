@@ -44,11 +44,17 @@ class PrepareArguments:
             "no bound; values in no bin are left out."
         },
     )
+    subject_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that names the subject, for splits: subject_id, or each file, if unset."},
+    )
     image_size: int = field(default=64, metadata={"help": "Voxels along each edge of the cubes."})
     field_of_view: float = field(default=192.0, metadata={"help": "Edge of the cubes in millimetres."})
     split: str = field(
         default="auto",
-        metadata={"help": "auto (the data set's own, else holdout_fraction) or table1 (as arXiv 2603.06173)."},
+        metadata={
+            "help": "auto (the data set's own, if it has a hold-out, else holdout_fraction) or table1 (as arXiv 2603.06173)."
+        },
     )
     holdout_fraction: float = field(default=0.3, metadata={"help": "Share of every class' subjects held out."})
     split_seed: int = field(default=0, metadata={"help": "Seed that draws the held-out subjects."})
@@ -93,6 +99,7 @@ def run(arguments: Sequence[str]) -> None:
     listing = list_cases(
         args.dataset, args.data_dir,
         modality=args.modality, kind=args.kind, csv=args.csv, label_column=args.label_column, label_bins=args.bins(),
+        subject_column=args.subject_column,
     )  # fmt: skip
     if args.strict and listing.rejected:
         write_rejections(listing.rejected, output_dir / "rejected.csv")
@@ -108,6 +115,9 @@ def _subjects(path: str | None) -> tuple[str, ...] | None:
     if path is None:
         return None
     try:
-        return tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark in front
     except OSError as error:
         raise InputError(f"{path} can't be read as a list of subjects: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} can't be read as a list of subjects: save it as text in UTF-8.") from error
+    return tuple(line.strip() for line in lines if line.strip())

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,8 +15,9 @@ from ..errors import InputError
 LOADERS = ("brats2019", "oasis1", "bids", "nifti_folder", "datalist")  # one module each, with a function `scan`
 SPLITS = {  # what tables and data lists call a split
     "training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout", "train": "train",
-    "heldout": "heldout",
+    "heldout": "heldout", "val": "heldout", "valid": "heldout", "dev": "heldout",
 }  # fmt: skip
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr", ".mgz", ".mgh")
 LabelBins = Mapping[str, Sequence[float | None]] | Sequence[float]
 
 
@@ -95,9 +97,10 @@ def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
             if listing.rejected
             else ""
         )
+        empty = [label for label in listing.classes if label not in found]
+        needed = f"{empty[0]!r} has none" if empty and len(found) > 1 else "at least two are needed"
         raise InputError(
-            f"{data_dir} gives {len(found)} classes with volumes (of {listing.classes}) as {name!r}; at least two are "
-            f"needed.{reasons}"
+            f"{data_dir} gives {len(found)} classes with volumes (of {listing.classes}) as {name!r}; {needed}.{reasons}"
         )
     return listing
 
@@ -121,6 +124,23 @@ def _reject_strays(listing: Listing) -> None:
     listing.cases = kept
 
 
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """A name for each image: its file's, without the suffix, and with its folders where several files are called so. A file that
+    occurs twice has one name."""
+    names, files = [without_suffix(Path(path).name) for path in paths], defaultdict(set)
+    for path, name in zip(paths, names, strict=True):
+        files[name].add(path)
+    return [
+        name if len(files[name]) == 1 else without_suffix(Path(path).as_posix()).strip("/").replace("/", "_")
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def without_suffix(name: str) -> str:
+    """`name` of an image without `.nii.gz` and the like; other dots belong to it (`1.2.840.7.nii.gz`)."""
+    return next((name[: -len(suffix)] for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), name)
+
+
 def class_names(values: Sequence[str | None], label_bins: LabelBins | None, column: str) -> list[str]:
     """The classes of a column: the bins in their order, or the values that occur, sorted."""
     if label_bins is None:
@@ -136,9 +156,9 @@ def named_bins(label_bins: LabelBins, column: str) -> dict[str, tuple[float | No
     """
     if isinstance(label_bins, Mapping):
         for name, bounds in label_bins.items():
-            if not isinstance(bounds, Sequence) or len(bounds) != 2:
+            if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
                 raise InputError(f"label_bins: {name!r} needs two bounds [low, high], got {bounds!r}.")
-        return {name: tuple(bounds) for name, bounds in label_bins.items()}
+        return {str(name): tuple(_bound(bound, name) for bound in bounds) for name, bounds in label_bins.items()}
     edges = [float(edge) for edge in label_bins]
     if not edges or sorted(set(edges)) != edges:
         raise InputError(f"label_bins: edges must rise, got {label_bins!r}.")
@@ -147,6 +167,13 @@ def named_bins(label_bins: LabelBins, column: str) -> dict[str, tuple[float | No
         **{f"{column} {low:g} to {high:g}": (low, high) for low, high in pairwise(edges)},
         f"{column} from {edges[-1]:g}": (edges[-1], None),
     }
+
+
+def _bound(value, name) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"label_bins: the bounds of {name!r} must be numbers or null, got {value!r}.") from None
 
 
 def class_is_given(value) -> bool:

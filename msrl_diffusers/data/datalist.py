@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of
+from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
 from .folders import entries
 
 
@@ -16,29 +17,30 @@ def scan(
     data_dir: Path,
     label_column: str = "label",
     label_bins: LabelBins | None = None,
-    subject_column: str = "subject_id",
+    subject_column: str | None = None,
 ) -> Listing:
-    """The entries of a data list: those of `training` in the split train, of `validation` and `test` in heldout.
+    """The entries of a data list: those of `training` in the split train, of `validation` and `test` in heldout. A list of
+    training entries alone does not say what is held out.
 
     `image` of an entry is a path, or a list of paths that become channels, named by `modality` of the list. Paths start
     at the folder of the list. A `label` that is the path of an image is the segmentation (dropped where there is no such
-    file), and `label_column` must name another key then. `session` is read where it exists; without `subject_column` the
-    file's name is the subject.
+    file), and `label_column` must name another key then. `session` is read where it exists; without a subject the file's name
+    stands for it, and for the session of a subject with several images where there is no `session`.
 
     Args:
         data_dir: the JSON file, or a folder with `dataset.json` or a single JSON file.
         label_column: key of the classes: categories, or numbers with `label_bins`.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound);
             entries in no bin are no part of the data set.
-        subject_column: key that names the subject.
+        subject_column: key that names the subject; by default `subject_id`, or each image by itself where entries have none.
 
     Raises:
-        InputError: no JSON file, one that can't be read, or one without lists.
+        InputError: no JSON file, one that can't be read, one without lists, or no entry with a key of that name of subjects.
     """
     path = _find_list(data_dir)
     content = _read(path)
     names = content.get("modality") if isinstance(content.get("modality"), dict) else {}
-    listing, values = Listing(), []
+    listing, found = Listing(), []
     for key, split in SPLITS.items():
         for number, entry in enumerate(content.get(key, [])):
             place = f"{path}, {key}[{number}]"
@@ -52,20 +54,26 @@ def scan(
             except InputError as error:
                 listing.reject(place, str(error))
                 continue
-            values.append(label)
-            subject, session = entry.get(subject_column), entry.get("session")
-            seg = entry.get("label")
-            listing.cases.append(
-                Case(
-                    images,
-                    label,
-                    subject_id=str(subject) if class_is_given(subject) else _stem(next(iter(images.values()))),
-                    session=str(session) if class_is_given(session) else "",
-                    split=split,
-                    seg=str(path.parent / seg) if _is_image(seg) and os.path.isfile(path.parent / seg) else None,
-                )
+            found.append((entry, split, label, images))
+    names = distinct_names([os.path.relpath(next(iter(images.values())), path.parent) for *_, images in found])
+    if subject_column and not any(class_is_given(entry.get(subject_column)) for entry, *_ in found):
+        raise InputError(f"No entry of {path} has the key {subject_column!r} of subjects.")
+    key = subject_column or "subject_id"
+    scans = Counter(str(entry[key]) for entry, *_ in found if class_is_given(entry.get(key)))
+    for (entry, split, label, images), name in zip(found, names, strict=True):
+        subject, session = entry.get(key), entry.get("session")
+        seg = entry.get("label")
+        listing.cases.append(
+            Case(
+                images,
+                label,
+                subject_id=str(subject) if class_is_given(subject) else name,
+                session=str(session) if class_is_given(session) else (name if scans[str(subject)] > 1 else ""),
+                split=split,
+                seg=str(path.parent / seg) if _is_image(seg) and os.path.isfile(path.parent / seg) else None,
             )
-    listing.classes = class_names(values, label_bins, label_column)
+        )
+    listing.classes = class_names([label for _, _, label, _ in found], label_bins, label_column)
     return listing
 
 
@@ -125,7 +133,3 @@ def _images(image, names: dict, folder: Path, place: str) -> dict[str, str]:
 
 def _is_image(value) -> bool:
     return isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
-
-
-def _stem(path: str) -> str:
-    return Path(path).name.split(".")[0]

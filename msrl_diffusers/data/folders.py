@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
@@ -73,3 +74,11 @@ def read_table(path: Path, delimiters: str = ",;\t") -> list[dict[str, str]]:
     except (OSError, csv.Error) as error:
         raise InputError(f"{path} can't be read as a table: {error}.") from error
     return [{column.strip(): value.strip() for column, value in row.items() if column is not None} for row in rows]
+
+
+def image_columns(columns: Iterable[str]) -> dict[str, str]:
+    """Which columns of a `metadata.csv` name the images of a volume, by modality: `file_name` (`image`) and
+    `<modality>_file_name`, but for that of a segmentation."""
+    names = [column for column in columns if column.endswith("_file_name") and column != "seg_file_name"]
+    own = {"image": "file_name"} if "file_name" in columns else {}
+    return {**own, **{name.removesuffix("_file_name"): name for name in names}}

@@ -6,45 +6,47 @@ The table is read here and not by `datasets`, which gives up on the whole folder
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of
-from .folders import read_table
+from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
+from .folders import image_columns, read_table
 
 
 def scan(
     data_dir: Path,
     label_column: str = "label",
     label_bins: LabelBins | None = None,
-    subject_column: str = "subject_id",
+    subject_column: str | None = None,
 ) -> Listing:
     """The rows of `metadata.csv` as cases.
 
     A column `file_name` names the image of a row, or one column `<modality>_file_name` per modality;
-    `seg_file_name` is a segmentation. `session` and `split` (train, test) are read where they exist; without
-    `subject_column` the file's name is the subject, without `session` it is the session.
+    `seg_file_name` is a segmentation. `session` and `split` (train, val, test) are read where they exist; without a subject the
+    file's name stands for it, without `session` for that.
 
     Args:
         data_dir: folder with `metadata.csv`.
         label_column: column of the classes: categories, or numbers with `label_bins`.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound); rows
             in no bin are no part of the data set.
-        subject_column: column that names the subject.
+        subject_column: column that names the subject; by default `subject_id`, or each file by itself where the table has none.
 
     Raises:
-        InputError: no metadata.csv, one that can't be read, no column of file names, or no column of labels.
+        InputError: no metadata.csv, one that can't be read, no column of file names, of labels or of that name of subjects, or
+            a split of another name.
     """
     table_path = data_dir / "metadata.csv"
     rows = _read_table(table_path, label_column)
     columns = list(rows[0])
-    image_columns = {"image": "file_name"} if "file_name" in columns else {}
-    for column in columns:
-        if column.endswith("_file_name") and column != "seg_file_name":
-            image_columns[column.removesuffix("_file_name")] = column
-    if not image_columns:
+    kinds = image_columns(columns)
+    if not kinds:
         raise InputError(f"{table_path} has no column file_name (nor <modality>_file_name); it has {columns}.")
     if label_column not in columns:
         raise InputError(f"{table_path} has no column {label_column!r}; it has {columns}.")
+    if subject_column and subject_column not in columns:
+        raise InputError(f"{table_path} has no column {subject_column!r} of subjects; it has {columns}.")
+    subject_column = subject_column or "subject_id"
+    names = distinct_names([next((row[column] for column in kinds.values() if row[column]), "") for row in rows])
     listing, values = Listing(), []
-    for number, row in enumerate(rows, start=2):
+    for number, (row, name) in enumerate(zip(rows, names, strict=True), start=2):
         place = f"{table_path}, line {number}"
         try:
             label = class_of(row[label_column], label_bins, label_column, place)
@@ -55,22 +57,24 @@ def scan(
             if not class_is_given(row[label_column]):
                 listing.reject(place, f"{place}: column {label_column!r} is empty.")
             continue
-        images = {name: str(data_dir / row[column]) for name, column in image_columns.items() if row[column]}
+        images = {kind: str(data_dir / row[column]) for kind, column in kinds.items() if row[column]}
         missing = [image for image in images.values() if not Path(image).is_file()]
-        if missing or len(images) < len(image_columns):
-            absent = missing[0] if missing else f"the image of {next(n for n in image_columns if n not in images)!r}"
+        if missing or len(images) < len(kinds):
+            absent = missing[0] if missing else f"the image of {next(kind for kind in kinds if kind not in images)!r}"
             listing.reject(place, f"{place}: {absent} is missing.")
             continue
+        split = (row.get("split") or "").strip().lower()
+        if split and split not in SPLITS:
+            raise InputError(f"{place}: the split {split!r} is none of {list(SPLITS)}.")
         values.append(label)
-        stem = Path(next(iter(images.values()))).name.split(".")[0]
         seg = row.get("seg_file_name")
         listing.cases.append(
             Case(
                 images,
                 label,
-                subject_id=row.get(subject_column) or stem,
-                session=row.get("session") or (stem if row.get(subject_column) else ""),
-                split=SPLITS.get((row.get("split") or "").lower()),
+                subject_id=row.get(subject_column) or name,
+                session=row.get("session") or (name if row.get(subject_column) else ""),
+                split=SPLITS.get(split),
                 seg=str(data_dir / seg) if seg else None,
             )
         )

@@ -54,16 +54,21 @@ def prepare_cases(
         `spacing`, `fingerprint` of the result, `left_out` by the split and `rejected`.
 
     Raises:
-        InputError: `strict` and a case that can't be used; no case at all that can; a split the classes are too small for.
+        InputError: `strict` and a case that can't be used; no case at all that can; a split that can't be made, of what is listed
+            (said before anything is read) or of what can be used; a negative number of workers.
     """
+    if num_workers < 0:
+        raise InputError(f"num_workers must be 0 or more, got {num_workers}.")
     output_dir = Path(output_dir)
-    request = _request(listing, processor, split)
+    volumes_request = _request(listing, processor)
+    request = hashlib.sha256(f"{volumes_request} {split}".encode()).hexdigest()[:16]
     summary_path = output_dir / "summary.json"
     if summary_path.is_file() and all((output_dir / f"{side}.safetensors").is_file() for side in SIDES):
         summary = json.loads(summary_path.read_text())
         if summary["request"] == request and not (strict and summary["rejected"] > len(listing.rejected)):
             return summary
-    work = output_dir / f".volumes-{request}"
+    planned = _sides(split, listing.cases)
+    work = output_dir / f".volumes-{volumes_request}"
     work.mkdir(parents=True, exist_ok=True)
     rejected = list(listing.rejected)
     results = _prepare_all(listing.cases, processor, work, num_workers)
@@ -79,12 +84,15 @@ def prepare_cases(
             f"None of {len(listing.cases)} volumes could be prepared; {output_dir / 'rejected.csv'} says why."
         )
     cases = [case for _, case in usable]
-    sides = split.sides(
-        [case.subject_id for case in cases], [case.label for case in cases], [case.split for case in cases]
-    )
+    # lists hold for all subjects that there are, also for those whose images can't be used
+    sides = _sides(split, cases) if split.train_subjects is None else [planned[index] for index, _ in usable]
+    by_side = {side: [member for member, its in zip(usable, sides, strict=True) if its == side] for side in SIDES}
+    for side, members in by_side.items():
+        if not members:
+            raise InputError(f"The split leaves no volume for {side!r}; give another split.")
+    summary_path.unlink(missing_ok=True)  # of an earlier request, whose files are replaced now
     digest, counts = hashlib.sha256(), {}
-    for side in SIDES:
-        members = [member for member, its in zip(usable, sides, strict=True) if its == side]
+    for side, members in by_side.items():
         members.sort(key=lambda member: (listing.classes.index(member[1].label), member[1].name))
         shape = _join(work, members, listing.classes, processor.spacing, output_dir / f"{side}.safetensors", digest)
         counts[side] = {label: sum(case.label == label for _, case in members) for label in listing.classes}
@@ -101,8 +109,15 @@ def prepare_cases(
         "rejected": len(rejected),
     }
     write_json(summary_path, summary)
-    shutil.rmtree(work)
+    for volumes in output_dir.glob(".volumes-*"):  # this one's, and what other requests left
+        shutil.rmtree(volumes)
     return summary
+
+
+def _sides(split: SplitPlan, cases: Sequence[Case]) -> list[str | None]:
+    return split.sides(
+        [case.subject_id for case in cases], [case.label for case in cases], [case.split for case in cases]
+    )
 
 
 def write_rejections(rejected: Sequence[Rejection], path: str | Path) -> None:
@@ -133,9 +148,9 @@ def prepare_case(case: Case, processor: VolumeProcessor, path: Path) -> str | No
     return None
 
 
-def _request(listing: Listing, processor: VolumeProcessor, split: SplitPlan) -> str:
-    """Hash of the cases, their files' sizes and times, what the loader left out, the processor's settings and the split."""
-    settings = (sorted(vars(processor).items()), split, listing.classes, listing.rejected)
+def _request(listing: Listing, processor: VolumeProcessor) -> str:
+    """Hash of the cases, their files' sizes and times, what the loader left out, and the processor's settings."""
+    settings = (sorted(vars(processor).items()), listing.classes, listing.rejected)
     digest = hashlib.sha256(repr(settings).encode())
     for case in listing.cases:
         digest.update(repr(case).encode())
@@ -167,8 +182,9 @@ def _prepare_all(
             try:
                 while waiting or running:
                     while waiting and len(running) < 2 * num_workers:  # few at a time: memory stays flat
-                        index, case = waiting.pop()
+                        index, case = waiting[-1]
                         running[pool.submit(prepare_case, case, processor, _volume_path(work, index))] = (index, case)
+                        waiting.pop()  # not before: a pool that broke takes nothing
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         reason = future.result()
                         yield running.pop(future)[1], reason
@@ -204,8 +220,6 @@ def _join(
 ) -> list[int]:
     """One safetensors file of all volumes in turn, as `VolumeDataset.save` would write it, never all in memory; its
     shape."""
-    if not members:
-        raise InputError(f"The split leaves no volume for {path.name.split('.')[0]!r}.")
     geometries = []
     for index, _ in members:
         with safe_open(_volume_path(work, index), framework="pt") as file:

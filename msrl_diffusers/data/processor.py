@@ -19,6 +19,7 @@ from .reading import check_values
 
 PERCENTILES = (0.0, 99.5)  # intensities that become -1 and 1
 MASKED_SHARE = 0.1  # with so many voxels of exactly one background value, the image was masked
+BELOW_SHARE = 0.05  # of the foreground: so many voxels below the background are tissue (z-scores), not errors
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class VolumeProcessor:
     """Reorient to RAS, cut a cube of `field_of_view` millimetres around the foreground, resample it to `image_size`
     voxels per edge (averaging over area) and scale the percentiles to [-1, 1].
 
+    The foreground is all that differs from the background's value: the brain of a masked image, while one with noise around the
+    head is cut at its middle.
+
     The edges of the cube are whole source voxels, so its field of view is right to half a source voxel.
 
     Args:
@@ -49,7 +53,7 @@ class VolumeProcessor:
         field_of_view (`float`): edge of the cube in millimetres; the same for every subject, so sizes of heads stay
             comparable.
         percentiles (`tuple[float, float]`): intensities mapped to -1 and 1; values outside are clipped, and in a masked
-            image all below the background.
+            image the few below the background (many are tissue, as in z-scores, and stay).
     """
 
     def __init__(self, image_size: int, field_of_view: float = 192.0, percentiles: tuple[float, float] = PERCENTILES):
@@ -115,10 +119,13 @@ class VolumeProcessor:
         return _with_codes(image)
 
     def _resize(self, array: np.ndarray) -> torch.Tensor:
-        """The cube `[x, y, z]` at its final size: means over area, or linear interpolation where it grows."""
-        shrinks = all(edge >= self.image_size for edge in array.shape)
-        mode = {"mode": "area"} if shrinks else {"mode": "trilinear", "align_corners": False}
-        return F.interpolate(torch.from_numpy(array)[None, None], [self.image_size] * 3, **mode)[0, 0]
+        """The cube `[x, y, z]` at its final size: means over area, then linear interpolation along the axes that grow."""
+        size = self.image_size
+        volume = torch.from_numpy(array)[None, None]
+        volume = F.interpolate(volume, [min(edge, size) for edge in array.shape], mode="area")
+        if any(edge < size for edge in array.shape):
+            volume = F.interpolate(volume, [size] * 3, mode="trilinear", align_corners=False)
+        return volume[0, 0]
 
 
 def scale_on_own_grid(image: nib.Nifti1Image, percentiles: tuple[float, float] = PERCENTILES) -> torch.Tensor:
@@ -138,7 +145,9 @@ def _scale(
 ) -> tuple[torch.Tensor, list[float]]:
     """The volume scaled to [-1, 1], and the intensities that became -1 and 1."""
     low, high = (float(value) for value in np.percentile(volume.numpy(), percentiles))
-    if (volume == background).float().mean() > MASKED_SHARE:  # a few voxels below it must not lift the background
+    foreground, below = (volume != background).sum(), (volume < background).sum()
+    # a few voxels below it must not lift the background
+    if foreground < (1 - MASKED_SHARE) * volume.numel() and below < BELOW_SHARE * foreground:
         low = max(low, background)
     if not high > low:
         raise InputError("the image has no contrast in the part that is taken; drop it or change field_of_view")

@@ -21,8 +21,8 @@ TABLE_1 = {
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How volumes are divided: by lists of subjects, else by counts per class, else as the data set itself says for
-    every volume, else by a fraction of every class' subjects.
+    """How volumes are divided: by lists of subjects, else by counts per class, else as the data set itself says, else (it says
+    nothing, or nothing of a hold-out) by a fraction of every class' subjects.
 
     Attributes:
         holdout_fraction (`float`): share of every class' subjects held out.
@@ -41,7 +41,8 @@ class SplitPlan:
         """`"train"`, `"heldout"` or None (in neither) for every volume.
 
         Raises:
-            InputError: classes too small for the plan, unknown subjects on a list, or a subject on both sides.
+            InputError: classes too small for the plan, unknown subjects on a list, a subject on both sides, or a data set that
+                says for some volumes alone where they belong.
         """
         if (self.train_subjects is None) != (self.heldout_subjects is None):
             raise InputError("A split by lists needs both, the training subjects and the held-out ones.")
@@ -49,8 +50,13 @@ class SplitPlan:
             sides = split_lists(subjects, self.train_subjects, self.heldout_subjects)
         elif self.counts is not None:
             sides = split_counts(subjects, labels, self.counts, self.seed)
-        elif own and all(own):
+        elif set(own) == set(SIDES):
             sides = list(own)
+        elif None in own and any(own):
+            raise InputError(
+                f"{own.count(None)} of {len(own)} volumes have no split of their own, that of subject "
+                f"{subjects[own.index(None)]!r} first: give every volume one, or none."
+            )
         else:
             sides = split_fraction(subjects, labels, self.holdout_fraction, self.seed)
         by_side = {side: {s for s, its in zip(subjects, sides, strict=True) if its == side} for side in SIDES}

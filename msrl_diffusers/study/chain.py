@@ -49,7 +49,7 @@ def _prior_stages(config: StudyConfig) -> dict[str, Stage]:
             stages.prepare,
             (),
             ("dataset", "data_dir", "image_size", "field_of_view", "num_per_class", "data_seed", "holdout_fraction",
-             "modality", "label_column", "label_bins"),
+             "modality", "label_column", "label_bins", *config.changed("subject_column")),
         ),
         "extractors": Stage(
             stages.train_extractors,
@@ -147,7 +147,7 @@ def _settings(config: StudyConfig) -> dict:
     settings["rollout_sampler"] = config.rollout_sampler
     settings["snapshots"] = bool(config.num_curve_points)
     for folder in ("data_dir", "pretrained"):
-        settings[folder] = settings[folder] and folder_mark(settings[folder])
+        settings[folder] = settings[folder] and _mark(settings[folder])
     for sets in ("synthetic_arms", "policy_anchors", "unseen_sets"):
         settings[sets] = {name: _mark(path) for name, path in getattr(config, sets).items()}
     return settings

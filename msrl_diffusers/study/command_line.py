@@ -31,7 +31,7 @@ def read_study(path: str | Path) -> dict:
         InputError: the file can't be read.
     """
     study = read_yaml(path)
-    if study.get("pretrained"):
+    if isinstance(study.get("pretrained"), str):
         study["pretrained"] = str((Path(path).parent / study["pretrained"]).resolve())
     return study
 
@@ -65,4 +65,8 @@ def parse_study(
     general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}
     where = {name: value for name, value in asdict(data).items() if value is not None}
     method = {"method": section} if section in METHODS else {}
+    known = set(StudyConfig.__dataclass_fields__)
+    unknown = sorted(map(str, set(study) - known))
+    if unknown:
+        raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
     return StudyConfig(**{**study, **general, **where, **method, section: fields})

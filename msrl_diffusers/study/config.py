@@ -74,6 +74,9 @@ class StudyConfig:
         default=None, metadata={"help": "Column of the data set's table with the classes."}
     )
     label_bins: dict | None = field(default=None, metadata={"help": "{class: [low, high]} for a numeric column."})
+    subject_column: str | None = field(
+        default=None, metadata={"help": "Column that names the subject: subject_id, or each file, if unset."}
+    )
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare volumes; 0 is this one."})
 
     vqvae: dict = field(default_factory=dict, metadata={"help": "Constructor arguments of VQModel3D."})
@@ -249,9 +252,25 @@ class StudyConfig:
             raise InputError(
                 f"StudyConfig: reconstruction_steps must be from 1 to {RECONSTRUCTION_GRID}, got {wrong[0]}."
             )
+        longest = self.scheduler.get("num_train_timesteps", 1000)
+        if max(self.synthetic_steps) > longest:
+            raise InputError(f"StudyConfig: synthetic_steps are at most {longest}, got {max(self.synthetic_steps)}.")
         for sampler in self.samplers:
-            if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
-                raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")
+            self._check_sampler(sampler, longest)
+
+    def _check_sampler(self, sampler: dict, longest: int) -> None:
+        if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
+            raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")
+        steps, eta, guidance = sampler["num_inference_steps"], sampler["eta"], sampler.get("guidance_scale", 1.0)
+        numbers = isinstance(steps, int) and isinstance(eta, int | float) and isinstance(guidance, int | float)
+        if not numbers or not 1 <= steps <= longest or not eta >= 0:
+            raise InputError(
+                f"A sampler has 1 to {longest} num_inference_steps, and numbers as eta (0 or more) and guidance_scale, got {sampler}."
+            )
+        if guidance != 1.0 and not self.pretrained and not self.trainer_config("diffusion").class_dropout:
+            raise InputError(
+                f"Guidance needs a denoiser trained with class_dropout above 0; the sampler {sampler} has none."
+            )
 
     @property
     def refreshes(self) -> bool:

@@ -66,6 +66,7 @@ def prepare(config: StudyConfig) -> dict:
         listing = list_cases(
             config.dataset, config.data_dir,
             modality=config.modality, label_column=config.label_column, label_bins=config.label_bins,
+            subject_column=config.subject_column,
         )  # fmt: skip
         processor = VolumeProcessor(config.image_size, config.field_of_view)
         plan = SplitPlan(config.holdout_fraction, config.data_seed)
