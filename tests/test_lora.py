@@ -136,8 +136,8 @@ def test_tensors_of_a_training_script(pipeline, tmp_path):
     """Without configuration the rank is that of the tensors, and alpha equal to it."""
     trained = with_adapter(r=3, lora_alpha=3)
     tensors = get_peft_model_state_dict(trained.unet)
-    MedVolumePipeline.save_lora_weights(tmp_path, unet_lora_layers=tensors)
-    pipeline.load_lora_weights(tmp_path)
+    MedVolumePipeline.save_lora_weights(tmp_path, unet_lora_layers=tensors, safe_serialization=True)
+    pipeline.load_lora_weights(tmp_path, low_cpu_mem_usage=True, use_safetensors=True)
     torch.testing.assert_close(generate(pipeline), generate(trained))
     again = tiny_pipeline()
     again.load_lora_weights({f"unet.{name}": value for name, value in tensors.items()})
@@ -274,6 +274,10 @@ def test_only_safetensors_are_read(pipeline, folder, tmp_path):
         pipeline.load_lora_weights(tmp_path, weight_name="adapter.bin")
     with pytest.raises(InputError, match=r"adapter\.bin is no whole safetensors file of an adapter"):
         pipeline.load_lora_weights(tmp_path / "adapter.bin")
+    with pytest.raises(InputError, match="Adapters are read from safetensors only: leave use_safetensors out"):
+        pipeline.load_lora_weights(folder, use_safetensors=False)
+    with pytest.raises(InputError, match="Adapters are written as safetensors only: leave safe_serialization out"):
+        with_adapter().save_lora_weights(tmp_path, safe_serialization=False)
     with pytest.raises(InputError, match=r"weight_name must end with \.safetensors, got 'adapter\.bin'"):
         with_adapter().save_lora_weights(tmp_path, weight_name="adapter.bin")
     (tmp_path / FILE).write_bytes((folder / FILE).read_bytes()[:-100])
@@ -403,6 +407,18 @@ def test_no_training_on_top_of_an_adapter(pipeline, folder, tmp_path, trainer, c
     refused(r"\(deleted\)")
     pipeline.unload_lora_weights()
     assert made(use_lora=True).pipeline.get_list_adapters() == {"unet": ["default"]}
+
+
+def test_a_new_adapter_follows_from_the_seed():
+    found = []
+    for state, seed in ((0, 3), (1, 3), (0, 4)):
+        pipeline = tiny_pipeline()
+        torch.manual_seed(state)
+        add_lora(pipeline.unet, rank=2, seed=seed)
+        found.append(get_peft_model_state_dict(pipeline.unet))
+        assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(state)))  # untouched
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert not all(torch.equal(value, found[2][name]) for name, value in found[0].items())
 
 
 def test_an_adapter_that_has_learned_nothing_may_be_trained(pipeline):

@@ -63,6 +63,19 @@ def test_saved_model_loads_with_equal_outputs(name, tmp_path):
     assert expected.float().std() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_run_in_half_precision(name, dtype):
+    model_class, config, inputs = MODELS[name]
+    model = fill_zeros(model_class(**config)).eval()
+    expected = run(model, inputs)
+    model.to(dtype)
+    output = run(model, [value.to(dtype) if value.is_floating_point() else value for value in inputs])
+    assert output.dtype == (torch.float32 if "features" in name else output.dtype)
+    if model_class is not VQModel3D:  # rounding changes codes
+        torch.testing.assert_close(output.float(), expected.float(), rtol=0.1, atol=0.1 * float(expected.abs().max()))
+
+
 def test_feature_and_score_shapes():
     shapes = {
         name: tuple(run(model_class(**config).eval(), inputs).shape)
@@ -207,6 +220,13 @@ def test_autoencoder_on_blocks_of_voxels(phantoms):
     assert model.downsample_factor == 4
     assert model.encode(volumes).latents.shape == (2, 4, 4, 4, 4)
     assert model(volumes).sample.shape == volumes.shape
+
+
+def test_a_small_convolution_of_half_weights_under_autocast():
+    layer, inputs = Conv3d(4, 4, 3, padding=1).to(torch.bfloat16), torch.randn(1, 4, 2, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(inputs)
+    torch.testing.assert_close(outputs, layer.float()(inputs), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 3), (1, 3, 1), (3, 3, 3), (4, 2, 2), (6, 6, 6)])

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 
-from msrl_diffusers import MedVolumePipeline
+from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D
+from msrl_diffusers.errors import InputError
 from msrl_diffusers.seeding import sample_generators
 
 
@@ -122,6 +123,20 @@ def test_output_types(pipeline):
     torch.testing.assert_close(first, volumes, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="output_type must be 'pt', 'np', 'nifti' or 'latent', got 'pil'"):
         generate(pipeline, output_type="pil")
+
+
+def test_what_can_t_be_sampled_is_said_at_once(pipeline):
+    for missing in ("sample_size", "num_class_embeds"):
+        unet = UNet3DModel.from_config(pipeline.unet.config, **{missing: None})
+        with pytest.raises(InputError, match=f"needs a denoiser that states its {missing}"):
+            MedVolumePipeline(pipeline.vqvae, unet, pipeline.scheduler)
+    vqvae = VQModel3D.from_config(pipeline.vqvae.config, in_channels=2, out_channels=2)
+    two = MedVolumePipeline(vqvae, pipeline.unet, pipeline.scheduler)
+    assert generate(two, [0, 1], output_type="np").shape[1] == 2
+    seen = []
+    with pytest.raises(InputError, match="A NIfTI image has one channel, and these volumes 2: use output_type='np'"):
+        generate(two, [0, 1], output_type="nifti", callback_on_step_end=lambda *step: seen.append(step) or {})
+    assert not seen
 
 
 def test_nifti_output_has_a_right_affine(pipeline):

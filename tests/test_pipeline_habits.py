@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 from tiny import tiny_pipeline
 
@@ -195,6 +196,34 @@ def test_bare_encode_and_decode_under_offload(pipeline, volumes, moves):
     pipeline.remove_all_hooks()
     generate(pipeline)
     assert len(moves) == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+)
+def test_group_offload(pipeline, volumes, monkeypatch, options):
+    """Every parameter and buffer comes to the device; here that is the CPU, so those that would be missing are counted."""
+    models, there, onload = (pipeline.unet, pipeline.vqvae), set(), ModuleGroup.onload_
+
+    def record(group):
+        for module in group.modules:
+            there.update(id(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        there.update(id(tensor) for tensor in (*group.parameters, *group.buffers))
+        onload(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", record)
+    expected = pipeline.reconstruct(volumes, 1, [0, 1], num_inference_steps=STEPS, generator=generator()).volumes
+    pipeline.enable_group_offload("cpu", **options)
+    torch.testing.assert_close(
+        pipeline.reconstruct(volumes, 1, [0, 1], num_inference_steps=STEPS, generator=generator()).volumes, expected
+    )
+    missing = [
+        name
+        for model in models
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if id(tensor) not in there
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize(("slice_size", "heads"), [("auto", 2), ("max", 1), (2, 2), (8, 4)])

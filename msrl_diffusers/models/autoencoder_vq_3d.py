@@ -219,6 +219,8 @@ class VQModel3D(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
+    # `encode` and `decode` don't go through `forward`, where a model is brought to the device otherwise
+    _group_offload_block_modules = ["encoder", "decoder", "quantization"]
 
     @register_to_config
     def __init__(

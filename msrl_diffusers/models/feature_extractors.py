@@ -25,6 +25,11 @@ def plane_slices(volumes: torch.Tensor, num_slices: int) -> list[torch.Tensor]:
     return planes
 
 
+def _projected(project: nn.Linear, pooled: torch.Tensor) -> torch.Tensor:
+    """`project(pooled)`, float32, also of a network in half precision."""
+    return project(pooled.to(project.weight.dtype)).float()
+
+
 class SliceFeatureExtractor(ModelMixin, ConfigMixin):
     """A plain (VGG-like) 2D network on slices of the three planes: the *label* extractor.
 
@@ -61,7 +66,7 @@ class SliceFeatureExtractor(ModelMixin, ConfigMixin):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Features `[M, num_features]`, float32, of `images [M, C, height, width]` in [-1, 1]."""
         hidden = self.layers(images).float().flatten(2)
-        return self.project(torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
+        return _projected(self.project, torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
 
 
 class VolumeFeatureExtractor(ModelMixin, ConfigMixin):
@@ -90,7 +95,7 @@ class VolumeFeatureExtractor(ModelMixin, ConfigMixin):
         """Features `[B, 1, 1, num_features]`, float32, of `volumes [B, C, D, H, W]` in [-1, 1]."""
         hidden = F.silu(self.norm_out(self.layers(volumes))).float()
         pooled = F.adaptive_avg_pool3d(hidden, 2).flatten(1)  # octants: where something is matters
-        return self.project(pooled)[:, None, None]
+        return _projected(self.project, pooled)[:, None, None]
 
 
 class PatchFeatureExtractor(ModelMixin, ConfigMixin):
@@ -139,7 +144,7 @@ class PatchFeatureExtractor(ModelMixin, ConfigMixin):
             self.config.width, (width, height), depth, output_type="pt", device=volumes.device
         )
         hidden = self.layers(self.embed(patches) + positions.flatten(0, 1).to(patches.dtype)).float()
-        return self.project(torch.cat([hidden.mean(dim=1), hidden.amax(dim=1)], dim=1))[:, None, None]
+        return _projected(self.project, torch.cat([hidden.mean(dim=1), hidden.amax(dim=1)], dim=1))[:, None, None]
 
 
 class RewardFeatureExtractor(nn.Module):

@@ -14,7 +14,8 @@ class Conv3d(nn.Conv3d):
         if hidden.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or self._smallest_edge(hidden) > 2:
             return super().forward(hidden)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(hidden.float())
+            bias = None if self.bias is None else self.bias.float()
+            return self._conv_forward(hidden.float(), self.weight.float(), bias)
 
     def _smallest_edge(self, hidden: torch.Tensor) -> int:
         """Of input and output."""

@@ -55,10 +55,10 @@ class ScoreNetwork(nn.Module):
         hidden = F.silu(self.layers(sample)).float().flatten(2)
         # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
         pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
-        return self.norm_out(pooled)
+        return self.norm_out(pooled.to(self.norm_out.weight.dtype)).float()
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        features = self.features(sample)
+        features = self.features(sample).to(self.norm_out.weight.dtype)
         scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1)
         if self.num_classes is None:
             return scores[..., 0]

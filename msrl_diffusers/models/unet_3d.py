@@ -49,13 +49,14 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     classifier-free guidance (arXiv 2207.12598).
 
     Args:
-        sample_size (`int`): edge of the cubes it is trained on (informative; any size that halves works).
+        sample_size (`int`): edge of the cubes it is trained on; any size that halves works, but `MedVolumePipeline` samples this.
         in_channels, out_channels (`int`): channels of its input and output.
         block_out_channels (`tuple[int]`): channels per resolution.
         layers_per_block (`int`): residual blocks per resolution on the way down (one more on the way up).
         attention_levels (`tuple[bool]`): at which resolutions attention follows each residual block.
         attention_head_dim (`int`): channels per attention head.
-        num_class_embeds (`int`, *optional*): number of classes; `None` makes the model unconditional.
+        num_class_embeds (`int`, *optional*): number of classes; `None` makes the model unconditional, which `MedVolumePipeline` does
+            not take.
         norm_num_groups (`int`): groups of every GroupNorm.
         dropout (`float`): dropout in residual blocks; reinforcement learning needs 0.
 
@@ -66,6 +67,7 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UNetStage3D"]
     _repeated_blocks = ["UNetStage3D"]
+    _group_offload_block_modules = ["down_blocks", "up_blocks"]
 
     @register_to_config
     def __init__(
@@ -165,7 +167,7 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             hidden = self._run(stage, hidden, temb)
         for level, stages in enumerate(self.up_blocks):
             for stage in stages:
-                hidden = self._run(stage, torch.cat([hidden, skips.pop()], dim=1), temb)
+                hidden = self._run(stage, torch.cat([hidden, skips.pop().to(hidden.device)], dim=1), temb)
             if level < len(self.upsamplers):
                 hidden = self.upsamplers[level](hidden)
 

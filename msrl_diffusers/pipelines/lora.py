@@ -49,6 +49,8 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         weight_name: str | None = None,
         return_lora_metadata: bool = False,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
         **hub_arguments,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict | None]:
         """The tensors of an adapter, named `unet.<layer>.lora_A.weight`, and its configuration.
@@ -57,12 +59,16 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder, a repository, or the tensors.
             weight_name: name of the file in the folder or repository, by default `pytorch_lora_weights.safetensors`.
             return_lora_metadata: also the fields of `LoraConfig`, or None where the file has none.
+            use_safetensors, low_cpu_mem_usage: of diffusers' pipelines; nothing but safetensors is read anyway, and an adapter is
+                always loaded the lean way.
             **hub_arguments: of `huggingface_hub.hf_hub_download`: `subfolder`, `revision`, `token`, `cache_dir`,
                 `force_download`, `local_files_only`. `subfolder` holds for folders, too.
 
         Raises:
-            InputError: no such file, or not an adapter.
+            InputError: no such file, or not an adapter, or `use_safetensors` is False.
         """
+        if use_safetensors is False:
+            raise InputError("Adapters are read from safetensors only: leave use_safetensors out.")
         source, metadata = pretrained_model_name_or_path_or_dict, None
         if isinstance(source, dict):
             tensors = dict(source)
@@ -129,6 +135,7 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
         adapter_name: str | None = None,
         is_main_process: bool = True,
         weight_name: str | None = None,
+        safe_serialization: bool = True,
         unet_lora_adapter_metadata: dict | None = None,
     ) -> None:
         """Write an adapter to `save_directory/pytorch_lora_weights.safetensors`, under a temporary name first.
@@ -142,12 +149,16 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
             adapter_name: which of the denoiser's adapters, where there are several.
             is_main_process: other processes write nothing.
             weight_name: another name of the file.
+            safe_serialization: of diffusers' pipelines; nothing but safetensors is written.
             unet_lora_adapter_metadata: fields of `LoraConfig` beside `unet_lora_layers`; without them the rank is taken from
                 the tensors, and `lora_alpha` as equal to it.
 
         Raises:
-            InputError: no adapter, or several and no name, or a name that is none of a safetensors file.
+            InputError: no adapter, or several and no name, a name that is none of a safetensors file, or `safe_serialization` is
+                False.
         """
+        if not safe_serialization:
+            raise InputError("Adapters are written as safetensors only: leave safe_serialization out.")
         weight_name = weight_name or LORA_WEIGHT_NAME_SAFE
         if not weight_name.endswith(".safetensors"):
             raise InputError(f"weight_name must end with .safetensors, got {weight_name!r}.")

@@ -49,6 +49,9 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         id2label (`dict`, *optional*): names of the classes; JSON's string keys are accepted.
         supports_guidance (`bool`): whether the denoiser was also trained without class (class dropout), as guidance needs it.
 
+    Raises:
+        InputError: a denoiser without `sample_size` or without classes.
+
     Example:
         >>> import msrl_diffusers
         >>> pipe = msrl_diffusers.MedVolumePipeline.from_pretrained("model_cards/phantoms-32")
@@ -70,6 +73,13 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         supports_guidance: bool = True,
     ):
         super().__init__()
+        missing = [
+            name for name in ("sample_size", "num_class_embeds") if unet is not None and unet.config[name] is None
+        ]
+        if missing:
+            raise InputError(
+                f"The pipeline needs a denoiser that states its {missing[0]}; make the UNet3DModel with one."
+            )
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
         self.register_to_config(
             spacing=spacing and list(spacing), id2label=id2label, supports_guidance=supports_guidance
@@ -215,7 +225,7 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
                 that have no such setting.
             generator: one generator, or one per volume.
             latents: starting noise `[B, C, d, h, w]`; drawn with `generator` by default.
-            output_type: `"pt"`, `"np"`, `"nifti"` or `"latent"`.
+            output_type: `"pt"`, `"np"`, `"nifti"` (of one channel) or `"latent"`.
             callback_on_step_end: called as `(pipeline, step, timestep, tensors)`; what it returns replaces the tensors. It
                 may set `pipeline._interrupt` and `pipeline._guidance_scale`.
             callback_on_step_end_tensor_inputs: which tensors it gets, of `latents` and `class_labels`.
@@ -223,7 +233,8 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
 
         Raises:
             ValueError: unknown class or `output_type`, or latents or generators that don't fit.
-            InputError: a scheduler of another kind, or guidance of a denoiser that was not trained for it.
+            InputError: a scheduler of another kind, guidance of a denoiser that was not trained for it, or NIfTI output of
+                several channels.
         """
         if num_volumes_per_label < 1:
             raise InputError(f"num_volumes_per_label must be at least 1, got {num_volumes_per_label}.")
@@ -267,7 +278,7 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
 
         Raises:
             ValueError: `noise_step` outside 0 .. `num_inference_steps`, or labels or generators that don't fit.
-            InputError: a scheduler that can't start from noised latents.
+            InputError: a scheduler that can't start from noised latents, or NIfTI output of several channels.
         """
         if not 0 <= noise_step <= num_inference_steps:
             raise ValueError(f"noise_step must lie in 0 .. {num_inference_steps}, got {noise_step}.")
@@ -300,6 +311,9 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
             raise ValueError(f"A list of generators needs one per volume ({num_volumes}), got {len(generator)}.")
         if output_type not in ("pt", "np", "nifti", "latent"):
             raise ValueError(f"output_type must be 'pt', 'np', 'nifti' or 'latent', got {output_type!r}.")
+        channels = self.vqvae.config.out_channels
+        if output_type == "nifti" and channels > 1:
+            raise InputError(f"A NIfTI image has one channel, and these volumes {channels}: use output_type='np'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"Callbacks can get {self._callback_tensor_inputs}, not {unknown}.")
