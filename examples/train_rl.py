@@ -5,7 +5,8 @@
 - `ppo`: PPO with a KL penalty, from learned rewards; nothing needs a gradient.
 - `nft`: DiffusionNFT, from learned rewards; only final samples are needed.
 - `draft`: gradients of learned rewards through the decoder and the last denoising steps.
-- `frechet`: the Frechet distance in label features as the loss; no reward model.
+- `frechet`: the Frechet distance as the loss, in features of the label extractor, and of reward models where `frechet_features`
+  names them.
 
 Every field of the method's config is an option and overrides the config's section of that name. Earlier stages run first;
 one that is done is skipped, a killed one resumes when the same command is given again.

@@ -1,5 +1,7 @@
 """Whom the divergence holds and what to, and antithetic starts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_ppo_trainer import Contrast, config, timeless
@@ -50,6 +52,11 @@ def test_an_ensemble_is_unsure_where_its_heads_part():
 def test_one_reward_of_one_head_is_never_unsure(tmp_path):
     with pytest.raises(InputError, match="kl_gate_quantile needs rewards that can be unsure"):
         DiffusionPPOTrainer(tiny_pipeline(), Brightness(), config(tmp_path, kl_gate_quantile=0.5))
+    other = Brightness()  # behind it a model of transformers, whose config is no mapping
+    other.model = torch.nn.Linear(1, 1)
+    other.model.config = SimpleNamespace(num_labels=2)
+    with pytest.raises(InputError, match="kl_gate_quantile needs rewards that can be unsure"):
+        DiffusionPPOTrainer(tiny_pipeline(), other, config(tmp_path, kl_gate_quantile=0.5))
     with pytest.raises(InputError, match=r"kl_gate_quantile must lie between 0 and 1, got 1\.0"):
         config(tmp_path, kl_gate_quantile=1.0)
 

@@ -1,6 +1,7 @@
 """What the PPO trainer can be asked for beside the plain run: trust regions, windows, guidance, averages, callbacks."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trainers.base import checkpoints, read_log
 from msrl_diffusers.trainers.watchdogs import (
+    Watch,
     high_frequency_share,
     prediction_norm,
     reward_disagreement,
@@ -209,6 +211,20 @@ def test_watchdogs_see_what_they_are_named_for(tmp_path):
         pipeline.unet.conv_out.weight.mul_(2)
         pipeline.unet.conv_out.bias.mul_(2)
     assert prediction_norm(policy, table, rollout, 1.0) == pytest.approx(2, rel=1e-4)
+
+
+def test_the_line_of_the_weights_that_are_kept():
+    def result(best_step, *steps):
+        history = [{"step": step, "ppo/kl": step / 100} for step in steps]
+        state = {} if best_step is None else {"best_step": best_step}
+        found = Watch.result(SimpleNamespace(history=history, state=state, stopped=None, step=12))
+        return found.get("step"), found.get("ppo/kl")
+
+    assert result(None, 1, 2, 3) == (3, 0.03)
+    assert result(1, 1, 2, 3) == (2, 0.02)
+    assert result(0, 5, 10) == (1, 0.05)  # a line for every five rollouts
+    assert result(7, 5, 10) == (8, 0.1)
+    assert result(11, 5, 10) == (12, 0.1)  # in none
 
 
 def test_a_watchdog_s_limits_stop_the_run(tmp_path):

@@ -252,6 +252,11 @@ def test_min_snr_weights_by_hand():
     assert min_snr_weights(DDIMScheduler(), timesteps, None).tolist() == [1.0, 1.0]
 
 
+def test_timesteps_stay_in_range_when_a_position_is_rounded_up(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, generator: torch.full((size,), 1 - 2**-24))
+    assert even_timesteps(64, 1000, torch.Generator().manual_seed(0)).max() == 999
+
+
 def test_timesteps_are_spread_over_the_range():
     timesteps = even_timesteps(10, 1000, torch.Generator().manual_seed(0))
     assert sorted(value // 100 for value in timesteps.tolist()) == list(range(10))

@@ -17,6 +17,7 @@ from ..data.image_folder import ImageDataset
 from ..evaluation.downstream import compare_arms
 from ..files import write_json
 from ..models.image_classifiers import build_image_classifier
+from ..processes import process_state
 from ..seeding import fold_seed
 from ..trainers.attribute_trainer import AttributeTrainer, predict_attributes
 from .artifacts import load_base, load_split, load_tuned
@@ -119,12 +120,13 @@ def _synthetic(config: TextToImageStudyConfig, train: ImageDataset) -> dict[str,
     found = {}
     for number, (name, load) in enumerate(ARMS.items()):
         path = folder / f"synthetic-{number}.safetensors"
-        if not path.is_file():
+        if process_state().is_main_process and not path.is_file():
             sample_images(
                 load(config), prompts, config.evaluation_sampler,
                 fold_seed(config.seed_of("augmentation"), "synthetic"), builder, config.sampling_batch_size,
                 config.mixed_precision, f"synthetic-{number}",
             ).save(path)  # fmt: skip
+        process_state().wait_for_everyone()
         found[name] = ImageDataset.load(path)
     return found
 
@@ -148,7 +150,9 @@ def _probabilities(
         trainer = AttributeTrainer(model, args, train, processor=processor)
         trainer.train()
         found = predict_attributes(trainer.model, test, processor, config.sampling_batch_size)
-        write_json(path, {"arm": arm, "seed": seed, "probabilities": found.tolist()})
+        if process_state().is_main_process:
+            write_json(path, {"arm": arm, "seed": seed, "probabilities": found.tolist()})
+        process_state().wait_for_everyone()
     return _normalized(path)
 
 

@@ -8,7 +8,7 @@ from ..models.image_classifiers import load_image_classifier, save_image_classif
 from ..study.release import forget_places
 from ..study.report import git_commit, versions
 from .artifacts import load_base
-from .config import CLASSIFIERS, TextToImageStudyConfig
+from .config import TextToImageStudyConfig
 
 
 def write_release(config: TextToImageStudyConfig, path: str | Path) -> None:
@@ -19,7 +19,7 @@ def write_release(config: TextToImageStudyConfig, path: str | Path) -> None:
     for name in ("vae", "unet", "text_encoder"):
         getattr(pipeline, name).half()
     pipeline.save_pretrained(path)
-    for role in CLASSIFIERS:
+    for role in config.trained_classifiers:
         model, processor = load_image_classifier(Path(config.output_dir) / "classifiers" / role)
         save_image_classifier(model.half(), processor, path / f"classifier_{role}")
     forget_places(path)

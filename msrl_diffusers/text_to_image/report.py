@@ -63,6 +63,8 @@ def _draw(config: TextToImageStudyConfig, content: dict) -> dict[str, Path]:
 def _export(config: TextToImageStudyConfig, content: dict) -> None:
     """The adapter with its facts and the pipeline it belongs to, side by side."""
     output_dir, facts = Path(config.output_dir), Path(config.output_dir) / "ppo" / "lora" / "facts.json"
+    for earlier in ("pipeline_standard", "lora"):  # of other settings
+        shutil.rmtree(output_dir / earlier, ignore_errors=True)
     if not config.pretrained_model_name_or_path:
         load_base(config).save_pretrained(output_dir / "pipeline_standard")
     if not facts.is_file():
@@ -106,7 +108,8 @@ def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
         (
             "Limits",
             "The judge is a network too; no physician has looked at these images. Prompts are those of the templates, "
-            "others are outside of what was trained or measured.",
+            "others are outside of what was trained or measured."
+            + (f" {', '.join(content['given'])} were given: what they were trained on is not known here." if content["given"] else ""),
         ),
     ]  # fmt: skip
 

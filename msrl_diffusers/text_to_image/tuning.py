@@ -1,5 +1,6 @@
 """PPO of a StableDiffusionPipeline: prompts held out to pick weights, figures to watch, the LoRA adapter apart."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,11 @@ class HeldoutReward:
         self.prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         self.args, self.trainer = args, None
 
+    @property
+    def unet_forwards(self) -> int:
+        """Denoiser forwards that one look takes."""
+        return len(self.prompts) * self.args.num_inference_steps * (1 if self.args.guidance_scale == 1.0 else 2)
+
     def __call__(self, rollout: Rollout) -> float:
         args, policy = self.args, self.trainer.policy
         device, values = next(policy.denoiser.parameters()).device, []  # a rollout may be kept elsewhere
@@ -100,13 +106,13 @@ def tune(
             the judge's: it never picks weights.
 
     Returns:
-        The trainer's figures with `unet_forwards` and the `scales` of the rewards.
+        The trainer's figures with `unet_forwards` (those of watching among them) and the `scales` of the rewards.
     """
     watchdogs = {name: rollout_figure(score, train_prompts) for name, score in (watch or {}).items()}
     if heldout_prompts:
         watchdogs["heldout_reward"] = HeldoutReward(heldout_prompts, heldout_samples_per_prompt, args)
     if args.use_lora:  # put in here, not by the trainer, which would merge it before it could be saved
-        add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
+        add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS, args.seed)
     trainer = DiffusionPPOTrainer(
         pipeline,
         list(rewards),
@@ -126,4 +132,6 @@ def tune(
     elif is_main:
         pipeline.save_pretrained(folder / "pipeline")
     scales = {name: vars(scale) for name, scale in trainer.reward.scales.items()}
-    return {**figures, "unet_forwards": trainer.unet_forwards, "scales": scales}
+    looks = math.ceil(figures["rollouts"] / args.watch_steps) if heldout_prompts else 0
+    watching = looks * watchdogs["heldout_reward"].unet_forwards if looks else 0
+    return {**figures, "unet_forwards": trainer.unet_forwards + watching, "scales": scales}

@@ -11,7 +11,8 @@ def even_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generat
     less variance between batches than independent draws have.
     """
     positions = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-    return (positions[torch.randperm(batch_size, generator=generator)] * num_timesteps).long()
+    timesteps = (positions[torch.randperm(batch_size, generator=generator)] * num_timesteps).long()
+    return timesteps.clamp_(max=num_timesteps - 1)  # a position just below 1 may be rounded to it
 
 
 def denoising_target(scheduler, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -125,9 +125,19 @@ class Scoring:
         return self.reward.parts(samples, conditions, self.conditions.metadata_of(rows))
 
     def combine(self, scores: Scores) -> torch.Tensor:
-        """The standardized, weighted reward `[B]`. The first rollout, the reference policy's, gives the scales."""
+        """The standardized, weighted reward `[B]`. The first rollout, the reference policy's, gives the scales.
+
+        Raises:
+            InputError: that rollout is of one sample.
+        """
         if not self.reward.scales:
-            self.reward.fit({name: self.run.accelerator.gather(values) for name, values in scores.items()})
+            everywhere = {name: self.run.accelerator.gather(values) for name, values in scores.items()}
+            if len(next(iter(everywhere.values()))) < 2:
+                raise InputError(
+                    "A rollout of one sample gives rewards no scale: raise num_rollout_batches or rollout_batch_size, or give a "
+                    "WeightedSum with scales."
+                )
+            self.reward.fit(everywhere)
             self.run.state["scales"] = {name: vars(scale) for name, scale in self.reward.scales.items()}
         return self.reward.combine(scores)
 

@@ -66,7 +66,7 @@ class TextToImageTrainer:
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.unet.requires_grad_(True)
         if args.use_lora:
-            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or ATTENTION)
+            add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or ATTENTION, args.seed)
         if args.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         pipeline.text_encoder.requires_grad_(args.train_text_encoder)
@@ -151,7 +151,11 @@ class TextToImageTrainer:
         pipeline = self.pipeline
         if not self.args.train_text_encoder:
             pipeline.text_encoder.eval()
-            return {"embeddings": pipeline.encode_prompt(self.prompts, device, 1, False)[0].float()}
+            size, number = self.args.encode_batch_size, len(self.prompts)
+            some = [self.prompts[start : start + size] for start in range(0, number, size)]
+            return {
+                "embeddings": torch.cat([pipeline.encode_prompt(each, device, 1, False)[0].float() for each in some])
+            }
         tokenizer = pipeline.tokenizer
         tokens = tokenizer(
             self.prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,

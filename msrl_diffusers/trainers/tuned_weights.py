@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import InputError
 from ..models.adapters import carried_adapters, carries_fresh_adapters
 from ..policies import DenoisingPolicy, make_policy
+from ..seeding import fold_seed
 from .base import TrainingRun, in_fast_memory_format
 from .lora import merge_lora
 from .online_config import OnlineConfig
@@ -26,8 +27,11 @@ REMEDY = "keep it by fuse_lora(), then unload_lora_weights(), before you train"
 COST_OF_BACKWARD = 2  # in forwards
 
 
-def add_lora(denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str] = LORA_TARGETS) -> None:
-    """Freeze `denoiser` and inject a LoRA adapter (arXiv 2106.09685) of scale 1, the only part that is trained then.
+def add_lora(
+    denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str] = LORA_TARGETS, seed: int = 0
+) -> None:
+    """Freeze `denoiser` and inject a LoRA adapter (arXiv 2106.09685) of scale 1, the only part that is trained then. Its initial
+    weights follow from `seed` alone.
 
     A policy looks for the adapter when it is made, so this comes before `make_policy`.
 
@@ -38,7 +42,10 @@ def add_lora(denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str]
     if names:
         raise InputError(f"The denoiser carries the LoRA adapter {names}, and a second would train on top; {REMEDY}.")
     denoiser.requires_grad_(False)
-    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules)))
+    device = next(denoiser.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(fold_seed(seed, "lora"))
+        denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules)))
 
 
 def tunable_policy(pipeline, args: OnlineConfig) -> DenoisingPolicy:
@@ -50,7 +57,7 @@ def tunable_policy(pipeline, args: OnlineConfig) -> DenoisingPolicy:
         InputError: the denoiser carries another adapter. One that has learned already is no part of the policy's reference.
     """
     if args.use_lora:
-        add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS)
+        add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS, args.seed)
     elif carried_adapters(pipeline.unet) and not carries_fresh_adapters(pipeline.unet):
         raise InputError(
             f"The denoiser carries the LoRA adapter {carried_adapters(pipeline.unet)}, which the reference that training is "

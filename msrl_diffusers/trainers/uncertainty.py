@@ -1,6 +1,6 @@
 """How unsure rewards are of a sample: where their heads, or they themselves, part."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -44,5 +44,5 @@ def reward_uncertainty(
 
 
 def _num_heads(part: Reward) -> int:
-    config = getattr(getattr(part, "model", None), "config", None) or {}
-    return config.get("num_heads", 1)
+    config = getattr(getattr(part, "model", None), "config", None)
+    return config.get("num_heads", 1) if isinstance(config, Mapping) else 1  # that of a transformers model is none

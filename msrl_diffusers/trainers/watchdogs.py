@@ -53,7 +53,7 @@ class Watch:
         scores: Mapping[str, torch.Tensor],
         guidance_scale: float,
     ) -> dict[str, float]:
-        """The figures of a rollout, averaged over processes and logged as `watch/NAME`.
+        """The figures of a rollout of all processes, logged as `watch/NAME`.
 
         They are of the weights before this rollout's update. Where an average is kept, trainers call this within it: what runs
         the denoiser sees the averaged weights, while the samples of the rollout are of the trained ones. `scores` are its raw
@@ -64,11 +64,12 @@ class Watch:
             norm = prediction_norm(policy, table, head, guidance_scale)
         figures = {
             "prediction_norm": norm,
-            "diversity": sample_diversity(rollout.samples, rollout.conditions),
+            "diversity": _diversity_everywhere(run, rollout),
             "high_frequency": high_frequency_share(rollout.samples),
         }
         if len(scores) > 1:
-            figures["reward_disagreement"] = reward_disagreement(scores)
+            everywhere = {name: run.accelerator.gather(values) for name, values in scores.items()}
+            figures["reward_disagreement"] = reward_disagreement(everywhere)
         if run.step % self.every == 0:
             figures.update({name: watchdog(rollout) for name, watchdog in self.watchdogs.items()})
         values = torch.tensor(list(figures.values()), dtype=torch.float32, device=run.device)
@@ -103,11 +104,13 @@ class Watch:
 
     @staticmethod
     def result(run: TrainingRun) -> dict:
-        """The log line of the rollout sampled with the weights that are kept (the last one without a selection), with
+        """The log line with the rollout sampled with the weights that are kept (the last one without a selection), with
         the reason why the run `stopped` and its number of `rollouts`."""
         best_step = run.state.get("best_step")
-        chosen = [line for line in run.history if best_step is None or line["step"] <= best_step + 1]
-        return {**(chosen or [{}])[-1], "stopped": run.stopped, "rollouts": run.step}
+        line = run.history[-1] if run.history else {}
+        if best_step is not None:  # a line may be of several rollouts: the first that has this one among them
+            line = next((line for line in run.history if line["step"] > best_step), line) | {"step": best_step + 1}
+        return {**line, "stopped": run.stopped, "rollouts": run.step}
 
 
 def draw_samples(run: TrainingRun, samples: torch.Tensor, rewards: torch.Tensor, step: int) -> None:
@@ -121,6 +124,14 @@ def draw_samples(run: TrainingRun, samples: torch.Tensor, rewards: torch.Tensor,
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             tracker.log_images({"samples": picture[None]}, step=step, dataformats="NHWC")
+
+
+def _diversity_everywhere(run: TrainingRun, rollout: Rollout) -> float:
+    """`sample_diversity` of the samples of all processes, of which one may have no two of a condition."""
+    precision = torch.float32 if run.device.type == "mps" else torch.float64
+    spread = torch.tensor(spread_in_groups(rollout.samples, rollout.conditions), dtype=precision, device=run.device)
+    squares, count = run.accelerator.reduce(spread, "sum").tolist()
+    return (squares / count) ** 0.5 if count else 0.0
 
 
 @torch.no_grad()
@@ -142,13 +153,19 @@ def sample_diversity(samples: torch.Tensor, groups: torch.Tensor) -> float:
 
     It falls when the policy collapses to a few samples of high reward. Groups of one sample say nothing and are left out.
     """
-    squares, count = 0.0, 0
+    squares, count = spread_in_groups(samples, groups)
+    return (squares / count) ** 0.5 if count else 0.0
+
+
+def spread_in_groups(samples: torch.Tensor, groups: torch.Tensor) -> tuple[float, float]:
+    """Sum of the mean squares per element of `samples [B, C, *S]` about the mean of their group, and its degrees of freedom."""
+    squares, count = 0.0, 0.0
     for group in groups.unique():
         members = samples[groups == group].float()
         if len(members) > 1:
             squares += (members - members.mean(dim=0)).square().flatten(1).mean(dim=1).sum().item()
             count += len(members) - 1
-    return (squares / count) ** 0.5 if count else 0.0
+    return squares, count
 
 
 def high_frequency_share(samples: torch.Tensor) -> float:
