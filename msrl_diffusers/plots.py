@@ -1,6 +1,7 @@
 """Figures: orthogonal slices side by side, curves, scatter plots. Matplotlib without a screen."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -129,5 +130,7 @@ def plot_scatter(
 def _save(figure, path: str | Path, **kwargs) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, **kwargs)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=100, format=path.suffix[1:], **kwargs)
     plt.close(figure)
+    os.replace(temporary, path)

@@ -175,6 +175,7 @@ def test_the_gate(method, path, status):
         ([], 411),
         ([(b"content-length", b"-1")], 411),
         ([(b"content-length", b"many")], 411),
+        ([(b"content-length", b"5"), (b"transfer-encoding", b"chunked")], 411),
         ([(b"content-length", str(MAX_BODY).encode())], 200),
         ([(b"content-length", str(MAX_BODY + 1).encode())], 413),
     ],

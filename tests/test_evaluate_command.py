@@ -103,7 +103,7 @@ def test_the_distance_is_that_of_the_features(sets):
 def test_the_floor_of_two_halves_holds_that_of_other_halves():
     """Honest volumes must not look worse than real ones: the interval of one division contains the mean of others."""
     real, extractor = open_source(load_phantoms(48, 16)), load_extractor("random")
-    floor = compare_sets(real, real.select(range(4)), extractor, bootstrap_draws=200)["fid_floor"]
+    floor = compare_sets(real, real.select(range(48)), extractor, bootstrap_draws=200)["fid_floor"]
     features = source_features(extractor, real, progress=False)
     others = []
     for seed in range(1, 21):
@@ -112,6 +112,15 @@ def test_the_floor_of_two_halves_holds_that_of_other_halves():
     assert floor["n"] == 48
     assert floor["low"] < sum(others) / len(others) < floor["high"]
     assert floor["high"] - floor["low"] < 2 * floor["value"]  # an interval that holds everything says nothing
+
+
+def test_the_floor_is_of_no_more_volumes_than_were_generated():
+    """A distance of few volumes is mostly bias: the floor beside it must have the same."""
+    real = open_source(load_phantoms(24, 16))
+    for held_out in (None, open_source(load_phantoms(16, 16, first_index=50))):
+        found = compare_sets(real, real.select(range(8)), load_extractor("random"), held_out, bootstrap_draws=2)
+        assert found["fid_floor"]["n"] == found["n"] == 8
+        assert found["fid_at_floor_n"] == pytest.approx(found["fid"]["value"], rel=1e-4)
 
 
 def test_the_floor_s_size_is_drawn_from_all_classes():
@@ -159,6 +168,31 @@ def test_a_pipeline_is_sampled(sets, tmp_path):
     assert kept.class_counts() == {"HGG": 3, "LGG": 3}
     again = sample_volumes(tiny_pipeline(), 6, 2, batch_size=3, progress=False)  # other batches, the same volumes
     assert (again.pixel_values - kept.pixel_values).abs().max() < 1e-2
+
+
+def test_a_pipeline_is_not_sampled_in_vain(sets, tmp_path, monkeypatch):
+    """What is wrong is said before the samples, which may take hours."""
+    monkeypatch.setattr("msrl_diffusers.cli.sets.sample_volumes", None)
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    for options, message in (
+        ([sets["larger"], str(tmp_path / "pipeline")], r"have volumes of 18 x 18 x 18 and 16 x 16 x 16 voxels"),
+        (
+            [sets["train"], str(tmp_path / "pipeline"), "--held_out", sets["larger"]],
+            r"have volumes of 16 x 16 x 16 and 18 x 18 x 18",
+        ),
+        (
+            [sets["train"], str(tmp_path / "pipeline"), "--num_inference_steps", "1001"],
+            "num_inference_steps is at most 1000 with",
+        ),
+        (
+            [sets["train"], str(tmp_path / "pipeline"), "--num_inference_steps", "0"],
+            "num_inference_steps must be positive, got 0",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluated(tmp_path / "out", *options)
+    with pytest.raises(InputError, match="bootstrap_draws must be positive, got 0"):
+        evaluate_verb.EvaluateArguments("real", "generated", "out", bootstrap_draws=0)
 
 
 def test_what_counts_as_a_pipeline(tmp_path):

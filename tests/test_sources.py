@@ -9,6 +9,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from tiny import tiny_phantoms
 
 from msrl_diffusers import VolumeProcessor, write_phantoms
+from msrl_diffusers.data.processor import scale_on_own_grid
 from msrl_diffusers.data.reading import read_image
 from msrl_diffusers.data.volumes import VolumeDataset
 from msrl_diffusers.errors import InputError
@@ -164,6 +165,34 @@ def test_metadata_gives_the_classes_and_the_images(folder):
     assert "names the image 'gone.nii.gz', which is not there" in failure(open_source, folder)
 
 
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_table_s_images_are_channels(tmp_path, image_size):
+    """As loaders take them, and as `msrl generate` writes volumes of several channels."""
+    for name in ("a-t1.nii", "a-t2.nii", "a-seg.nii", "b-t1.nii", "b-t2.nii", "b-seg.nii"):
+        write_image(tmp_path / name, seed=len(name) + ord(name[3]) + ord(name[0]))
+    rows = [
+        ["t1_file_name", "t2_file_name", "seg_file_name"],
+        *([f"{one}-{kind}.nii" for kind in ("t1", "t2", "seg")] for one in "ba"),
+    ]
+    write_csv(tmp_path / "metadata.csv", rows)
+    source = open_source(tmp_path, image_size, 16.0)
+    assert (len(source), source.names, source.shape[0]) == (2, ["a-t1.nii", "b-t1.nii"], 2)
+    volumes = source.take([0, 1])
+    assert volumes.shape == (2, *source.shape)
+    if image_size is None:
+        expected = scale_on_own_grid(read_image(tmp_path / "b-t2.nii"))
+    else:
+        images = [read_image(tmp_path / f"b-{kind}.nii") for kind in ("t1", "t2")]
+        expected = VolumeProcessor(8, 16.0).preprocess(images)[1:]
+    torch.testing.assert_close(volumes[1, 1:], expected)
+    rows[0][0] = "file_name"  # then that is the first channel
+    write_csv(tmp_path / "metadata.csv", rows)
+    torch.testing.assert_close(open_source(tmp_path, image_size, 16.0).take([0, 1]), volumes)
+    rows[1][1] = "gone.nii"
+    write_csv(tmp_path / "metadata.csv", rows)
+    assert "names the image 'gone.nii', which is not there" in failure(open_source, tmp_path)
+
+
 def test_masks_beside_the_images_are_no_volumes(tmp_path):
     write_phantoms(tmp_path, 2, image_size=SIZE)
     source = open_source(tmp_path)
@@ -209,7 +238,7 @@ def test_damaged_voxels_are_found_when_read(folder):
 
 def test_an_image_that_cannot_be_scaled_is_named(tmp_path):
     data = np.zeros((SIZE, SIZE, SIZE), np.float32)
-    data[7, 7, 7] = -1
+    data[7, 7, 7] = 1
     nib.Nifti1Image(data, np.eye(4)).to_filename(tmp_path / "flat.nii")
     assert "flat.nii: the image has no contrast" in failure(open_source(tmp_path).take, [0])
 

@@ -15,7 +15,7 @@ import torch
 
 from ..arguments import parse
 from ..evaluation.extractors import load_extractor
-from ..evaluation.memorization import Pair, audit
+from ..evaluation.memorization import Pair, audit, check_references
 from ..evaluation.page import Figure, write_report
 from ..evaluation.sources import VolumeSource
 from ..plots import plot_volumes
@@ -59,7 +59,8 @@ def run(arguments: Sequence[str]) -> None:
     keep_freed_memory()
     train = open_set(args.train, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)
-    generated = open_generated(args.generated, set_args, args.output_dir)
+    check_references(train, held_out)
+    generated = open_generated(args.generated, set_args, args.output_dir, train)
     extractor = load_extractor(args.extractor) if args.extractor else None
     if extractor is not None:
         extractor.to("cuda" if torch.cuda.is_available() else "cpu")

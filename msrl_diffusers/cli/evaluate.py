@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from ..arguments import parse
+from ..errors import InputError
 from ..evaluation.comparison import compare_sets
 from ..evaluation.extractors import load_extractor
 from ..evaluation.page import Figure, write_report
-from ..evaluation.sources import VolumeSource
+from ..evaluation.sources import VolumeSource, check_comparable
 from ..plots import plot_volumes
 from ..processes import keep_freed_memory
 from ..study.report import git_commit, versions
@@ -50,6 +51,10 @@ class EvaluateArguments:
     bootstrap_draws: int = field(default=200, metadata={"help": "Bootstrap draws of the intervals."})
     infinity: bool = field(default=False, metadata={"help": "Also extrapolate to infinitely many volumes."})
 
+    def __post_init__(self):
+        if self.bootstrap_draws < 1:
+            raise InputError(f"bootstrap_draws must be positive, got {self.bootstrap_draws}.")
+
 
 def run(arguments: Sequence[str]) -> None:
     """Evaluate what the command line says."""
@@ -62,7 +67,9 @@ def run(arguments: Sequence[str]) -> None:
     extractor.to("cuda" if torch.cuda.is_available() else "cpu")
     real = open_set(args.real, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)
-    generated = open_generated(args.generated, set_args, args.output_dir)
+    if held_out is not None:
+        check_comparable(real, held_out)
+    generated = open_generated(args.generated, set_args, args.output_dir, real)
     found = compare_sets(
         real, generated, extractor, held_out, args.infinity, args.bootstrap_draws, set_args.batch_size, set_args.seed
     )
@@ -155,7 +162,7 @@ def _reading(content: dict) -> str:
         "Lower is better. A Frechet distance of finite sets is biased upwards, more so at fewer volumes, and its scale is the "
         "extractor's: compare only figures of one extractor, one preparation and one size."
     )
-    if content["fid_floor"]["kind"] == "halves":
+    if content["fid_floor"]["n"] != content["n"]:
         text += (
             f" The floor is at {content['fid_floor']['n']} volumes a side; there the generated set's own distance is "
             f"{content['fid_at_floor_n']:.4g}."

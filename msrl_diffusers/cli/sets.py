@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation.sources import VolumeSource, open_source
+from ..errors import InputError
+from ..evaluation.sources import VolumeSource, check_kind, open_source
 from ..pipelines.med_volume import MedVolumePipeline
 from ..pipelines.sampling import sample_volumes
 from ..study.artifacts import load_model
@@ -31,18 +32,34 @@ class SetArguments:
     guidance_scale: float = field(default=1.0, metadata={"help": "Its guidance; 1 is none."})
     eta: float = field(default=1.0, metadata={"help": "Its noise: 0 is DDIM, 1 as much as DDPM."})
 
+    def __post_init__(self):
+        for name in ("batch_size", "num_volumes", "num_inference_steps", "field_of_view", "image_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be positive, got {value}.")
+
 
 def open_set(place: str, args: SetArguments) -> VolumeSource:
     """The set of real volumes at `place`."""
     return open_source(place, args.image_size, args.field_of_view)
 
 
-def open_generated(place: str, args: SetArguments, output_dir: str | Path) -> VolumeSource:
+def open_generated(place: str, args: SetArguments, output_dir: str | Path, real: VolumeSource) -> VolumeSource:
     """The set at `place`; if that is a pipeline (a folder or a Hub repository), its samples, which are kept in
-    `output_dir/generated.safetensors`."""
+    `output_dir/generated.safetensors`.
+
+    Raises:
+        InputError: what can't be read or sampled; before a pipeline samples, also volumes that don't compare with `real`.
+    """
     if not is_pipeline(place):
         return open_set(place, args)
     pipeline = load_model(MedVolumePipeline, place, dtype=torch.float32)
+    longest = pipeline.scheduler.config.num_train_timesteps
+    if args.num_inference_steps > longest:
+        raise InputError(f"num_inference_steps is at most {longest} with {place}, got {args.num_inference_steps}.")
+    vqvae, edges = pipeline.vqvae, pipeline.latent_shape[1:]
+    shape = (vqvae.config.out_channels, *(edge * vqvae.downsample_factor for edge in edges))
+    check_kind(real, place, shape, pipeline.spacing)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     volumes = sample_volumes(
         pipeline, args.num_volumes, args.num_inference_steps, args.guidance_scale, args.eta, args.seed, args.batch_size

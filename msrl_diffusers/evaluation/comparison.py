@@ -39,8 +39,8 @@ def compare_sets(
     """All figures of `generated` against `real`, in plain Python.
 
     Distances compare sets of equal size: of the larger one as many volumes are drawn as the smaller has. The floor is the distance between real volumes: to `held_out` where it is given, else
-    between two random halves of `real`; as that is at half the size, whose bias is larger, `fid_at_floor_n` is the
-    generated set's distance at the size of the floor.
+    between two random halves of `real`, of no more volumes than were generated; as that may be at a smaller size, whose bias
+    is larger, `fid_at_floor_n` is the generated set's distance at the size of the floor.
 
     Args:
         real: the reference, such as the training volumes.
@@ -101,14 +101,14 @@ def _distances(real: torch.Tensor, generated: torch.Tensor, draws: int, seed: in
 
 
 def _floor(features: Mapping[str, torch.Tensor], draws: int, seed: int) -> dict:
-    """The distance between real volumes, at the size it can be taken at."""
-    real, kind = features["real"], "held_out"
+    """The distance between real volumes, at the size it can be taken at, and that of the generated set at this size."""
+    real, kind, most = features["real"], "held_out", len(features["generated"])
     other = features.get("held_out")
     if other is None:
         order, kind = torch.randperm(len(real), generator=generator_for(seed, "halves")), "halves"
         half = len(real) // 2
         real, other = real[order[:half]], real[order[half : 2 * half]]
-    real, other = _equal(real, other, seed)
+    real, other = _equal(real, other, seed, most)
     value = frechet_distance(real, other)
     floor = _with_interval(value, bootstrap_frechet(real, {"real": other}, draws, seed)["real"])
     at_floor = frechet_distance(*_equal(features["real"], features["generated"], seed, len(real)))

@@ -212,7 +212,7 @@ class Auditor:
         batch_size: int = 16,
         seed: int = 0,
     ):
-        _check(train, held_out)
+        check_references(train, held_out)
         if neighbours < 2 or max_shift < 0 or max_null < MIN_VOLUMES:
             raise InputError(
                 f"neighbours={neighbours} must be at least 2, max_shift={max_shift} at least 0 and max_null={max_null} at "
@@ -321,7 +321,8 @@ class _Volumes:
         )
 
 
-def _check(train: VolumeSource, held_out: VolumeSource | None) -> None:
+def check_references(train: VolumeSource, held_out: VolumeSource | None) -> None:
+    """Raise InputError for too few training or held-out volumes, or sets that differ in kind."""
     if len(train) < MIN_VOLUMES:
         raise InputError(
             f"{train.place} holds {len(train)} training volumes, but the audit compares nearest neighbours with "

@@ -16,7 +16,7 @@ import torch
 from nibabel.orientations import io_orientation
 from safetensors import SafetensorError, safe_open
 
-from ..data.folders import read_table
+from ..data.folders import image_columns, read_table
 from ..data.processor import VolumeProcessor, scale_on_own_grid
 from ..data.reading import read_image
 from ..data.volumes import VolumeDataset
@@ -112,19 +112,21 @@ class FileSource(VolumeSource):
 
 @dataclass(frozen=True)
 class NiftiSource(VolumeSource):
-    """Images of a folder, through `processor`, or on their own grid without; keys are paths."""
+    """Images of a folder, through `processor`, or on their own grid without; keys are the paths of a volume's channels."""
 
     processor: VolumeProcessor | None = None
 
-    def _read(self, keys: list[Path]) -> torch.Tensor:
-        return torch.stack([self._volume(path) for path in keys])
+    def _read(self, keys: list[tuple[Path, ...]]) -> torch.Tensor:
+        return torch.stack([self._volume(paths) for paths in keys])
 
-    def _volume(self, path: Path) -> torch.Tensor:
-        image = read_image(path)
+    def _volume(self, paths: tuple[Path, ...]) -> torch.Tensor:
+        images = [read_image(path) for path in paths]
         try:
-            return self.processor.preprocess(image) if self.processor else scale_on_own_grid(image)
+            if self.processor:
+                return self.processor.preprocess(images)
+            return torch.cat([scale_on_own_grid(image) for image in images])
         except InputError as error:  # the processor does not know the file
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{paths[0]}: {error}") from error
 
 
 def open_source(
@@ -134,9 +136,9 @@ def open_source(
 
     Args:
         source: a `VolumeDataset`; a `.safetensors` file of one; or a folder of `.nii` and `.nii.gz` images, at any
-            depth, in the order of their names. Where the folder has a `metadata.csv` with a column `file_name`, the set
-            is what that names (masks beside the images are none of it), with the classes of a column `class_label` or
-            `label`.
+            depth, in the order of their names. Where the folder has a `metadata.csv` with a column `file_name`, or one
+            `<modality>_file_name` for each channel, the set is what that names (masks beside the images, `seg_file_name`, are
+            none of it), with the classes of a column `class_label` or `label`.
         image_size: voxels along each edge of the cubes that NIfTI images are resampled to, by `VolumeProcessor`. Without,
             they are taken on their own grid, one for all, reoriented to RAS; intensities are scaled the same way.
         field_of_view: edge of these cubes in millimetres.
@@ -169,17 +171,22 @@ def open_source(
 
 def check_comparable(real: VolumeSource, generated: VolumeSource) -> None:
     """Raise InputError where two sets differ in channels, shape or (by more than 1 %) spacing."""
-    places = f"{real.place} and {generated.place}"
+    check_kind(real, generated.place, generated.shape, generated.spacing)
+
+
+def check_kind(
+    real: VolumeSource, place: str, shape: tuple[int, int, int, int], spacing: tuple[float, float, float]
+) -> None:
+    """The same of volumes `shape` (C, D, H, W) that `place` gives, or will give."""
+    places = f"{real.place} and {place}"
     remedy = "give --image_size to resample NIfTI images, or prepare both alike"
-    if real.shape[0] != generated.shape[0]:
-        raise InputError(
-            f"{places} have {real.shape[0]} and {generated.shape[0]} channels; choose the same modalities."
-        )
-    if real.shape != generated.shape:
-        shapes = f"{_times(real.shape[1:])} and {_times(generated.shape[1:])}"
+    if real.shape[0] != shape[0]:
+        raise InputError(f"{places} have {real.shape[0]} and {shape[0]} channels; choose the same modalities.")
+    if real.shape != tuple(shape):
+        shapes = f"{_times(real.shape[1:])} and {_times(shape[1:])}"
         raise InputError(f"{places} have volumes of {shapes} voxels; {remedy}.")
-    if not _same_spacing(real.spacing, generated.spacing):
-        spacings = f"{_times(real.spacing)} and {_times(generated.spacing)}"
+    if not _same_spacing(real.spacing, spacing):
+        spacings = f"{_times(real.spacing)} and {_times(spacing)}"
         raise InputError(f"{places} have voxels of {spacings} mm; {remedy}.")
 
 
@@ -211,8 +218,9 @@ def _open_file(path: Path) -> FileSource:
 
 
 def _open_folder(folder: Path, processor: VolumeProcessor | None) -> NiftiSource:
-    names, class_names = _listed(folder)
-    paths = [folder / name for name in names]
+    channels, class_names = _listed(folder)
+    keys = [tuple(folder / name for name in names) for names in channels]
+    paths = [path for key in keys for path in key]
     grids = [_grid(path) for path in paths]
     if processor:
         shape, spacing = (processor.image_size,) * 3, processor.spacing
@@ -226,30 +234,32 @@ def _open_folder(folder: Path, processor: VolumeProcessor | None) -> NiftiSource
             else:
                 continue
             raise InputError(f"{paths[0]} and {path} have {unequal}; give --image_size to resample all.")
-    return NiftiSource(str(folder), names, class_names, (1, *shape), spacing, paths, processor)
+    names = [names[0] for names in channels]
+    return NiftiSource(str(folder), names, class_names, (len(keys[0]), *shape), spacing, keys, processor)
 
 
-def _listed(folder: Path) -> tuple[list[str], list[str] | None]:
-    """Names of the images of a folder, in order, and their classes."""
+def _listed(folder: Path) -> tuple[list[tuple[str, ...]], list[str] | None]:
+    """Names of the images of every volume of a folder, one for each channel, in order, and their classes."""
     table = folder / "metadata.csv"
     rows = read_table(table) if table.is_file() else []
-    if rows and "file_name" in rows[0]:
-        rows.sort(key=lambda row: row["file_name"])
-        for row in rows:
-            if not row["file_name"] or not (folder / row["file_name"]).is_file():
-                raise InputError(
-                    f"{table} names the image {row['file_name']!r}, which is not there; correct the table."
-                )
+    columns = image_columns(rows[0]) if rows else {}
+    if columns:
+        first = next(iter(columns.values()))
+        rows.sort(key=lambda row: row[first])
+        for name in (row[column] for row in rows for column in columns.values()):
+            if not name or not (folder / name).is_file():
+                raise InputError(f"{table} names the image {name!r}, which is not there; correct the table.")
         column = next((column for column in CLASS_COLUMNS if column in rows[0]), None)
-        unnamed = [row["file_name"] for row in rows if column and not row[column]]
+        unnamed = [row[first] for row in rows if column and not row[column]]
         if unnamed:
             raise InputError(f"{table} gives {unnamed[0]} no {column}; fill it in or take the column out.")
-        return [row["file_name"] for row in rows], [row[column] for row in rows] if column else None
+        names = [tuple(row[column] for column in columns.values()) for row in rows]
+        return names, [row[column] for row in rows] if column else None
     found = (path for pattern in ("*.nii", "*.nii.gz") for path in folder.rglob(pattern))
     names = sorted(path.relative_to(folder).as_posix() for path in found if not path.name.startswith("."))
     if not names:
         raise InputError(f"{folder} holds no .nii or .nii.gz image.")
-    return names, None
+    return [(name,) for name in names], None
 
 
 def _grid(path: Path) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
