@@ -137,17 +137,22 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
     monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed)})
     origin = {
         "dataset": "phantoms", "data_fingerprint": "d", "pretrained": "p", "n": {"all": 8}, "extractors": {"judge": "j"},
-        "commit": "new", "device": "CPU", "versions": {},
+        "commit": "new", "device": "CPU", "versions": {"torch": "2"},
     }  # fmt: skip
-    base = StudyConfig(output_dir=str(tmp_path))
-    earlier = _runs.gathered(base, {"paper": {0: {**origin, "commit": "old"}, 3: origin}}, "What")
+    base, old = (
+        StudyConfig(output_dir=str(tmp_path)),
+        {**origin, "commit": "old", "versions": {"torch": "1", "numpy": "2"}},
+    )
+    earlier = _runs.gathered(base, {"paper": {0: old, 3: origin}}, "What", note="on a GPU")
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(earlier))
     args = _runs.BenchmarkArguments(finished=[str(path), "runs"])
-    content = _runs.gathered(base, {"refresh": {1: origin}}, "What", earlier=_runs.earlier_results(args))
+    content = _runs.gathered(base, {"refresh": {1: origin}}, "What", "on a CPU", _runs.earlier_results(args))
     assert content["variants"] == {"paper": {"seeds": [0, 3]}, "refresh": {"seeds": [1]}}
     assert content["seeds"] == [0, 1, 3]
     assert content["commits_of_runs"] == ["new", "old"]
+    assert content["versions"] == {"torch": "1, 2", "numpy": "2"}
+    assert content["what"] == "What; on a GPU; on a CPU"
     with pytest.raises(InputError, match=r"have 'paper' with the seeds \[3\] too: give the folder of these runs"):
         _runs.gathered(base, {"paper": {0: origin, 1: origin}}, "What", earlier=[earlier])
     content = _runs.gathered(base, {"paper": {0: origin, 1: origin, 3: origin}}, "What", earlier=[earlier])

@@ -213,7 +213,7 @@ def gathered(
         "commit": git_commit(),
         "commits_of_runs": sorted({report["commit"] for report in finished if report["commit"]}),
         "devices_of_runs": sorted({report["device"] for report in finished if report.get("device")}),
-        "versions": first["versions"],
+        "versions": _united(report["versions"] for report in finished),
     }
     for each in earlier:
         _add_earlier(content, each)
@@ -236,6 +236,19 @@ def _add_earlier(content: dict, earlier: Mapping) -> None:
     content["variants"] = {**earlier["variants"], **content["variants"]}
     for name in ("seeds", "commits_of_runs", "devices_of_runs"):
         content[name] = sorted({*content[name], *earlier[name]})
+    content["versions"] = _united([content["versions"], earlier["versions"]])
+    content["what"] = "; ".join(
+        dict.fromkeys(f"{earlier['what']}; {content['what']}".split("; "))
+    )  # the notes of both
+
+
+def _united(versions: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """By package, the versions of all runs: those of several machines differ."""
+    found: dict[str, set[str]] = {}
+    for each in versions:
+        for package, version in each.items():
+            found.setdefault(package, set()).update(version.split(", "))
+    return {package: ", ".join(sorted(of)) for package, of in found.items()}
 
 
 def row_of(by_seed: Mapping[int, dict | str]) -> dict:
