@@ -2,6 +2,8 @@
 
 from _readme_volumes import ROLES, mean_and_sd
 
+from msrl_diffusers.study.tables import REAL, STANDARD, TUNED
+
 
 GAPS = (
     ("gap_closed", "judge"),
@@ -9,9 +11,10 @@ GAPS = (
     ("gap_closed_kid", "judge"),
     ("gap_closed", "second_judge"),
 )
-ON_GPU = {"frechet": "frechet_50"}  # whose memory stands for it
 METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "ppo": "any reward, a black box too; the published method",
+    "ppo_window": "the same, and forwards are dear: noise in four of the steps, closed-form KL mask (`sde_window`, `policy_loss: kl_mask`)",
+    "nft": "any reward, and final samples only",
     "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, with only two looks at the label distance)",
     "frechet": "real volumes are at hand: rewards lend their features only",
 }
@@ -34,26 +37,24 @@ RECIPES = {  # of benchmarks/recipes.py
 }
 
 
-def method_lines(content: dict, on_gpu: dict) -> list[str]:
-    """One table, a row per method: what it closes of the gap, what it costs, and when to take it. Memory is that of `on_gpu`, an
-    earlier run of the same batches."""
-    first = next(iter(content["variants"].values()))
+def method_lines(content: dict, memory: dict) -> list[str]:
+    """One table, a row per method: what it closes of the gap, what it costs, and when to take it; what the methods say together.
+    `memory` is what `method_memory.py` wrote."""
+    rows = {name: content["variants"][name] for name in METHODS if name in content["variants"]}
+    first = next(iter(rows.values()))
     lines = [
-        f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(content)}); one set "
+        f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(rows)}); one set "
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
-        "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen (the limit "
-        "reconstructs the training volumes, so with those it is compared with its own originals); KID is the kernel distance, unbiased at any "
-        "number of volumes. PPO's runs are those of an earlier `make demo`. Settings were picked on other "
-        "seeds, without a judge; how often draft_cheap is looked at a second time, when a first had been judged on two of these. Forwards of "
-        "the denoiser include those of watching; GPU memory is that of [an earlier run](examples/results/objectives-phantoms-h200.md) "
-        "on an H200, with as many samples in a batch, that of frechet of rollouts of 50 steps with gradients through ten, which close no more "
-        "([JSON](examples/results/objectives-phantoms.json), [page](examples/results/objectives-phantoms.md)).",
+        "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen; KID is "
+        "the kernel distance, unbiased at any number of volumes. Settings were picked on other seeds, without a judge, but for draft_cheap's second look at the label distance, added after runs "
+        "with one had been judged on two of those. Forwards of the denoiser "
+        f"include those of watching; memory is what tuning takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
+        "([distances](examples/results/objectives-phantoms.md), [memory](examples/results/method-memory.json)).",
         "",
-        "| method | take it when | judge | gap closed, judge | to held-out | by its KID | gap closed, second judge | label | MS-SSIM over real | copies | forwards | GPU memory |",
+        "| method | take it when | judge | gap closed, judge | to held-out | by its KID | gap closed, second judge | label | MS-SSIM over real | copies | forwards | memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in ((name, content["variants"][name]) for name in METHODS):
-        measured = content["variants"][ON_GPU[name]] if name in ON_GPU else on_gpu["variants"][row["method"]]
+    for name, row in rows.items():
         cells = [
             METHODS[name],
             _change(row["fid"]["judge"]),
@@ -62,10 +63,48 @@ def method_lines(content: dict, on_gpu: dict) -> list[str]:
             f"{row['ms_ssim_over_real']['mean']:.2f}",
             " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
             f"{row['unet_forwards']['mean']:,.0f}",
-            f"{measured['peak_memory']['mean'] / 2**30:.1f} GiB",
+            f"{memory['results'][name]['peak_memory'] / 2**30:.1f} GiB",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    return [
+        *lines,
+        "",
+        _beside_ppo({name: share for name, share in content["share_of_ppo"].items() if name in rows}),
+        _perfect_sampler(first),
+        *(_accuracy_line(name, row["downstream"]) for name, row in rows.items() if row["downstream"]),
+    ]
+
+
+def _beside_ppo(shares: dict) -> str:
+    """Which methods reach PPO's distance, and at what cost."""
+    reached = [
+        f"{name} with {share['forwards']:.0%} of its forwards"
+        for name, share in shares.items()
+        if share["reaches_ppo"]
+    ]
+    missed = [name for name, share in shares.items() if not share["reaches_ppo"]]
+    beyond = f"; {_listed(missed)} did not" if missed else ""
+    return f"- At PPO's judge distance or nearer, over the same seeds: {', '.join(reached) or 'none'}{beyond}."
+
+
+def _perfect_sampler(row: dict) -> str:
+    """What reconstructions of held-out volumes would close of the judge's gap, in place of samples."""
+    fid = {arm: found["mean"] for arm, found in row["fid"]["judge"].items()}
+    closed = (fid["standard"] - fid["limit_heldout"]) / (fid["standard"] - fid["limit"])
+    return (
+        "- A gap closed by 100 % is out of reach: the limit reconstructs the training volumes, so it is compared with its own originals. "
+        f"Reconstructions of held-out volumes, which a perfect sampler of new subjects would give, are {fid['limit_heldout']:.3f} from the "
+        f"training volumes by the judge: {closed:.0%} of the gap."
+    )
+
+
+def _accuracy_line(name: str, arms: dict) -> str:
+    """What a classifier gains from a method's volumes."""
+    accuracies = [mean_and_sd(arms[arm]["accuracy"], 3) for arm in (TUNED, STANDARD, REAL)]
+    return (
+        f"- A classifier with few real volumes, pretrained on those of {name}: accuracy {accuracies[0]}; on those of the pretrained model: "
+        f"{accuracies[1]}; on none: {accuracies[2]}."
+    )
 
 
 def recipe_lines(content: dict, name: str) -> list[str]:
@@ -138,7 +177,8 @@ def _worse_at_the_end(curves: list) -> str:
 
 
 def _listed(values: list) -> str:
-    return ", ".join(map(str, values[:-1])) + f" and {values[-1]}"
+    *others, last = map(str, values)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def refusal_line(content: dict, name: str) -> str:
@@ -169,11 +209,13 @@ def lower_line(content: dict, name: str) -> str:
     )
 
 
-def _seeds_of(content: dict) -> str:
-    """Which seeds each variant was run with; variants of the same seeds together."""
+def _seeds_of(rows: dict) -> str:
+    """Which seeds the methods were run with; those of the same seeds together."""
     names: dict[str, list[str]] = {}
-    for name in METHODS:
-        names.setdefault(", ".join(map(str, content["variants"][name]["seeds"])), []).append(name)
+    for name, row in rows.items():
+        names.setdefault(", ".join(map(str, row["seeds"])), []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
     return "; ".join(f"{seeds} of {', '.join(of)}" for seeds, of in names.items())
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from msrl_diffusers.study.tables import REAL, STANDARD
+
 
 ROLES = ("judge", "second_judge", "label")
-REAL, STANDARD = "real only", "+ standard synthetic"  # arms of the downstream study
 STUDIES = {  # folders of `examples/results`: what was studied, and by which config
     "study-phantoms-32": ("phantoms at 32^3", "phantoms/study.yaml"),
     "study-phantoms-64": ("phantoms at 64^3", "phantoms/study_64.yaml"),

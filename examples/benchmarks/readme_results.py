@@ -44,11 +44,11 @@ def section() -> str:
         ]
     objectives = RESULTS / "objectives-phantoms.json"
     if objectives.is_file():
-        on_gpu = json.loads((RESULTS / "objectives-phantoms-h200.json").read_text())
+        memory = json.loads((RESULTS / "method-memory.json").read_text())
         lines += [
             "### The same pipeline by other methods",
             "",
-            *method_lines(json.loads(objectives.read_text()), on_gpu),
+            *method_lines(json.loads(objectives.read_text()), memory),
             "",
         ]
     recipes = RESULTS / "recipes-phantoms.json"
