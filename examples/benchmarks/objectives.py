@@ -105,7 +105,7 @@ def draw(content: dict) -> Figure:
         for axis, name in zip(line, ("fid", "kid"), strict=False):
             for arm, style in (("standard", "--"), ("limit_heldout", "-."), ("limit", ":")):
                 axis.axhline(first[name]["judge"][arm]["mean"], color="tab:gray", linestyle=style, label=arm)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")  # over no point
     return figure
 
 
