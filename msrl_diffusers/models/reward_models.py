@@ -50,15 +50,20 @@ class ScoreNetwork(nn.Module):
         self.head = _score_head(channels, num_classes)
         self.other_heads = nn.ModuleList(_score_head(channels, num_classes) for _ in range(num_heads - 1))
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the weights behind the pooling."""
+        return self.head[0].weight.dtype
+
     def features(self, sample: torch.Tensor) -> torch.Tensor:
         """What the heads score: pooled features `[B, F]`, float32."""
         hidden = F.silu(self.layers(sample)).float().flatten(2)
         # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
         pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
-        return self.norm_out(pooled.to(self.norm_out.weight.dtype)).float()
+        return self.norm_out(pooled.to(self._dtype)).float()
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        features = self.features(sample).to(self.norm_out.weight.dtype)
+        features = self.features(sample).to(self._dtype)
         scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1)
         if self.num_classes is None:
             return scores[..., 0]
