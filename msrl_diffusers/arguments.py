@@ -10,7 +10,7 @@ from argparse import (
     ArgumentTypeError,
     RawDescriptionHelpFormatter,
 )
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
@@ -59,6 +59,13 @@ def read_yaml(path: str | Path) -> dict:
     return content
 
 
+def check_known(config: Mapping, known: Collection[str]) -> None:
+    """Raise InputError for a field of a YAML file that is none of `known`."""
+    unknown = [field for field in config if field not in known]
+    if unknown:
+        raise InputError(f"The config has the unknown field {str(unknown[0])!r}; it may have {sorted(known)}.")
+
+
 def parse(
     config_classes: Sequence[type],
     defaults: dict | None = None,
@@ -79,9 +86,7 @@ def parse(
     """
     parser = _Parser(list(config_classes), prog=prog, description=description, formatter_class=_HelpFormatter)
     known = {name for config_class in config_classes for name in config_class.__dataclass_fields__}
-    unknown = sorted(set(defaults or {}) - known)
-    if unknown:
-        raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
+    check_known(defaults or {}, known)
     parser.set_defaults(**_readable(config_classes, defaults or {}))
     for action in parser._actions:
         if action.dest in (defaults or {}):  # what the file says is not required any more

@@ -248,6 +248,8 @@ def test_rewards_that_are_refused(tmp_path):
         train(tmp_path / "detached", reward_funcs=Detached())
     with pytest.raises(InputError, match=r"gradient is not finite for 4 of 4 samples of rollout 0"):
         train(tmp_path / "steep", reward_funcs=Steep())
+    with pytest.raises(InputError, match="A rollout of one sample gives rewards no scale: raise num_rollout_batches"):
+        train(tmp_path / "one", rollout_batch_size=1, num_rollout_batches=1, train_batch_size=1)
     torch.manual_seed(0)
     volume = LearnedReward("volume", VolumeRewardModel(block_out_channels=(8, 8), norm_num_groups=4))
     with pytest.raises(InputError, match="num_slices=4 is for a SliceRewardModel, and no reward is one"):

@@ -318,56 +318,6 @@ def test_too_few_volumes_of_an_earlier_policy_are_refused(own_rewards, tmp_path)
         dict(reward_sets(config, load_split(own_rewards, "train")))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"method": "magic"}, r"method must be one of \['ppo', 'nft', 'draft', 'frechet'\], got 'magic'"),
-        (
-            {"frechet_features": ["judge"]},
-            r"frechet_features must be of \['label', 'volume', 'slice'\], got \['judge'\]",
-        ),
-        ({"marginal_labels": 1.5}, r"marginal_labels must lie in \[0, 1\], got 1.5"),
-        ({"samplers": []}, "samplers is empty; give one or more"),
-        (
-            {"samplers": [{"num_inference_steps": "ten", "eta": 0.0}]},
-            "A sampler has 1 to 1000 num_inference_steps, and numbers",
-        ),
-        ({"samplers": [{"num_inference_steps": 1001, "eta": 0.0}]}, "A sampler has 1 to 1000 num_inference_steps"),
-        (
-            {"samplers": [{"num_inference_steps": 10, "eta": "1e-1"}]},
-            "A sampler has 1 to 1000 num_inference_steps, and numbers",
-        ),
-        (
-            {
-                "samplers": [{"num_inference_steps": 10, "eta": 0.0, "guidance_scale": 2.0}],
-                "diffusion": {"class_dropout": 0.0},
-            },
-            "Guidance needs a denoiser trained with class_dropout above 0",
-        ),
-        ({"synthetic_steps": [2000]}, "synthetic_steps are at most 1000, got 2000"),
-        ({"synthetic_steps": []}, "synthetic_steps is empty; give one or more"),
-        ({"reconstruction_steps": []}, "reconstruction_steps is empty; give one or more"),
-        ({"synthetic_steps": [10, 0]}, "synthetic_steps must be 1 or more, got 0"),
-        ({"reconstruction_steps": [0, 10]}, "reconstruction_steps must be from 1 to 100, got 0"),
-        ({"reconstruction_steps": [1, 101]}, "reconstruction_steps must be from 1 to 100, got 101"),
-        ({"evaluation_per_class": 1}, "evaluation_per_class must be 2 or more, got 1"),
-        ({"num_curve_points": -1}, "num_curve_points must be 0 or more, got -1"),
-        ({"degraded_anchors": {"kinds": ["blur"]}}, "needs two lists, kinds and strengths"),
-        ({"degraded_anchors": {"kinds": ["smear"], "strengths": [0.5]}}, "kind 'smear' is unknown; choose of"),
-        ({"degraded_anchors": {"kinds": ["blur"], "strengths": [0.0]}}, r"a strength must lie in \(0, 1\], got 0.0"),
-        ({"policy_anchors": {"a": 3}}, "policy_anchors must name a folder or file for 'a', got 3"),
-        ({"validity_floors": {"accuracy": 0.5}}, "validity_floors names 'accuracy'; figures are"),
-        ({"validity_floors": {"auc": "high"}}, "validity_floors: auc must be a number, got 'high'"),
-        ({"validity_floors": {"unseen.auc": 0.6}}, "unseen.auc needs unseen_sets"),
-        ({"refresh": {"every": 0}}, "every must be positive, got 0"),
-        ({"draft": {"use_lora": True, "fuse_lora": False}}, "fuse_lora must be true in a study"),
-    ],
-)
-def test_options_that_are_refused(fields, message):
-    with pytest.raises(InputError, match=message):
-        StudyConfig(**fields)
-
-
 def test_data_of_rewards_that_are_given_can_t_be_changed(release):
     for fields in (
         {"marginal_labels": 0.5},

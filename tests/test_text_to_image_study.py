@@ -162,6 +162,7 @@ def test_all_weights_can_be_tuned_instead(study):
     whole = config(study, ppo=ppo, select_by="last", augmentation={})
     CHAIN.run(whole)
     assert not (study / "ppo" / "lora").exists()
+    assert not (study / "lora").exists()  # of the run before
     base, tuned = load_base(whole), load_tuned(whole)
     assert differing(copied(base.unet), copied(tuned.unet))
     assert differing(copied(base.vae), copied(tuned.vae)) == []
@@ -233,6 +234,12 @@ def test_a_release_loads_and_a_study_s_file_may_name_it_by_a_path_of_its_own(fin
     assert all(torch.equal(loaded[name], value.half().float()) for name, value in trained.items())
     assert "Not for clinical use" in (tmp_path / "release" / "README.md").read_text()
     assert str(finished) not in "".join(path.read_text() for path in (tmp_path / "release").rglob("*.json"))
+    given = config(finished, fid_extractor=str(finished / "classifiers" / "features"))
+    write_release(given, tmp_path / "other")
+    assert sorted(path.name for path in (tmp_path / "other").glob("classifier_*")) == [
+        "classifier_judge",
+        "classifier_reward",
+    ]
     (tmp_path / "configs").mkdir()
     file = tmp_path / "configs" / "study.yaml"
     places = {

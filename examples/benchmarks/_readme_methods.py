@@ -46,9 +46,9 @@ def method_lines(content: dict, memory: dict) -> list[str]:
         f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(rows)}); one set "
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
         "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen; KID is "
-        "the kernel distance, unbiased at any number of volumes. Settings were picked on other seeds, without a judge, but for draft_cheap's second look at the label distance, added after runs "
-        "with one had been judged on two of those. Forwards of the denoiser "
-        f"include those of watching; memory is what tuning takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
+        "the kernel distance, unbiased at any number of volumes. Settings were picked on other seeds, without a judge, but for "
+        "draft_cheap's second look at the label distance, added after runs with one had been judged on two of those. Forwards of the "
+        f"denoiser include those of watching; memory is what tuning takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
         "([distances](examples/results/objectives-phantoms.md), [memory](examples/results/method-memory.json)).",
         "",
         "| method | take it when | judge | gap closed, judge | to held-out | by its KID | gap closed, second judge | label | MS-SSIM over real | copies | forwards | memory |",

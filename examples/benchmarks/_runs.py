@@ -237,9 +237,8 @@ def _add_earlier(content: dict, earlier: Mapping) -> None:
     for name in ("seeds", "commits_of_runs", "devices_of_runs"):
         content[name] = sorted({*content[name], *earlier[name]})
     content["versions"] = _united([content["versions"], earlier["versions"]])
-    content["what"] = "; ".join(
-        dict.fromkeys(f"{earlier['what']}; {content['what']}".split("; "))
-    )  # the notes of both
+    # what was run, once, and the notes of both
+    content["what"] = "; ".join(dict.fromkeys(f"{earlier['what']}; {content['what']}".split("; ")))
 
 
 def _united(versions: Iterable[Mapping[str, str]]) -> dict[str, str]:

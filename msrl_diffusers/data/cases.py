@@ -9,6 +9,8 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
+from nibabel.filename_parser import splitext_addext
+
 from ..errors import InputError
 
 
@@ -17,7 +19,6 @@ SPLITS = {  # what tables and data lists call a split
     "training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout", "train": "train",
     "heldout": "heldout", "val": "heldout", "valid": "heldout", "dev": "heldout",
 }  # fmt: skip
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr", ".mgz", ".mgh")
 LabelBins = Mapping[str, Sequence[float | None]] | Sequence[float]
 
 
@@ -125,20 +126,15 @@ def _reject_strays(listing: Listing) -> None:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """A name for each image: its file's, without the suffix, and with its folders where several files are called so. A file that
-    occurs twice has one name."""
-    names, files = [without_suffix(Path(path).name) for path in paths], defaultdict(set)
-    for path, name in zip(paths, names, strict=True):
-        files[name].add(path)
+    """A name for each image: its file's, without `.nii.gz` and the like, and with its folders where several files are called so. A
+    file that occurs twice has one name."""
+    stems = [Path(splitext_addext(path)[0]) for path in paths]  # other dots belong to it: 1.2.840.7.nii.gz
+    files = defaultdict(set)
+    for path, stem in zip(paths, stems, strict=True):
+        files[stem.name].add(path)
     return [
-        name if len(files[name]) == 1 else without_suffix(Path(path).as_posix()).strip("/").replace("/", "_")
-        for path, name in zip(paths, names, strict=True)
+        stem.name if len(files[stem.name]) == 1 else stem.as_posix().strip("/").replace("/", "_") for stem in stems
     ]
-
-
-def without_suffix(name: str) -> str:
-    """`name` of an image without `.nii.gz` and the like; other dots belong to it (`1.2.840.7.nii.gz`)."""
-    return next((name[: -len(suffix)] for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), name)
 
 
 def class_names(values: Sequence[str | None], label_bins: LabelBins | None, column: str) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..arguments import CONFIG_HELP, parse, read_yaml, take_option
+from ..arguments import CONFIG_HELP, check_known, parse, read_yaml, take_option
 from ..errors import InputError
 from .config import StudyConfig
 from .sections import METHODS, TRAINER_CONFIGS, trainer_defaults
@@ -65,8 +65,5 @@ def parse_study(
     general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}
     where = {name: value for name, value in asdict(data).items() if value is not None}
     method = {"method": section} if section in METHODS else {}
-    known = set(StudyConfig.__dataclass_fields__)
-    unknown = sorted(map(str, set(study) - known))
-    if unknown:
-        raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
+    check_known(study, StudyConfig.__dataclass_fields__)
     return StudyConfig(**{**study, **general, **where, **method, section: fields})

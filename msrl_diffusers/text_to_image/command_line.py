@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..arguments import CONFIG_HELP, parse, read_yaml, take_option
+from ..arguments import CONFIG_HELP, check_known, parse, read_yaml, take_option
 from ..errors import InputError
 from .config import TRAINER_CONFIGS, TextToImageStudyConfig, trainer_defaults
 
@@ -67,10 +67,7 @@ def parse_text_to_image(
     # a general option is the whole study's, unless the section has a value of its own
     general = {name: fields.pop(name) for name in GENERAL_FIELDS if name not in own}
     changed = {name: value for name, value in asdict(given).items() if value is not None}
-    known = set(TextToImageStudyConfig.__dataclass_fields__)
-    unknown = sorted(set(study) - known)
-    if unknown:
-        raise InputError(f"The config has the unknown field {unknown[0]!r}; it may have {sorted(known)}.")
+    check_known(study, TextToImageStudyConfig.__dataclass_fields__)
     return TextToImageStudyConfig(**{**study, **general, **changed, section: fields})
 
 

@@ -132,6 +132,7 @@ def tune(
     elif is_main:
         pipeline.save_pretrained(folder / "pipeline")
     scales = {name: vars(scale) for name, scale in trainer.reward.scales.items()}
-    looks = math.ceil(figures["rollouts"] / args.watch_steps) if heldout_prompts else 0
-    watching = looks * watchdogs["heldout_reward"].unet_forwards if looks else 0
-    return {**figures, "unet_forwards": trainer.unet_forwards + watching, "scales": scales}
+    forwards = trainer.unet_forwards
+    if heldout_prompts:
+        forwards += math.ceil(figures["rollouts"] / args.watch_steps) * watchdogs["heldout_reward"].unet_forwards
+    return {**figures, "unet_forwards": forwards, "scales": scales}
