@@ -5,16 +5,18 @@ hashes all that the result depends on: settings and the stages it reads. A stage
 run again.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from .errors import InputError
 from .files import write_json, write_text
@@ -86,7 +88,7 @@ class Chain:
         """Run all stages, or those named in `only`, skipping those already done; returns the last one's result.
 
         Raises:
-            InputError: an unknown stage, or one whose inputs are not there (when run alone).
+            InputError: an unknown stage, one whose inputs are not there (when run alone), or one that another command is running.
         """
         use_whole_cpu()
         names = list(only or self.stages)
@@ -106,16 +108,17 @@ class Chain:
             return json.loads(record.read_text())["result"]
         self.check_finished(config, self.stages[name].needs, f"Stage {name!r}")
         processes.wait_for_everyone()  # all have looked at what is there
-        if processes.is_main_process:
-            open_folder(folder, mark)
-        processes.wait_for_everyone()
-        started = time.monotonic()
-        result = stage.run(config) if stage.split else _run_on_main_process(stage, config)
-        processes.wait_for_everyone()
-        if processes.is_main_process:
-            saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
-            write_json(record, saved)
-        processes.wait_for_everyone()
+        with _alone_in(folder):
+            if processes.is_main_process:
+                open_folder(folder, mark)
+            processes.wait_for_everyone()
+            started = time.monotonic()
+            result = stage.run(config) if stage.split else _run_on_main_process(stage, config)
+            processes.wait_for_everyone()
+            if processes.is_main_process:
+                saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
+                write_json(record, saved)
+            processes.wait_for_everyone()
         return json.loads(record.read_text())["result"]
 
     def check_finished(self, config: Any, names: Collection[str], reader: str) -> None:
@@ -130,6 +133,34 @@ class Chain:
                 raise InputError(f"{reader} needs the result of {needed!r}; run that stage first.")
             if found != self.fingerprint(config, needed):
                 raise InputError(f"{reader} needs {needed!r}, which was run with other settings; run it again first.")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a stage's folder: of two commands that write into one, each would spoil what the other resumes from. The system lets
+    go of it when this process dies, whatever killed it; a file system without locks is used without.
+
+    Raises:
+        InputError: another command holds it.
+    """
+    lock, held = FileLock(folder.with_name(f".{folder.name}.lock")), True
+    if process_state().is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            held = False
+        except NotImplementedError:
+            pass
+    (held,) = broadcast_object_list([held])
+    if not held:
+        raise InputError(
+            f"Another command is at work in {folder}; wait for its end, or give this one another output_dir."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run_on_main_process(stage: Stage, config: Any) -> dict | None:

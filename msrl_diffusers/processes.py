@@ -1,6 +1,7 @@
 """Processes and threads, as `accelerate launch` set them up."""
 
 import ctypes
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -36,8 +37,10 @@ def use_whole_cpu() -> None:
     leaves it with one thread, whatever the machine has), and keep the memory that it frees."""
     state = process_state()
     if state.num_processes == 1 and state.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores)
+        if hasattr(os, "sched_getaffinity"):
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        elif multiprocessing.parent_process() is None:  # else one of several side by side, which has its share
+            torch.set_num_threads(os.cpu_count() or 1)
     keep_freed_memory()
 
 

@@ -117,6 +117,22 @@ def test_of_a_link_to_another_folder_only_the_link_is_removed(tmp_path):
     assert (tmp_path / "same").is_symlink()
 
 
+def bake_twice(settings: Settings) -> dict:
+    """While the cake is in the oven, somebody else comes with another one."""
+    finish(__file__, settings.output_dir, processes=2)
+    return {}
+
+
+def test_of_two_commands_in_one_folder_the_second_is_refused(tmp_path):
+    """Otherwise each would remove, or go on from, what the other writes."""
+    chain, settings = Chain({"cake": Stage(bake_twice, (), ())}, vars), Settings(str(tmp_path))
+    chain.run(settings)
+    for rank in (0, 1):
+        refusal = (tmp_path / f"refused-{rank}").read_text()
+        assert refusal.startswith(f"Another command is at work in {tmp_path / 'cake'}; wait for its end")
+    bakery([]).run(settings)  # nobody is in the kitchen any more
+
+
 def burn(settings: Settings) -> dict:
     raise InputError("The oven is too hot.")
 

@@ -102,6 +102,27 @@ def test_options_that_are_not_used_change_no_fingerprint():
         assert found == [name for name in names if first in chain.up_to(name)], option
 
 
+def test_whatever_decides_about_a_policy_is_in_its_fingerprint():
+    """Floors let it be tuned at all; the sampler at which it is watched picks its weights, with a refresh as well."""
+    lax, strict = (StudyConfig(validity_floors={"auc": floor}) for floor in (0.1, 0.9))
+    assert fingerprint(lax, "validity") == fingerprint(strict, "validity")
+    assert fingerprint(lax, "ppo") != fingerprint(strict, "ppo")
+    watched = StudyConfig(refresh={"every": 2}, watch_per_class=4)
+    assert {"samplers", "trajectories", "score"} <= set(study_chain(watched).stages["ppo"].needs)
+
+
+def test_classifiers_that_are_asked_for_at_their_defaults_make_the_report_anew():
+    """A section is on as soon as it says anything, and what it says may be the default."""
+    without, asked = (StudyConfig(downstream=section) for section in ({}, {"report_to": "none"}))
+    assert fingerprint(without, "downstream") == fingerprint(asked, "downstream")
+    assert fingerprint(without, "report") != fingerprint(asked, "report")
+
+
+def test_samples_that_other_runs_have_yet_to_make_are_not_the_same():
+    one, other = (StudyConfig(policy_anchors={"a": f"nowhere/{seed}"}) for seed in (0, 1))
+    assert fingerprint(one, "score") != fingerprint(other, "score")
+
+
 def test_a_given_file_counts_by_what_it_holds(tmp_path):
     path = tmp_path / "samples.safetensors"
     tiny_phantoms().save(path)

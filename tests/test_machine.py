@@ -1,6 +1,7 @@
 """Precision, threads and processes, as the machine and the launcher give them."""
 
 import ctypes
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -47,6 +48,22 @@ def test_a_process_alone_uses_all_cores():
         torch.set_num_threads(1)
         use_whole_cpu()
         assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_of_several_processes_side_by_side_keeps_its_share_of_the_cores(monkeypatch):
+    """Where no system call says which cores a process has, only its parent can have told it."""
+    before = torch.get_num_threads()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    try:
+        use_whole_cpu()
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+        use_whole_cpu()
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 

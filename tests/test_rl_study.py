@@ -130,6 +130,18 @@ def test_points_move_with_the_weights(finished):
     assert len(set(values)) == len(values)
 
 
+def test_points_are_sampled_as_the_rollouts_are(release, tmp_path):
+    """Those of FrechetTrainer may have no noise, which its `eta` does not say."""
+    config = StudyConfig(
+        **released_study(tmp_path, release, method="frechet", frechet={"samplers": [0.0], "num_inference_steps": 3})
+    )
+    run_study(config, ["prepare"])
+    assert config.trainer_config("frechet").eta == 1.0
+    instruments = curve_module._Instruments(config)
+    assert instruments.sampler == {"num_inference_steps": 3, "eta": 0.0, "guidance_scale": 1.0}
+    assert torch.equal(instruments._sampled(), instruments._sampled())
+
+
 def test_the_curve_is_in_the_report(finished):
     report, folder = report_of(finished), Path(finished.output_dir)
     assert report["curve"] == stage(finished, "curve")

@@ -283,6 +283,19 @@ def test_distances_are_to_as_many_held_out_images_of_the_same_prompts(images):
     json.dumps(found)
 
 
+def test_intervals_of_distances_draw_within_each_prompt(images):
+    """Of one image of every prompt there is but one draw: how often a prompt was asked for is no chance."""
+    firsts = images.select([images.prompts.index(prompt) for prompt in PROMPTS])
+    noisy = ImageDataset.from_samples(torch.randn(len(PROMPTS), 3, 16, 16).clamp(-1, 1), firsts.prompts, BUILDER)
+    settings = dict(RESNET)
+    model, processor = build_image_classifier(
+        settings.pop("architecture"), BUILDER.attribute_names, IMAGE_SIZE, **settings
+    )
+    found = fidelity(ClassifierExtractor(model, processor), {"before": noisy, "after": firsts}, firsts, {}, config())
+    assert found["interval"]["before"] == pytest.approx([found["before"]] * 2)
+    assert found["difference"]["interval"] == pytest.approx([found["difference"]["value"]] * 2)
+
+
 def test_a_mosaic_has_images_where_they_belong(images):
     picture, places = mosaic([images, images.select([0])], PROMPTS[:2], 2)
     assert places == [0, 2 * (IMAGE_SIZE + 1) + IMAGE_SIZE // 4]

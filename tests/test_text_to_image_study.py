@@ -12,7 +12,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tiny import copied, differing, tiny_stable_diffusion
-from tiny_text_to_image import IMAGE_SIZE, tiny_text_to_image, tiny_text_to_image_study
+from tiny_text_to_image import IMAGE_SIZE, RESNET, tiny_text_to_image, tiny_text_to_image_study
 
 from msrl_diffusers.data.dermoscopy import write_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset
@@ -23,6 +23,7 @@ from msrl_diffusers.text_to_image import CHAIN, TextToImageStudyConfig
 from msrl_diffusers.text_to_image.artifacts import load_base, load_match, load_split, load_tuned
 from msrl_diffusers.text_to_image.chain import STAGES
 from msrl_diffusers.text_to_image.command_line import parse_text_to_image
+from msrl_diffusers.text_to_image.config import CLASSIFIERS
 from msrl_diffusers.text_to_image.release import write_release
 from msrl_diffusers.text_to_image.sampling import sample_images
 from msrl_diffusers.trainers.base import read_log
@@ -295,7 +296,9 @@ def test_given_models_are_used_and_not_trained(finished, tmp_path):
         ({"rare_attributes": []}, "Section 'augmentation' needs rare_attributes"),
         ({"rare_share": 0.0}, "rare_share must lie in"),
         ({"sampler": {"steps": 3}}, "Section 'sampler' has the unknown field 'steps'"),
-        ({"classifier_models": {"critic": {}}}, "unknown role 'critic'"),
+        ({"classifier_models": {"critic": {}}}, "unknown role 'critic'; roles are .*'augmentation'"),
+        ({"classifier_models": {"augmentation": RESNET}}, "'classifier_models' needs reward: {architecture: one of"),
+        ({"classifier_models": dict.fromkeys(CLASSIFIERS, RESNET)}, "'classifier_models' needs augmentation: "),
         ({"pretrained_model_name_or_path": "nowhere"}, "nowhere holds no StableDiffusionPipeline"),
     ],
 )

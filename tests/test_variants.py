@@ -13,6 +13,7 @@ from tiny import tiny_study
 
 from msrl_diffusers import StudyConfig, run_study
 from msrl_diffusers.cli.study import StudyArguments
+from msrl_diffusers.cli.study import run as run_command
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.files import write_json
 from msrl_diffusers.study import published, side_by_side
@@ -134,6 +135,8 @@ def test_what_jobs_are_refused(monkeypatch, tmp_path):
     config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
     with pytest.raises(InputError, match="--jobs needs --seeds"):
         StudyArguments(jobs=2)
+    with pytest.raises(InputError, match=r"--stages downstream: nothing to run; the stages of this study are \['prep"):
+        run_command(["--output_dir", str(tmp_path), "--stages", "downstream"])
     with pytest.raises(InputError, match="jobs must be"):
         StudyArguments(seeds=[0], jobs=0)
     killed = Future()
@@ -173,6 +176,23 @@ def test_a_link_that_no_longer_fits_is_made_anew(tmp_path):
     assert stage_folder(other, "prepare").parent == tmp_path / "run"
     assert json.loads((tmp_path / "home" / "prepare" / "stage.json").read_text())["result"]["train"]["HGG"] == 4
     assert json.loads((tmp_path / "run" / "prepare" / "stage.json").read_text())["result"]["train"]["HGG"] == 3
+
+
+def test_without_links_there_are_copies(monkeypatch, tmp_path):
+    """Windows grants links to developers alone."""
+
+    def refused(*_, **__):
+        raise OSError("A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    home, run = (StudyConfig(output_dir=str(tmp_path / name), rl_seed=1, **tiny_study()) for name in ("home", "run"))
+    run_study(home, ["prepare"])
+    (tmp_path / "run" / ".prepare.tmp").mkdir(parents=True)  # of a copy that was killed
+    link_finished("prepare", run, [home])
+    names = [sorted(path.name for path in (tmp_path / name / "prepare").iterdir()) for name in ("home", "run")]
+    assert names[0] == names[1]
+    assert not (tmp_path / "run" / ".prepare.tmp").exists()
+    assert run_study(run, ["prepare"])["train"] == {"HGG": 4, "LGG": 4}
 
 
 def test_what_another_run_is_about_to_make_anew_is_not_linked(tmp_path):

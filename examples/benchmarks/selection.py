@@ -52,7 +52,9 @@ def rewards_of(config: StudyConfig, samples: VolumeDataset) -> torch.Tensor:
         if role in TRAINED_ON:
             reward, parts = LearnedReward(role, model), torch.arange(len(samples)).split(config.sampling_batch_size)
             with torch.no_grad():
-                values = torch.cat([reward(samples.pixel_values[rows], samples.class_labels[rows]) for rows in parts])
+                values = torch.cat(
+                    [reward(samples.pixel_values[rows], samples.class_labels[rows]) for rows in parts]
+                ).cpu()
             total += (values - values.mean()) / values.std()
     return total
 

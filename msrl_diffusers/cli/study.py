@@ -13,6 +13,7 @@ from ..arguments import CONFIG_HELP, parse, take_option
 from ..errors import InputError
 from ..processes import process_state
 from ..study import StudyConfig, run_study
+from ..study.chain import STAGES, enabled_stages
 from ..study.command_line import read_study
 from ..study.release import write_release
 from ..study.runs import run_variants
@@ -64,7 +65,12 @@ def run(arguments: Sequence[str]) -> None:
             write_tables(config, runs)
             sys.stdout.write(f"tables: {Path(config.output_dir) / 'tables.md'}\n")
         return
-    run_study(config, args.stages.split(",") if args.stages else None)
+    stages = args.stages.split(",") if args.stages else None
+    if stages and not set(stages) & set(enabled_stages(config)) and set(stages) <= set(STAGES):
+        raise InputError(
+            f"--stages {args.stages}: nothing to run; the stages of this study are {enabled_stages(config)}."
+        )
+    run_study(config, stages)
     if not process_state().is_main_process:
         return
     if args.release:

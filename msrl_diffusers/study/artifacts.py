@@ -15,6 +15,7 @@ from ..models.reward_models import SliceRewardModel, VolumeRewardModel
 from ..pipelines.med_volume import MedVolumePipeline
 from ..processes import process_state
 from .config import StudyConfig
+from .sections import METHODS
 
 
 REWARD_CLASSES = {"volume": VolumeRewardModel, "slice": SliceRewardModel, "heldout": VolumeRewardModel}
@@ -35,6 +36,13 @@ def pretrained_stages(config: StudyConfig) -> tuple[str, ...]:
     if not config.pretrained_rewards:
         return PRIOR_STAGES
     return PRIOR_STAGES + tuple(stage for stage in REWARD_STAGES if not (config.refreshes and stage == "trajectories"))
+
+
+def stages_left_out(config: StudyConfig) -> tuple[str, ...]:
+    """The stages whose results are given, or not asked for."""
+    downstream = () if config.downstream else ("baseline_downstream", "downstream")
+    curve = () if config.num_curve_points else ("curve",)
+    return (*pretrained_stages(config), *downstream, *curve, *(name for name in METHODS if name != config.method))
 
 
 def load_split(config: StudyConfig, split: str) -> VolumeDataset:

@@ -8,7 +8,7 @@ from ..chains import Chain, Stage, finished_fingerprint
 from ..files import file_mark, folder_mark
 from ..trainers.base_config import BOOKKEEPING
 from . import stages
-from .artifacts import pretrained_stages
+from .artifacts import stages_left_out
 from .baseline import measure_baseline
 from .config import StudyConfig
 from .curve import measure_curve
@@ -40,7 +40,7 @@ def study_chain(config: StudyConfig) -> Chain:
     Stages and settings that not every study has are in it only where they are used: a folder that was made before there
     was such an option stays valid without it.
     """
-    return Chain({**_prior_stages(config), **_rl_stages(config)}, _settings, _left_out, _COMMON)
+    return Chain({**_prior_stages(config), **_rl_stages(config)}, _settings, stages_left_out, _COMMON)
 
 
 def _prior_stages(config: StudyConfig) -> dict[str, Stage]:
@@ -80,7 +80,8 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
     method, labels = config.method, config.changed("marginal_labels")
     refresh = ("refresh", *labels) if config.refreshes else ()
     reward_data = ("trajectories", "score") if config.refreshes else ()
-    checked = ("validity",) if config.validity_floors else ()  # else it is measured, and holds nothing up
+    floors = ("validity_floors",) if config.validity_floors else ()
+    checked = ("validity",) if floors else ()  # else it is measured, and holds nothing up
     curve = ("curve",) if config.num_curve_points else ()
     watch = config.changed("watch_per_class")  # at the sampler that stage samplers chose
     watched = ("samplers",) if watch else ()
@@ -104,8 +105,9 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         ),
         method: Stage(
             tune,
-            ("prepare", "extractors", "diffusion", *(reward_data or watched), "rewards", *checked),
-            (method, "select_by", *watch, *features, *refresh, *(("snapshots",) if curve else ()), "mixed_precision", "rl_seed"),
+            ("prepare", "extractors", "diffusion", *reward_data, *watched, "rewards", *checked),
+            (method, "select_by", *watch, *features, *floors, *refresh, *(("snapshots",) if curve else ()), "mixed_precision",
+             "rl_seed"),
             split=True,
         ),
         "curve": Stage(
@@ -129,7 +131,7 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
         "downstream": Stage(
             stages.train_classifiers, ("prepare", "baseline_downstream", "evaluate"), classifiers, split=True
         ),
-        "report": Stage(report, ("evaluate", "downstream", *curve), ()),
+        "report": Stage(report, ("evaluate", "downstream", *curve), ("classifiers",) if config.downstream else ()),
     }  # fmt: skip
     if not curve:
         del table["curve"]
@@ -146,6 +148,7 @@ def _settings(config: StudyConfig) -> dict:
     settings["pretrained_rewards"] = config.pretrained_rewards or not config.pretrained
     settings["rollout_sampler"] = config.rollout_sampler
     settings["snapshots"] = bool(config.num_curve_points)
+    settings["classifiers"] = bool(config.downstream)
     for folder in ("data_dir", "pretrained"):
         settings[folder] = settings[folder] and _mark(settings[folder])
     for sets in ("synthetic_arms", "policy_anchors", "unseen_sets"):
@@ -154,14 +157,10 @@ def _settings(config: StudyConfig) -> dict:
 
 
 def _mark(path: str) -> str:
-    """Hash of what a folder, or a file, holds."""
+    """Hash of what a folder, or a file, holds; of what another run has yet to make there, its place."""
+    if not Path(path).exists():
+        return f"not made: {path}"
     return file_mark(path) if Path(path).is_file() else folder_mark(path)
-
-
-def _left_out(config: StudyConfig) -> tuple[str, ...]:
-    """Stages whose results are given, or not asked for."""
-    without = () if config.downstream else ("baseline_downstream", "downstream")
-    return (*pretrained_stages(config), *without)
 
 
 STAGES = study_chain(StudyConfig()).stages  # of a study without options

@@ -9,7 +9,15 @@ from ..precision import PRECISIONS
 from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
 from ..trajectories import RECONSTRUCTION_GRID
 from .reward_options import check_reward_options
-from .sections import METHODS, NETWORKS, TRAINER_CONFIGS, check_network, make_trainer_config, trainer_defaults
+from .sections import (
+    METHODS,
+    NETWORKS,
+    SEEDED_BY_ROLE,
+    TRAINER_CONFIGS,
+    check_network,
+    make_trainer_config,
+    trainer_defaults,
+)
 
 
 __all__ = ["RL_STAGES", "TRAINER_CONFIGS", "StudyConfig"]
@@ -238,6 +246,9 @@ class StudyConfig:
             check_network(section, getattr(self, section))
         for section in TRAINER_CONFIGS:
             self.trainer_config(section)
+        for section in SEEDED_BY_ROLE:
+            if "seed" in getattr(self, section):
+                raise InputError(f"Section {section!r}: its seeds follow from the study's; set seed or rl_seed there.")
         check_reward_options(self)
 
     def _check_lists(self) -> None:

@@ -128,7 +128,7 @@ class _Instruments:
         train = load_split(config, "train")
         self.config, self.volumes = config, train.take_per_class(config.curve_per_class)
         self.args: OnlineConfig = config.trainer_config(config.method)
-        self.sampler = {name: getattr(self.args, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
+        self.sampler = config.rollout_sampler
         self.pipeline = load_pipeline(config)
         self.pipeline.set_progress_bar_config(disable=True)
         if self.args.use_lora:
@@ -182,31 +182,38 @@ class _Instruments:
     def _sampled(self) -> torch.Tensor:
         """One sample of each volume's class, `[N, C, D, H, W]`, from the same noise at every point."""
         table = StepTable.of(
-            self.policy.scheduler, self.args.num_inference_steps, self.args.eta, MIN_STD, self.pipeline.device
+            self.policy.scheduler,
+            self.sampler["num_inference_steps"],
+            self.sampler["eta"],
+            MIN_STD,
+            self.pipeline.device,
         )
         rows = torch.arange(len(self.volumes)).split(self.config.sampling_batch_size)
-        return torch.cat([self._rollout(table, part, self.args.guidance_scale).samples.cpu() for part in rows])
+        return torch.cat([self._rollout(table, part).samples.cpu() for part in rows])
 
-    def _rollout(self, table: StepTable, rows: torch.Tensor, guidance_scale: float) -> Rollout:
+    def _rollout(self, table: StepTable, rows: torch.Tensor) -> Rollout:
         generators = sample_generators(fold_seed(self.config.seed_of("curve"), "curve"), "sample", rows.tolist())
         with autocast(self.pipeline.device, self.config.mixed_precision):
             return sample_rollout(
-                self.policy, self.volumes.class_labels[rows].tolist(), table, generators, guidance_scale
+                self.policy,
+                self.volumes.class_labels[rows].tolist(),
+                table,
+                generators,
+                self.sampler["guidance_scale"],
             )
 
     @torch.no_grad()
     def divergence(self) -> float:
         """The KL divergence from the pretrained policy per stochastic step and element, at the states that the tuned one visits;
         of steps with full noise where the method samples without any."""
-        args = self.args
+        steps, eta, guidance = (self.sampler[name] for name in ("num_inference_steps", "eta", "guidance_scale"))
         table = StepTable.of(
-            self.policy.scheduler, args.num_inference_steps, args.eta or 1.0, getattr(args, "min_std", MIN_STD),
-            self.pipeline.device,
-        )  # fmt: skip
-        guidance = getattr(args, "train_guidance_scale", args.guidance_scale)
+            self.policy.scheduler, steps, eta or 1.0, getattr(self.args, "min_std", MIN_STD), self.pipeline.device
+        )
+        guidance = getattr(self.args, "train_guidance_scale", guidance)
         labels = self.volumes.class_labels
         rows = torch.cat([(labels == label).nonzero()[:KL_PER_CLASS, 0] for label in self.volumes.id2label])
-        rollout = self._rollout(table, rows, args.guidance_scale)
+        rollout = self._rollout(table, rows)
         with autocast(self.pipeline.device, self.config.mixed_precision):
             values = [_step_divergence(self.policy, table, step, rollout, guidance) for step in table.stochastic]
         return torch.stack(values).mean().item()

@@ -4,12 +4,13 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 
 from ..files import write_json, write_text
 from ..plots import plot_history, plot_scatter, plot_volumes
 from ..processes import device_name
-from .artifacts import load_pipeline, load_reported, load_scores, load_split, load_tuned_pipeline
+from .artifacts import load_pipeline, load_reported, load_scores, load_split, load_tuned_pipeline, stages_left_out
 from .config import StudyConfig
 from .curve_figure import curve_lines, draw_curve
 
@@ -35,7 +36,7 @@ METHOD_NAMES = {
 def report(config: StudyConfig) -> dict:
     """Write `report.json`, `report.md`, `figures/`, `pipeline_standard/` and `pipeline_rl/` into the study's folder."""
     output_dir = Path(config.output_dir)
-    records = {path.parent.name: json.loads(path.read_text()) for path in output_dir.glob("*/stage.json")}
+    records = stage_records(output_dir, stages_left_out(config))
     figures = records["evaluate"]["result"]
     content = {
         **figures,
@@ -64,6 +65,13 @@ def report(config: StudyConfig) -> dict:
     return {"report": str(output_dir / "report.md")}
 
 
+def stage_records(output_dir: Path, without: Collection[str]) -> dict[str, dict]:
+    """What the stages of a study wrote of themselves, by name, but those `without`: an earlier study in the folder may have left
+    its own."""
+    paths = sorted(path for path in output_dir.glob("*/stage.json") if path.parent.name not in without)
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
 def _downstream(records: dict) -> dict[str, dict[str, float]]:
     """Metrics of the downstream classifiers by arm, means over their seeds."""
     arms = records["downstream"]["result"]["arms"]
@@ -82,7 +90,8 @@ def gap_closed(fids: dict[str, dict[str, float]]) -> float | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree this package lies in, with `+` if files differ; None outside a repository."""
+    """The commit of the source tree this package lies in, with `+` if files differ; None where no repository has its files, as
+    that around a virtual environment has not."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -91,6 +100,7 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -24,6 +24,10 @@ def check_reward_options(config) -> None:
         raise InputError(
             "Section 'draft': fuse_lora must be true in a study, which saves and evaluates whole pipelines."
         )
+    if config.nft.get("sampler") not in (None, "DDIMScheduler"):
+        raise InputError(
+            "Section 'nft': sampler must be unset in a study, which samples by DDIM wherever it compares with the rollouts."
+        )
     given = [name for name in ("degraded_anchors", "policy_anchors") if getattr(config, name)]
     if config.conditional_rewards:
         given.append("conditional_rewards")
@@ -31,7 +35,8 @@ def check_reward_options(config) -> None:
         given.append("marginal_labels")
     if given and config.pretrained and config.pretrained_rewards:
         raise InputError(
-            f"{given[0]} is of the training of reward models, which are those of `pretrained` here; set pretrained_rewards: false."
+            f"{given[0]} is of the training of reward models, which are those of `pretrained` here; remove it, or set "
+            "pretrained_rewards: false to train others."
         )
 
 

@@ -53,6 +53,10 @@ NETWORKS = {
 }
 
 
+DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds")  # arguments of the denoiser
+SEEDED_BY_ROLE = ("extractors", "rewards", "refresh")  # several networks each, all of a seed of their own
+
+
 def trainer_defaults(section: str) -> dict:
     """Where a trainer within a study differs from its own defaults: it resumes when the study is run again."""
     return {"save_steps": 5 if section in METHODS else 250, "save_total_limit": 1, "resume_from_checkpoint": "latest"}
@@ -83,3 +87,6 @@ def check_network(section: str, arguments: Mapping) -> None:
         raise InputError(
             f"Section {section!r} has the unknown field {unknown[0]!r}; {network.__name__} knows {sorted(known)}."
         )
+    found = sorted(set(arguments) & set(DERIVED)) if section == "unet" else []
+    if found:
+        raise InputError(f"Section 'unet': {found[0]} follows from the data and the autoencoder; remove it.")

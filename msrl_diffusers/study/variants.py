@@ -5,6 +5,7 @@ once, in OUTPUT_DIR itself. A stage that another run has made with the same sett
 """
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def shared_stages(config: StudyConfig) -> list[str]:
 
 
 def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]) -> None:
-    """Let the folder of `stage` in this run be a link to that of another run which made it with the same settings."""
+    """Let the folder of `stage` in this run be a link to (`_link`) that of another run which made it with the same settings."""
     if stage == "report":
         return  # it lies outside its stage's folder
     wanted, folder = fingerprint(config, stage), Path(config.output_dir) / stage
@@ -81,5 +82,16 @@ def link_finished(stage: str, config: StudyConfig, others: Sequence[StudyConfig]
         chain = study_chain(other)  # what lies there stale is about to be removed
         if stage in chain.stages and chain.fingerprint(other, stage) == wanted:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.symlink_to(os.path.relpath(source, folder.parent), target_is_directory=True)
+            _link(folder, source)
             return
+
+
+def _link(folder: Path, source: Path) -> None:
+    """Make `folder` a link to `source`; a copy where the system grants no links, as Windows does not."""
+    try:
+        folder.symlink_to(os.path.relpath(source, folder.parent), target_is_directory=True)
+    except OSError:
+        half = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(half, ignore_errors=True)  # of a copy that was killed
+        shutil.copytree(source, half)
+        half.rename(folder)

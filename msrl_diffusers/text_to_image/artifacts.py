@@ -15,6 +15,14 @@ from .config import TextToImageStudyConfig
 from .extractors import load_image_extractor
 
 
+def stages_left_out(config: TextToImageStudyConfig) -> list[str]:
+    """Stages whose results are given, or not asked for."""
+    without = ["autoencoder", "diffusion"] if config.pretrained_model_name_or_path else []
+    if not config.trained_classifiers:
+        without.append("classifiers")
+    return without if config.augmentation else [*without, "augmentation"]
+
+
 def load_split(config: TextToImageStudyConfig, split: str) -> ImageDataset:
     """The `"train"`, `"judge"` or `"heldout"` images."""
     return ImageDataset.load(Path(config.output_dir) / "data" / f"{split}.safetensors")

@@ -2,6 +2,7 @@
 
 from ..chains import Chain, Stage
 from . import stages
+from .artifacts import stages_left_out
 from .augmentation import run_augmentation
 from .config import TextToImageStudyConfig
 from .evaluate import evaluate
@@ -53,14 +54,6 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage(report, ("data", "ppo", "evaluate", "augmentation"), ("enabled_augmentation",)),
 }  # fmt: skip
-
-
-def stages_left_out(config: TextToImageStudyConfig) -> list[str]:
-    """Stages whose results are given, or not asked for."""
-    without = ["autoencoder", "diffusion"] if config.pretrained_model_name_or_path else []
-    if not config.trained_classifiers:
-        without.append("classifiers")
-    return without if config.augmentation else [*without, "augmentation"]
 
 
 CHAIN = Chain(STAGES, TextToImageStudyConfig.settings, stages_left_out, ("max_steps",))

@@ -11,7 +11,13 @@ from .config import TRAINER_CONFIGS, TextToImageStudyConfig, trainer_defaults
 
 
 GENERAL_FIELDS = ("output_dir", "seed", "mixed_precision")
-MODELS = ("pretrained_model_name_or_path", "reward_classifier", "judge_classifier", "fid_extractor")
+MODELS = (
+    "pretrained_model_name_or_path",
+    "reward_classifier",
+    "judge_classifier",
+    "fid_extractor",
+    "image_text_model",
+)
 
 
 @dataclass

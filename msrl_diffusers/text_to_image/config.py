@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig
 from ..data.prompts import ARTIFACTS, DIAGNOSES, PromptBuilder
 from ..errors import InputError
 from ..files import folder_mark
+from ..models.image_classifiers import ARCHITECTURES
 from ..precision import PRECISIONS
 from ..trainers.attribute_config import AttributeConfig
 from ..trainers.autoencoder_kl_config import AutoencoderKLConfig
@@ -162,7 +163,10 @@ class TextToImageStudyConfig:
         default_factory=dict, metadata={"help": f"Of the evaluation: {', '.join(SAMPLER)}; the rollouts' if unset."}
     )
     sampling_batch_size: int = field(default=32, metadata={"help": "Images sampled at once."})
-    bootstrap_draws: int = field(default=1000, metadata={"help": "Bootstrap draws of the intervals."})
+    bootstrap_draws: int = field(
+        default=1000,
+        metadata={"help": "Bootstrap draws of the intervals; of distances at most 200, of augmentation at most 300."},
+    )
     augmentation_seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the classifiers of stage augmentation."}
     )
@@ -299,11 +303,16 @@ class TextToImageStudyConfig:
                     f"Section {section!r} has the unknown field {unknown[0]!r}; {network.__name__} knows "
                     f"{sorted(known)}."
                 )
-        unknown = sorted(set(self.classifier_models) - {*CLASSIFIERS, "augmentation"})
+        roles = [*CLASSIFIERS, "augmentation"]
+        unknown = sorted(set(self.classifier_models) - set(roles))
         if unknown:
-            raise InputError(
-                f"Section 'classifier_models' has the unknown role {unknown[0]!r}; roles are {list(CLASSIFIERS)}."
-            )
+            raise InputError(f"Section 'classifier_models' has the unknown role {unknown[0]!r}; roles are {roles}.")
+        for role in (*self.trained_classifiers, *(["augmentation"] if self.augmentation else [])):
+            model = self.classifier_models.get(role)
+            if not isinstance(model, dict) or model.get("architecture") not in ARCHITECTURES:
+                raise InputError(
+                    f"Section 'classifier_models' needs {role}: {{architecture: one of {list(ARCHITECTURES)}}}, got {model!r}."
+                )
 
 
 def _component_config(path: str, name: str) -> dict:

@@ -121,9 +121,10 @@ def fidelity(
     if len(rows) < 2:
         return {**dict.fromkeys([*ARMS, "interval", "difference", "kid", *references]), **result}
     features = {arm: image_features(extractor, images.select(rows), size) for arm, images in arms.items()}
-    near = real[real_rows]
+    near, shown = real[real_rows], [heldout.prompts[row] for row in real_rows.tolist()]
+    strata = torch.tensor([shown.index(prompt) for prompt in shown])
     values = {arm: frechet_distance(near, features[arm]) for arm in arms}
-    replicates = bootstrap_frechet(near, features, min(config.bootstrap_draws, 200), seed)
+    replicates = bootstrap_frechet(near, features, min(config.bootstrap_draws, 200), seed, strata)
     difference = values["after"] - values["before"]
     result |= {
         **values,

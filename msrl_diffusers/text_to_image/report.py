@@ -7,9 +7,9 @@ from pathlib import Path
 from ..data.image_folder import ImageDataset
 from ..evaluation.page import Figure, write_report
 from ..files import write_json
-from ..study.report import git_commit, versions
+from ..study.report import git_commit, stage_records, versions
 from ..trainers.lora import LORA_FILE
-from .artifacts import load_base, load_split, place_name
+from .artifacts import load_base, load_split, place_name, stages_left_out
 from .config import TextToImageStudyConfig
 from .figures import plot_attributes, plot_prompts, plot_rollouts
 
@@ -22,7 +22,7 @@ def report(config: TextToImageStudyConfig) -> dict:
     (the adapter and `facts.json` for its card), and `pipeline_standard/` where the pipeline was trained here.
     """
     output_dir = Path(config.output_dir)
-    records = {path.parent.name: json.loads(path.read_text()) for path in sorted(output_dir.glob("*/stage.json"))}
+    records = stage_records(output_dir, stages_left_out(config))
     results = {name: record["result"] for name, record in records.items()}
     content = {
         **results["evaluate"],
