@@ -66,10 +66,27 @@ def test_datalist_of_the_decathlon(tmp_path):
     assert [case.seg for case in listing.cases] == [str(tmp_path / "labelsTr/BRATS_000.nii.gz"), None]
     place = f"{tmp_path}/dataset.json, test[0]"
     assert [(rejection.file, rejection.reason) for rejection in listing.rejected] == [
-        (place, f"{place} has no 'grade': it is './imagesTs/BRATS_004.nii.gz', not an object with keys.")
+        (place, f"{place} has no 'grade'.")
     ]
     with pytest.raises(InputError, match=r"'label' is a segmentation, .*; name the key of classes as label_column"):
-        list_cases("datalist", tmp_path)
+        list_cases("datalist", tmp_path, label_column="label")
+
+
+def test_a_list_as_the_decathlon_has_it_is_of_one_class(tmp_path):
+    """Its labels are segmentations, and its images for testing have no keys."""
+    for name in ("imagesTr/BRATS_000", "imagesTr/BRATS_001", "imagesTs/BRATS_002", "labelsTr/BRATS_000"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    entries = [
+        {"image": f"./imagesTr/BRATS_{i:03d}.nii.gz", "label": f"./labelsTr/BRATS_{i:03d}.nii.gz"} for i in range(2)
+    ]
+    write_entries(tmp_path / "dataset.json", training=entries, test=["./imagesTs/BRATS_002.nii.gz"])
+    listing = list_cases("datalist", tmp_path)
+    assert (listing.classes, listing.rejected) == (["unlabelled"], [])
+    assert [(case.name, case.split) for case in listing.cases] == [
+        ("BRATS_000", "train"), ("BRATS_001", "train"), ("BRATS_002", "heldout"),
+    ]  # fmt: skip
+    assert listing.cases[0].seg == str(tmp_path / "labelsTr/BRATS_000.nii.gz")
 
 
 def test_datalist_subjects_sessions_and_paths(tmp_path):
@@ -143,7 +160,7 @@ def test_datalist_leaves_out_what_is_incomplete(tmp_path):
         f"{path}, testing[7] has no 'label'.",
         f"{path}, testing[8] has no 'label'.",
         f"{path}, testing[9]: 'label' must be one value, it is [0, 1].",
-        f"{path}, testing[11] has no 'label': it is None, not an object with keys.",
+        f"{path}, testing[11] is None, neither a path nor an object with keys.",
         f"{tmp_path}/imagesTr/scan_10_0000.nii.gz: subject 'scan_10_scan_10_0000' was already found at "
         f"{tmp_path}/imagesTr/scan_10_0000.nii.gz; keep one of the two",
     ]

@@ -147,7 +147,7 @@ def test_a_changed_table_is_read_again(tmp_path):
 
 def test_missing_metadata(tmp_path):
     ras_image().to_filename(tmp_path / "v.nii.gz")
-    assert "has no metadata.csv; write one with a column file_name (and grade)" in failure(tmp_path)
+    assert "has no metadata.csv; write one with a column file_name (and one of classes" in failure(tmp_path)
 
 
 def test_unknown_label_column(tmp_path):
@@ -181,10 +181,16 @@ def test_a_file_that_is_no_nifti_is_named(tmp_path):
     assert "v1.nii.gz is named .gz but is not compressed by gzip" in failure(tmp_path)
 
 
-def test_one_class_only(tmp_path):
+def test_one_class(tmp_path):
+    """Of all images: because the table says so, or has no classes."""
     images = four_images()
     write_folder(tmp_path, images, rows=[f"{name},s{i},a" for i, name in enumerate(images)])
-    assert "gives 1 classes with volumes (of ['a']) as 'nifti_folder'; at least two are needed" in failure(tmp_path)
+    assert list_cases("nifti_folder", tmp_path, label_column="grade").classes == ["a"]
+    listing = list_cases("nifti_folder", tmp_path)
+    assert listing.classes == ["unlabelled"]
+    assert [case.label for case in listing.cases] == ["unlabelled"] * 4
+    with pytest.raises(InputError, match="has no column 'label'"):
+        list_cases("nifti_folder", tmp_path, label_bins=[40])
 
 
 def test_bins_of_a_numeric_column(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from layouts import write_brats
-from tiny import copied, differing, settings_with
+from tiny import copied, differing, settings_with, tiny_study
 
 from msrl_diffusers import (
     MedVolumePipeline,
@@ -388,6 +388,25 @@ def test_prepare_from_a_folder_of_images(tmp_path):
     result = run_study(config, ["prepare"])
     assert result["train"] == result["heldout"] == {"HGG": 2, "LGG": 2}
     assert result["shape"] == [1, 16, 16, 16]
+
+
+def test_a_study_of_one_class(tmp_path):
+    """Brains of which nothing is known."""
+    write_phantoms(tmp_path / "data", 3, image_size=16)
+    table = tmp_path / "data" / "metadata.csv"
+    table.write_text(table.read_text().replace("grade", "kind"))
+    settings = tiny_study() | {
+        "dataset": "nifti_folder", "data_dir": str(tmp_path / "data"), "holdout_fraction": 0.5,
+        "conditional_rewards": True,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="'downstream' trains classifiers, and these data have one class; remove it"):
+        run_study(StudyConfig(output_dir=str(tmp_path / "out"), **settings))
+    settings.pop("downstream")
+    run_study(StudyConfig(output_dir=str(tmp_path / "out"), **settings))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["n"] == {"all": 3, "unlabelled": 3}
+    pipe = MedVolumePipeline.from_pretrained(tmp_path / "out" / "pipeline_rl")
+    assert pipe("unlabelled", num_inference_steps=2, output_type="pt").volumes.shape == (1, 1, 16, 16, 16)
 
 
 def test_a_study_runs_from_a_prepared_cache(tmp_path):

@@ -19,6 +19,7 @@ SPLITS = {  # what tables and data lists call a split
     "training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout", "train": "train",
     "heldout": "heldout", "val": "heldout", "valid": "heldout", "dev": "heldout",
 }  # fmt: skip
+ONE_CLASS = "unlabelled"  # of all volumes, where a table has no classes and none are asked for
 LabelBins = Mapping[str, Sequence[float | None]] | Sequence[float]
 
 
@@ -77,7 +78,7 @@ def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
 
     Raises:
         InputError: unknown name, no such folder, an option the loader does not have, or nothing that can be used: no
-            case at all, or cases of fewer than two classes.
+            case at all, or none of a class.
     """
     if name not in LOADERS:
         raise InputError(f"Unknown data set {name!r}; there are {sorted(LOADERS)}.")
@@ -92,14 +93,14 @@ def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
     listing = scan(Path(data_dir), **given)
     _reject_strays(listing)
     found = [label for label in listing.classes if any(case.label == label for case in listing.cases)]
-    if len(found) < 2 or len(found) < len(listing.classes):
+    if not found or len(found) < len(listing.classes):
         reasons = (
             f" {len(listing.rejected)} were left out, the first: {listing.rejected[0].reason}"
             if listing.rejected
             else ""
         )
         empty = [label for label in listing.classes if label not in found]
-        needed = f"{empty[0]!r} has none" if empty and len(found) > 1 else "at least two are needed"
+        needed = f"{empty[0]!r} has none" if empty and found else "at least one is needed"
         raise InputError(
             f"{data_dir} gives {len(found)} classes with volumes (of {listing.classes}) as {name!r}; {needed}.{reasons}"
         )

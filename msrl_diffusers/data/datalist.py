@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
+from .cases import ONE_CLASS, SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
 from .folders import entries
 
 
@@ -15,7 +15,7 @@ IMAGE_SUFFIXES = (".nii", ".nii.gz")
 
 def scan(
     data_dir: Path,
-    label_column: str = "label",
+    label_column: str | None = None,
     label_bins: LabelBins | None = None,
     subject_column: str | None = None,
 ) -> Listing:
@@ -24,12 +24,13 @@ def scan(
 
     `image` of an entry is a path, or a list of paths that become channels, named by `modality` of the list. Paths start
     at the folder of the list. A `label` that is the path of an image is the segmentation (dropped where there is no such
-    file), and `label_column` must name another key then. `session` is read where it exists; without a subject the file's name
+    file). An entry may be the path alone, as those of the Decathlon for testing are. `session` is read where it exists; without a subject the file's name
     stands for it, and for the session of a subject with several images where there is no `session`.
 
     Args:
         data_dir: the JSON file, or a folder with `dataset.json` or a single JSON file.
-        label_column: key of the classes: categories, or numbers with `label_bins`.
+        label_column: key of the classes: categories, or numbers with `label_bins`; by default `label`, or one class of all
+            images where that is of no entry a class.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound);
             entries in no bin are no part of the data set.
         subject_column: key that names the subject; by default `subject_id`, or each image by itself where entries have none.
@@ -41,13 +42,15 @@ def scan(
     content = _read(path)
     names = content.get("modality") if isinstance(content.get("modality"), dict) else {}
     listing, found = Listing(), []
+    has_classes = label_column or label_bins or _has_classes(content)
+    label_column = label_column or "label"
     for key, split in SPLITS.items():
         for number, entry in enumerate(content.get(key, [])):
-            place = f"{path}, {key}[{number}]"
+            place, entry = f"{path}, {key}[{number}]", {"image": entry} if isinstance(entry, str) else entry
             try:
                 if not isinstance(entry, dict):
-                    raise InputError(f"{place} has no {label_column!r}: it is {entry!r}, not an object with keys.")
-                label = _label(entry.get(label_column), label_bins, label_column, place)
+                    raise InputError(f"{place} is {entry!r}, neither a path nor an object with keys.")
+                label = _label(entry.get(label_column), label_bins, label_column, place) if has_classes else ONE_CLASS
                 if label is None:
                     continue
                 images = _images(entry.get("image"), names, path.parent, place)
@@ -101,6 +104,12 @@ def _read(path: Path) -> dict:
         if not isinstance(content[key], list):
             raise InputError(f"{path}: {key!r} must be a list of entries.")
     return content
+
+
+def _has_classes(content: dict) -> bool:
+    """Whether the key `label` of any entry is a class."""
+    entries = [entry for key in SPLITS for entry in content.get(key, []) if isinstance(entry, dict)]
+    return any(class_is_given(entry.get("label")) and not _is_image(entry["label"]) for entry in entries)
 
 
 def _label(value, label_bins: LabelBins | None, label_column: str, place: str) -> str | None:

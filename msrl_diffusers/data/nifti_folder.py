@@ -6,13 +6,13 @@ The table is read here and not by `datasets`, which gives up on the whole folder
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
+from .cases import ONE_CLASS, SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
 from .folders import image_columns, read_table
 
 
 def scan(
     data_dir: Path,
-    label_column: str = "label",
+    label_column: str | None = None,
     label_bins: LabelBins | None = None,
     subject_column: str | None = None,
 ) -> Listing:
@@ -24,7 +24,8 @@ def scan(
 
     Args:
         data_dir: folder with `metadata.csv`.
-        label_column: column of the classes: categories, or numbers with `label_bins`.
+        label_column: column of the classes: categories, or numbers with `label_bins`; by default `label`, or one class of all
+            images where the table has none.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound); rows
             in no bin are no part of the data set.
         subject_column: column that names the subject; by default `subject_id`, or each file by itself where the table has none.
@@ -34,12 +35,14 @@ def scan(
             a split of another name.
     """
     table_path = data_dir / "metadata.csv"
-    rows = _read_table(table_path, label_column)
+    rows = _read_table(table_path)
     columns = list(rows[0])
     kinds = image_columns(columns)
     if not kinds:
         raise InputError(f"{table_path} has no column file_name (nor <modality>_file_name); it has {columns}.")
-    if label_column not in columns:
+    has_classes = label_column or label_bins or "label" in columns
+    label_column = label_column or "label"
+    if has_classes and label_column not in columns:
         raise InputError(f"{table_path} has no column {label_column!r}; it has {columns}.")
     if subject_column and subject_column not in columns:
         raise InputError(f"{table_path} has no column {subject_column!r} of subjects; it has {columns}.")
@@ -49,7 +52,7 @@ def scan(
     for number, (row, name) in enumerate(zip(rows, names, strict=True), start=2):
         place = f"{table_path}, line {number}"
         try:
-            label = class_of(row[label_column], label_bins, label_column, place)
+            label = class_of(row[label_column], label_bins, label_column, place) if has_classes else ONE_CLASS
         except InputError as error:
             listing.reject(place, str(error))
             continue
@@ -82,11 +85,11 @@ def scan(
     return listing
 
 
-def _read_table(table_path: Path, label_column: str) -> list[dict[str, str]]:
+def _read_table(table_path: Path) -> list[dict[str, str]]:
     if not table_path.is_file():
         raise InputError(
-            f"{table_path.parent} has no metadata.csv; write one with a column file_name (and {label_column}) beside "
-            "the images."
+            f"{table_path.parent} has no metadata.csv; write one with a column file_name (and one of classes, if there are any) "
+            "beside the images."
         )
     rows = read_table(table_path)
     if not rows:

@@ -73,6 +73,8 @@ def prepare(config: StudyConfig) -> dict:
         left_out = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)["rejected"]
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
+    if config.downstream and train.num_classes < 2:
+        raise InputError("Section 'downstream' trains classifiers, and these data have one class; remove it.")
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
     return {
         "train": train.class_counts(),
