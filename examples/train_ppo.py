@@ -8,6 +8,11 @@ On given checkpoints (folders or Hub repositories); writes OUTPUT_DIR/pipeline_r
 
     accelerate launch examples/train_ppo.py --pipeline P --reward_volume R3 --reward_slice R2 --output_dir OUT
 
+Rewards go on rising when samples get worse. With real volumes (a file of `msrl prepare`) and an extractor that the rewards' labels
+are of (a study's `extractors/label`), the weights of the lowest Frechet distance are kept, and `--patience` stops the run:
+
+    accelerate launch examples/train_ppo.py --pipeline P --reward_volume R3 --real data/mine/train.safetensors --extractor E --output_dir OUT
+
 On a study, whose earlier stages run first:
 
     accelerate launch examples/train_ppo.py --config examples/configs/nifti_folder/cpu.yaml --data_dir DIR
@@ -24,9 +29,12 @@ import torch
 from msrl_diffusers import (
     DiffusionPPOConfig,
     DiffusionPPOTrainer,
+    FrechetWatchdog,
     LearnedReward,
     MedVolumePipeline,
+    SliceFeatureExtractor,
     SliceRewardModel,
+    VolumeDataset,
     VolumeRewardModel,
 )
 from msrl_diffusers.arguments import parse
@@ -48,6 +56,13 @@ class CheckpointArguments:
     pipeline: str = field(metadata={"help": "A pipeline to tune, in place of a study's; needs a reward."})
     reward_volume: str | None = field(default=None, metadata={"help": "With --pipeline: a VolumeRewardModel."})
     reward_slice: str | None = field(default=None, metadata={"help": "With --pipeline: a SliceRewardModel."})
+    real: str | None = field(
+        default=None,
+        metadata={"help": "With --pipeline and --extractor: real volumes, whose Frechet distance picks the weights."},
+    )
+    extractor: str | None = field(
+        default=None, metadata={"help": "With --real: the SliceFeatureExtractor of that distance."}
+    )
 
 
 def main() -> None:
@@ -69,16 +84,33 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
     given = {name: path for name, path in paths.items() if path}
     if not given:
         raise InputError("--pipeline needs a reward: give --reward_volume, --reward_slice or both.")
+    if bool(script_args.real) != bool(script_args.extractor):
+        raise InputError(
+            "--real and --extractor go together: the distance is to the one by the features of the other."
+        )
     pipeline = load_model(MedVolumePipeline, script_args.pipeline, dtype=torch.float32)
     rewards = [
         LearnedReward(name, load_model(classes[name], path, dtype=torch.float32)) for name, path in given.items()
     ]
-    DiffusionPPOTrainer(pipeline, rewards, ppo_args).train()
+    selection = {}
+    if script_args.real:
+        selection = {"watchdogs": {"label_fid": frechet_watchdog(script_args, pipeline)}, "select_by": "-label_fid"}
+    DiffusionPPOTrainer(pipeline, rewards, ppo_args, **selection).train()
     if not process_state().is_main_process:
         return
     pipeline.save_pretrained(Path(ppo_args.output_dir) / "pipeline_rl")
-    plot_history(ppo_args.output_dir, ["reward/mean", *(f"reward/{name}" for name in given), "ppo/kl"])
+    watched = [f"watch/{name}" for name in selection.get("watchdogs", ())]
+    plot_history(ppo_args.output_dir, ["reward/mean", *(f"reward/{name}" for name in given), *watched, "ppo/kl"])
     print(f"pipeline: {Path(ppo_args.output_dir) / 'pipeline_rl'}")
+
+
+def frechet_watchdog(script_args: CheckpointArguments, pipeline: MedVolumePipeline) -> FrechetWatchdog:
+    """Of the given real volumes by the given extractor."""
+    real = VolumeDataset.load(script_args.real)
+    if real.id2label != pipeline.id2label:
+        raise InputError(f"{script_args.real} has the classes {real.id2label}, the pipeline {pipeline.id2label}.")
+    extractor = load_model(SliceFeatureExtractor, script_args.extractor, dtype=torch.float32)
+    return FrechetWatchdog(extractor.to(process_state().device), real)
 
 
 if __name__ == "__main__":

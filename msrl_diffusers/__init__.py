@@ -96,6 +96,7 @@ _LAZY = {
     "DiffusionNFTTrainer": "trainers.nft_trainer",
     "FrechetConfig": "trainers.frechet_config",
     "FrechetTrainer": "trainers.frechet_trainer",
+    "FrechetWatchdog": "trainers.frechet_watchdog",
     "RewardBackpropConfig": "trainers.reward_backprop_config",
     "RewardBackpropTrainer": "trainers.reward_backprop_trainer",
     "RefreshConfig": "trainers.refresh",

@@ -24,7 +24,7 @@ from msrl_diffusers.cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "examples/README.md")
+PAGES = ("README.md", "examples/README.md", "examples/results/README.md")
 PROGRAMS = ("msrl ", "make ", "accelerate launch ", "python ", "pip install ")
 OBJECTS = ("pipe.", "msrl_diffusers.", "MedVolumePipeline.", "DiffusionPipeline.")
 # What stands for the reader's own names and numbers. OWNER/NAME and OWNER/ADAPTER are names of repositories as they are.

@@ -124,7 +124,7 @@ def generate(stage: Stage) -> None:
 
 
 def prepared(
-    stage: Stage, output_dir: str, train: dict[str, int], heldout: dict[str, int], image_size: int = 64
+    stage: Stage, output_dir: str, train: dict[str, int], heldout: dict[str, int], image_size: int = 32
 ) -> None:
     """Carry out `msrl prepare` and look at what the README says it writes."""
     if stage.here:  # the processes it starts would import the package for seconds each
@@ -157,10 +157,12 @@ def table_1(stage: Stage, dataset: str, small: dict[str, tuple[int, int]]) -> tu
 def prepare_brats(stage: Stage) -> None:
     sides = table_1(stage, "brats2019", {"HGG": (2, 1), "LGG": (1, 1)})
     write_brats(stage.folder, per_class=sum(side["HGG"] for side in sides), modalities=("t1ce",))
-    prepared(stage, "data/brats", *sides, image_size=32)
+    prepared(stage, "data/brats", *sides)
 
 
-@scene("msrl prepare --dataset oasis1 --data_dir oasis1 --split table1 --output_dir data/oasis", here=True)
+@scene(
+    "msrl prepare --dataset oasis1 --data_dir oasis1 --split table1 --image_size 32 --output_dir data/oasis", here=True
+)
 def prepare_oasis(stage: Stage) -> None:
     sides = table_1(stage, "oasis1", {"CN": (2, 1), "AD": (1, 1)})
     ratings = ["0"] * sum(side["CN"] for side in sides) + ["1"] * sum(side["AD"] for side in sides)
@@ -170,7 +172,7 @@ def prepare_oasis(stage: Stage) -> None:
 
 
 @scene(
-    "msrl prepare --dataset bids --data_dir ds000000 --modality T1w --label_column diagnosis --output_dir data/bids",
+    "msrl prepare --dataset bids --data_dir ds000000 --modality T1w --label_column diagnosis --image_size 32 --output_dir data/bids",
     here=True,
 )
 def prepare_bids(stage: Stage) -> None:
@@ -190,7 +192,8 @@ def write_ages(folder: Path, per_group: int) -> None:
 
 
 @scene(
-    "msrl prepare --dataset nifti_folder --data_dir DIR --label_column age --label_bins 40 60 --output_dir data/mine",
+    "msrl prepare --dataset nifti_folder --data_dir DIR --label_column age --label_bins 40 60 --image_size 32 "
+    "--output_dir data/mine",
     here=True,
 )
 def prepare_nifti_folder(stage: Stage) -> None:
@@ -200,7 +203,7 @@ def prepare_nifti_folder(stage: Stage) -> None:
     prepared(stage, "data/mine", dict.fromkeys(names, 2), dict.fromkeys(names, 1))
 
 
-@scene("msrl prepare --dataset datalist --data_dir dataset.json --output_dir data/list", here=True)
+@scene("msrl prepare --dataset datalist --data_dir dataset.json --image_size 32 --output_dir data/list", here=True)
 def prepare_datalist(stage: Stage) -> None:
     write_datalist(stage.folder)
     prepared(stage, "data/list", {"control": 1, "patient": 1}, {"control": 1, "patient": 1})

@@ -156,7 +156,7 @@ def test_an_audit_goes_before_the_report(folder):
 def test_a_report_of_its_own_parts_only(folder, tmp_path):
     """What the report lacks, the card lacks: no figure, no table, no entry of the model index."""
     card = render_card({"dataset": "oasis1", "seed": 4}, folder)
-    assert "it has not been evaluated here" in card
+    assert "No report was given with this card." in card
     assert NO_AUDIT in card
     assert "OASIS-1." in card
     assert "data use agreement" in card

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import tiny_pipeline, tiny_study
+from tiny import copied, differing, tiny_phantoms, tiny_pipeline, tiny_study
 
-from msrl_diffusers import MedVolumePipeline, SliceRewardModel, VolumeRewardModel, VQModel3D
+from msrl_diffusers import MedVolumePipeline, SliceFeatureExtractor, SliceRewardModel, VolumeRewardModel, VQModel3D
 from msrl_diffusers.study.chain import STAGES
 from msrl_diffusers.trainers.base import read_log
 
@@ -78,6 +78,26 @@ def test_train_ppo_on_checkpoints(checkpoints, tmp_path):
     tuned = MedVolumePipeline.from_pretrained(tmp_path / "pipeline_rl").unet.state_dict()
     before = tiny_pipeline().unet.state_dict()
     assert any(not torch.equal(tuned[name], before[name]) for name in before)
+
+
+def test_train_ppo_on_checkpoints_keeps_the_weights_of_the_lowest_distance(checkpoints, tmp_path, monkeypatch, capsys):
+    tiny_phantoms().save(tmp_path / "real.safetensors")
+    SliceFeatureExtractor(block_out_channels=(8, 8), num_features=4).save_pretrained(tmp_path / "extractor")
+    run_here(
+        "train_ppo.py", "--pipeline", str(checkpoints / "pipeline"), "--reward_volume", str(checkpoints / "volume"),
+        "--real", str(tmp_path / "real.safetensors"), "--extractor", str(tmp_path / "extractor"),
+        "--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--patience", "1", "--report_to", "none",
+        "--rollout_batch_size", "4", "--num_rollout_batches", "1", "--train_batch_size", "2", "--num_inference_steps", "3",
+        "--learning_rate", "1e-2", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    distances = [line["watch/label_fid"] for line in read_log(tmp_path / "out")]
+    best = distances.index(min(distances))
+    assert len(distances) == min(best + 2, 4)  # one look without a lower one ends it
+    tuned = MedVolumePipeline.from_pretrained(tmp_path / "out" / "pipeline_rl")
+    assert bool(differing(copied(tuned.unet), copied(tiny_pipeline().unet))) == (
+        best > 0
+    )  # each is of before its update
+    assert "pipeline_rl" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -149,6 +169,9 @@ BAD = {
         "train_ppo.py", ["--pipeline", "{folder}/nothing", "--reward_volume", "r"], "nothing holds no MedVolumePipeline",
     ),
     "no reward": ("train_ppo.py", ["--pipeline", "{folder}/nothing"], "--pipeline needs a reward"),
+    "real volumes alone": (
+        "train_ppo.py", ["--pipeline", "p", "--reward_volume", "r", "--real", "x"], "--real and --extractor go together",
+    ),
     "no release": ("run_study.py", ["--config", "{folder}/release.yaml"], "is no pipeline folder"),
     "no metadata.csv": ("run_study.py", ["--config", "{folder}/folder.yaml"], "has no metadata.csv"),
     "no data_dir": ("run_study.py", ["--config", "{folder}/nowhere.yaml"], "needs data_dir"),

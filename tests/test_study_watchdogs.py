@@ -5,9 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_phantoms
 from tiny_release import released_study, write_tiny_release
 
-from msrl_diffusers import StudyConfig, run_study
+from msrl_diffusers import FrechetWatchdog, SliceFeatureExtractor, StudyConfig, run_study
+from msrl_diffusers.errors import InputError
+from msrl_diffusers.evaluation.features import extract_features
+from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.seeding import fold_seed
 from msrl_diffusers.study.artifacts import (
     best_sampler,
@@ -66,3 +70,21 @@ def test_watching_counts_as_forwards(release, tmp_path):
         for name in ("watched", "plain")
     ]
     assert forwards[0] - forwards[1] == 2 * 6 * 2  # looks x volumes x steps of the release's best sampler
+
+
+def test_a_frechet_watchdog_compares_as_many_of_every_class():
+    real = tiny_phantoms(4)
+    torch.manual_seed(0)
+    extractor = SliceFeatureExtractor(block_out_channels=(8, 8), num_features=3).eval()
+    watchdog = FrechetWatchdog(extractor, real)
+    assert watchdog.distance(real.pixel_values, real.class_labels) == pytest.approx(0, abs=1e-6)
+    few = torch.cat([(real.class_labels == label).nonzero()[:3, 0] for label in (1, 0)])
+    samples, labels = real.pixel_values[few].float() * 0.5, real.class_labels[few]
+    features = extract_features(extractor, samples)
+    of_real = extract_features(extractor, real.pixel_values)
+    by_hand = [
+        frechet_distance(of_real[real.class_labels == label][:3], features[labels == label]) for label in (0, 1)
+    ]
+    assert watchdog.distance(samples, labels) == pytest.approx(sum(by_hand) / 2)
+    with pytest.raises(InputError, match=r"of 'LGG' there are 1 and 4: make rollouts larger"):
+        watchdog.distance(samples[2:], labels[2:])

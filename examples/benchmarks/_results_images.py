@@ -1,4 +1,4 @@
-"""Lines of the README on images: text to image, and the trainer beside TRL's."""
+"""Lines of the page of results on images: text to image, and the trainer beside TRL's."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,8 @@ def story_lines(reports: dict[Path, dict]) -> list[str]:
         f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, {_rank_of_sampler(sampler)} before any tuning. Seeds are of PPO and "
         "what follows; the fine-tuned model is one. *Exact match*: share of "
         f"images that show all six attributes as their prompt states them; by the judge {limits['real']:.0%} of real images do and "
-        f"{limits['reconstruction']:.0%} of reconstructions by the autoencoder. FID: {first['fid']['n']} on each side, by a third classifier.",
+        f"{limits['reconstruction']:.0%} of reconstructions by the autoencoder. FID: {first['fid']['n']} on each side, by a third classifier; its "
+        "intervals were drawn over the images of all prompts at once.",
         "",
         "| seed | exact match by the judge | difference | by the reward classifier | FID | difference | KL | MS-SSIM within prompts |",
         "|---|---|---|---|---|---|---|---|",
@@ -26,7 +27,7 @@ def story_lines(reports: dict[Path, dict]) -> list[str]:
         fid, diversity = report["fid"], report["diversity"]
         (low, high), (fid_low, fid_high) = judge["difference"]["interval"], fid["difference"]["interval"]
         cells = [
-            f"[{report['seed']}](examples/results/{path.name})",
+            f"[{report['seed']}]({path.name})",
             f"{judge['before']:.1%} -> {judge['after']:.1%}",
             f"{100 * judge['difference']['value']:+.1f} points ({100 * low:+.1f} .. {100 * high:+.1f})",
             f"{reward['before']:.1%} -> {reward['after']:.1%}",
@@ -64,7 +65,7 @@ def _guided_line() -> str:
         "The fine-tuned model was trained without prompt dropout, so guidance makes it worse. One that was trained for longer, and for "
         f"guidance, matches without reinforcement learning: {best['reward_match']:.1%} by the reward classifier, FID {best['fid']:.1f}, "
         f"at {best['num_inference_steps']} steps, eta {best['eta']:g}, guidance {best['guidance_scale']:g} "
-        "([its samplers](examples/results/text-to-image-samplers-guided.md)); each of its steps costs two forwards."
+        "([its samplers](text-to-image-samplers-guided.md)); each of its steps costs two forwards."
     )
 
 
@@ -73,7 +74,7 @@ def _rank_of_sampler(sampler: dict) -> str:
     rows = json.loads((RESULTS / "text-to-image-samplers.json").read_text())["rows"]
     (own,) = [row["fid"] for row in rows if all(row[name] == value for name, value in sampler.items())]
     rank = sum(row["fid"] < own for row in rows) + 1
-    return f"number {rank} by FID of [{len(rows)} samplers](examples/results/text-to-image-samplers.md)"
+    return f"number {rank} by FID of [{len(rows)} samplers](text-to-image-samplers.md)"
 
 
 def _augmentation_lines(reports: list[dict]) -> list[str]:
@@ -102,7 +103,7 @@ def race_lines(race: dict) -> list[str]:
     }
     return [
         f"A tiny Stable Diffusion ({race['denoiser_parameters'] / 1e6:.1f} million parameters) with LoRA, {race['threads']} CPU threads, "
-        f"TRL {race['versions']['trl']['trl']}, medians of {race['seeds']} seeds ([JSON](examples/results/ppo-vs-trl.json)), at equal work:",
+        f"TRL {race['versions']['trl']['trl']}, medians of {race['seeds']} seeds ([JSON](ppo-vs-trl.json)), at equal work:",
         "",
         "| | ours / TRL's |",
         "|---|---|",

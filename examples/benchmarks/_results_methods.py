@@ -1,6 +1,6 @@
-"""Lines of the README on one pipeline tuned in several ways: by methods (`objectives.py`) and by recipes (`recipes.py`)."""
+"""Lines of the page of results on one pipeline tuned in several ways: by methods (`objectives.py`) and by recipes (`recipes.py`)."""
 
-from _readme_volumes import ROLES, mean_and_sd
+from _results_volumes import ROLES, mean_and_sd
 
 from msrl_diffusers.study.tables import REAL, STANDARD, TUNED
 
@@ -46,10 +46,11 @@ def method_lines(content: dict, memory: dict) -> list[str]:
         f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(rows)}); one set "
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
         "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen; KID is "
-        "the kernel distance, unbiased at any number of volumes. Settings were picked on other seeds, without a judge, but for "
-        "draft_cheap's second look at the label distance, added after runs with one had been judged on two of those. Forwards of the "
+        "the kernel distance, unbiased at any number of volumes. Settings were chosen on other seeds and without the judges, with one "
+        "exception: draft_cheap looked at the label distance once at first, and its second look was added when the judges' figures of runs "
+        "with one look, of two of those other seeds, were known. *Copies*: samples that the audit flags. Forwards of the "
         f"denoiser include those of watching; memory is what tuning takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
-        "([distances](examples/results/objectives-phantoms.md), [memory](examples/results/method-memory.json)).",
+        "([distances](objectives-phantoms.md), [memory](method-memory.json)).",
         "",
         "| method | take it when | judge | gap closed, judge | to held-out | by its KID | gap closed, second judge | label | MS-SSIM over real | copies | forwards | memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -57,7 +58,7 @@ def method_lines(content: dict, memory: dict) -> list[str]:
     for name, row in rows.items():
         cells = [
             METHODS[name],
-            _change(row["fid"]["judge"]),
+            _change(row["fid"]["judge"]) + _unchanged(row),
             *(_closed(row[gap][role]) for gap, role in GAPS),
             _change(row["fid"]["label"]),
             f"{row['ms_ssim_over_real']['mean']:.2f}",
@@ -70,7 +71,7 @@ def method_lines(content: dict, memory: dict) -> list[str]:
         *lines,
         "",
         _beside_ppo({name: share for name, share in content["share_of_ppo"].items() if name in rows}),
-        _perfect_sampler(first),
+        f"- {perfect_sampler(first)}",
         *(_accuracy_line(name, row["downstream"]) for name, row in rows.items() if row["downstream"]),
     ]
 
@@ -83,18 +84,19 @@ def _beside_ppo(shares: dict) -> str:
         if share["reaches_ppo"]
     ]
     missed = [name for name, share in shares.items() if not share["reaches_ppo"]]
-    beyond = f"; {_listed(missed)} did not" if missed else ""
-    return f"- At PPO's judge distance or nearer, over the same seeds: {', '.join(reached) or 'none'}{beyond}."
+    beyond = f"; {listed(missed)} did not" if missed else ""
+    return f"- Methods whose mean judge distance is at or below PPO's, over the same seeds: {', '.join(reached) or 'none'}{beyond}."
 
 
-def _perfect_sampler(row: dict) -> str:
+def perfect_sampler(row: dict) -> str:
     """What reconstructions of held-out volumes would close of the judge's gap, in place of samples."""
     fid = {arm: found["mean"] for arm, found in row["fid"]["judge"].items()}
     closed = (fid["standard"] - fid["limit_heldout"]) / (fid["standard"] - fid["limit"])
     return (
-        "- A gap closed by 100 % is out of reach: the limit reconstructs the training volumes, so it is compared with its own originals. "
+        "A gap closed by 100 % is out of reach: the limit reconstructs the training volumes, so it is compared with its own originals. "
         f"Reconstructions of held-out volumes, which a perfect sampler of new subjects would give, are {fid['limit_heldout']:.3f} from the "
-        f"training volumes by the judge: {closed:.0%} of the gap."
+        f"training volumes by the judge: {closed:.0%} of the gap. What closes more lies nearer to these very subjects than new ones would, so "
+        "distances to held-out volumes are measured too."
     )
 
 
@@ -113,7 +115,7 @@ def recipe_lines(content: dict, name: str) -> list[str]:
     lines = [
         f"PPO from the same pipeline with reward models of its own in every seed, by the published recipe, with each remedy alone, and by the "
         f"default recipe (`make demo` and the study run eight rollouts of it, without its floors): {content['n']['all']} volumes on each side, means over "
-        f"{len(rows['paper']['seeds'])} seeds ({', '.join(content['devices_of_runs'])}; [page](examples/results/{name}.md)). "
+        f"{len(rows['paper']['seeds'])} seeds ({', '.join(content['devices_of_runs'])}; [page]({name}.md)). "
         f"Below zero: farther from the real volumes than before tuning.",
         "",
         "| recipe | what it is | gap closed, judge | gap closed, second judge | gap closed, label | MS-SSIM over real | copies | reward gained | kept after rollouts, of |",
@@ -132,25 +134,23 @@ def recipe_lines(content: dict, name: str) -> list[str]:
         seeds = "" if number == len(rows["paper"]["seeds"]) else f" ({number} seeds)"
         lines.append(f"| {variant}{seeds} | " + " | ".join(cells) + " |")
     curves = {variant: rows[variant]["curves"] for variant in ("paper", "default")}
-    turning = [points[_lowest(points, "judge")]["rollout"] for points in curves["paper"]]
-    places = [
-        (_lowest(points, "label"), _lowest(points, "judge")) for by_seed in curves.values() for points in by_seed
-    ]
+    turning = [points[lowest(points, "judge")]["rollout"] for points in curves["paper"]]
+    places = [(lowest(points, "label"), lowest(points, "judge")) for by_seed in curves.values() for points in by_seed]
     later, earlier = (sum(label > judge for label, judge in places), sum(label < judge for label, judge in places))
     return [
         *lines,
         "",
         f"- The published recipe over-optimizes: along its runs (the curves, of samples by the rollouts' own sampler) the judge's distance is "
-        f"lowest after {_listed(turning)} of {rows['paper']['rollouts'][0]} rollouts, by seed. After it the reward that is trained on still "
+        f"lowest after {listed(turning)} of {rows['paper']['rollouts'][0]} rollouts, by seed. After it the reward that is trained on still "
         f"rises in {_rising('mean', curves['paper'])}, and so does that of a model which only watches in "
         f"{_rising('heldout', curves['paper'])}.",
         "- What helps is to pick the weights by the label distance, which is free at any time. Nearer to the real volumes by the judge end "
         f"{_nearer('early_stop', rows)}, {_nearer('default', rows)}, {_nearer('paper', rows)}.",
         "- It is no alarm that stops a run in time: along the runs of both recipes the label distance is lowest at a later point of the curve than "
-        f"the judge's in {later} of {len(places)}, at an earlier one in {earlier}; where the runs of the default recipe end, the judge's "
-        f"distance is above its start in {_worse_at_the_end(curves['default'])}.",
+        f"the judge's in {later} of {len(places)}, at an earlier one in {earlier}. Where the runs of the default recipe end (not at the weights "
+        f"that are kept), the judge's distance is above its start in {_worse_at_the_end(curves['default'])}.",
         "",
-        f"![What recipes close of the gap, and the curves of over-optimization](examples/results/{name}.png)",
+        f"![What recipes close of the gap, and the curves of over-optimization]({name}.png)",
     ]
 
 
@@ -160,14 +160,14 @@ def _nearer(variant: str, rows: dict) -> str:
     return f"{variant} in {nearer} of {len(after)} seeds"
 
 
-def _lowest(points: list, role: str) -> int:
+def lowest(points: list, role: str) -> int:
     """The place on a curve where a distance is lowest."""
     return min(range(len(points)), key=lambda place: points[place]["fid"][role])
 
 
 def _rising(reward: str, curves: list) -> str:
     """In how many runs a reward at the end is above that where the judge's distance is lowest."""
-    rises = [points[-1]["reward"][reward] > points[_lowest(points, "judge")]["reward"][reward] for points in curves]
+    rises = [points[-1]["reward"][reward] > points[lowest(points, "judge")]["reward"][reward] for points in curves]
     return f"{sum(rises)} of {len(rises)}"
 
 
@@ -176,7 +176,7 @@ def _worse_at_the_end(curves: list) -> str:
     return f"{sum(end > start for start, end in zip(first, last, strict=True))} of {len(curves)}"
 
 
-def _listed(values: list) -> str:
+def listed(values: list) -> str:
     *others, last = map(str, values)
     return f"{', '.join(others)} and {last}" if others else last
 
@@ -187,9 +187,9 @@ def refusal_line(content: dict, name: str) -> str:
     closed = {variant: _closed(rows[variant]["gap_closed"]["judge"]) for variant in ("unchecked", "paper")}
     return (
         f"- On a second pipeline of the same config (its extractors are others: distances do not compare with the table's), "
-        f"{len(content['seeds'])} seeds of reward models and PPO ([page](examples/results/{name}.md)): the default recipe, which has "
-        f"`validity_floors`, found its reward models below them and refused to start in {refused}; without floors it closed {closed['unchecked']} of the judge's gap, the published recipe, which has no floors, {closed['paper']}: less than nothing "
-        "is farther from the real volumes than before."
+        f"{len(content['seeds'])} seeds of reward models and PPO ([page]({name}.md)): the default recipe, which has "
+        f"`validity_floors`, found its reward models below them and refused to start in {refused}; without floors it closed {closed['unchecked']} of the judge's gap, the published recipe, which has no floors, {closed['paper']}. Below zero: "
+        "farther from the real volumes than before."
     )
 
 
@@ -199,11 +199,11 @@ def lower_line(content: dict, name: str) -> str:
     for method, row in content["variants"].items():
         before, after = (row["fid"]["judge"][arm]["values"] for arm in ("standard", "rl"))
         nearer = sum(new < old for new, old in zip(after, before, strict=True))
-        parts.append(f"{method} {nearer} of {len(after)} ({_change(row['fid']['judge'])})")
+        parts.append(f"{method} {nearer} of {len(after)} ({_change(row['fid']['judge'])}{_unchanged(row)})")
     first = next(iter(content["variants"].values()))
     kid = ", ".join(f"{value:+.4f}" for value in first["kid"]["judge"]["standard"]["values"])
     return (
-        f"- That pipeline tuned by several methods ([page](examples/results/{name}.md)); nearer to the real volumes by the judge: "
+        f"- That pipeline tuned by several methods ([page]({name}.md)); nearer to the real volumes by the judge: "
         f"{', '.join(parts)}. The judge's KID of the pretrained model is {kid} by seed, where 0 is no difference: with "
         f"{content['n']['all']} volumes on each side there is no gap that it could see closed."
     )
@@ -226,6 +226,12 @@ def _limit(role: str, row: dict) -> str:
 def _change(fids: dict) -> str:
     """A distance before and after tuning."""
     return " -> ".join(mean_and_sd(fids[arm], 3) for arm in ("standard", "rl"))
+
+
+def _unchanged(row: dict) -> str:
+    """In how many seeds the weights that were kept are the pretrained ones; figures may differ by another choice of sampler."""
+    number = row["kept_after"].count(0)
+    return f"; weights unchanged in {number} of {len(row['seeds'])}" if number else ""
 
 
 def _closed(figure: dict | None) -> str:

@@ -1,4 +1,4 @@
-"""Lines of the README on studies of volumes: distances before and after, the paper's tables, classes to be seen."""
+"""Lines of the page of results on studies of volumes: distances before and after, the paper's tables, classes to be seen."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def study_lines(reports: dict[Path, dict]) -> list[str]:
                 ]
             else:
                 cells += ["unchanged", "", "", ""]
-            seed = f"[{report['seed']}](examples/results/{path.name})" if role == ROLES[0] else ""
+            seed = f"[{report['seed']}]({path.name})" if role == ROLES[0] else ""
             lines.append(f"| {seed} | {role.replace('_', ' ')} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -86,13 +86,11 @@ def _gap_closed(fids: dict[str, float]) -> str:
 def paper_lines(content: dict, name: str) -> list[str]:
     """What a study over seeds (`tables.json`) says: its ablations, its classifiers, and which of the paper's findings hold."""
     data = next(iter(content["published"]["fid"]))
-    seeds, (title, config) = len(content["seeds"]), STUDIES[name]
+    seeds, (_, config) = len(content["seeds"]), STUDIES[name]
     lines = [
-        f"### The paper's tables: {title}",
-        "",
         f"`msrl study --config examples/configs/{config} --seeds {' '.join(map(str, content['seeds']))} --ablations "
         f"{' '.join(variant for variant in content['ablations'] if variant != 'full')}`: {content['n']['all']} volumes on each side, mean and "
-        f"deviation over {seeds} seeds of the reward models, PPO and the evaluation ([all tables](examples/results/{name}/tables.md)). Published "
+        f"deviation over {seeds} seeds of the reward models, PPO and the evaluation ([all tables]({name}/tables.md)). Published "
         f"figures ({content['published']['source']}, {data}) are of other data and another extractor; compare shares of the gap. *Accuracy*: of a "
         "classifier that is pretrained on the volumes of the arm and then trained on few real ones (`downstream_per_class` of the config).",
         "",
@@ -144,7 +142,7 @@ def agreement_lines(content: dict) -> list[str]:
     real = first["agreement"]["real_floor"]["all"]["value"]
     lines = [
         f"Of the samples above, and of {real:.1%} of held-out real volumes, {content['classifiers']} classifiers that were trained on real "
-        "volumes alone and had no part in anything else read it ([with intervals and by class](examples/results/class-agreement.md)):",
+        "volumes alone and had no part in anything else read it ([with intervals and by class](class-agreement.md)):",
         "",
         "| run | before | after | after minus before, paired | HGG (ring), before | HGG, after |",
         "|---|---|---|---|---|---|",

@@ -1,79 +1,92 @@
-"""The README's section of results, from the JSON files under examples/results; nothing in it is typed.
+"""The page of results, and the README's summary of it, from the JSON files under examples/results; nothing in them is typed.
 
-    python examples/benchmarks/readme_results.py
+    python examples/benchmarks/results_page.py
 
-Writes what stands between the two marks in README.md anew. A test holds that the two agree.
+Writes examples/results/README.md, and what stands between the two marks in README.md. A test holds that they agree with the
+files.
 """
 
 import json
 from pathlib import Path
 
-from _readme_images import race_lines, story_lines
-from _readme_methods import lower_line, method_lines, recipe_lines, refusal_line
-from _readme_volumes import agreement_lines, paper_lines, study_lines
+from _results_images import race_lines, story_lines
+from _results_methods import lower_line, method_lines, recipe_lines, refusal_line
+from _results_summary import summary_lines
+from _results_volumes import STUDIES, agreement_lines, paper_lines, study_lines
 
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
-START, END = "<!-- results: begin, by examples/benchmarks/readme_results.py -->", "<!-- results: end -->"
+START, END = "<!-- results: begin, by examples/benchmarks/results_page.py -->", "<!-- results: end -->"
+TITLE = """# Results
+
+Made by `examples/benchmarks/results_page.py` from the JSON files in this folder, which say with which seeds, numbers of
+volumes, extractors, versions and commit they were made. Words are explained in the [glossary](../README.md#words); what is measured,
+and how, in the [README](../../README.md#what-it-measures-and-how). Not for clinical use.
+"""
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(updated(readme.read_text()))
+    (RESULTS / "README.md").write_text(page())
 
 
 def updated(readme: str) -> str:
-    """The README's text with the section made anew."""
+    """The README's text with its summary made anew."""
     before, rest = readme.split(START)
     _, after = rest.split(END)
-    return f"{before}{START}\n{section()}{END}{after}"
+    return f"{before}{START}\n{summary()}\n{END}{after}"
 
 
-def section() -> str:
+def summary() -> str:
     """The lines between the marks."""
-    demos = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("phantoms-demo-seed*.json"))}
-    lines = ["### Phantoms at 32^3: `make demo`", "", *study_lines(demos), ""]
-    agreement = RESULTS / "class-agreement.json"
-    if agreement.is_file():
-        lines += [
-            "### Is the tumor that was asked for to be seen?",
-            "",
-            *agreement_lines(json.loads(agreement.read_text())),
-            "",
-        ]
-    objectives = RESULTS / "objectives-phantoms.json"
-    if objectives.is_file():
-        memory = json.loads((RESULTS / "method-memory.json").read_text())
-        lines += [
-            "### The same pipeline by other methods",
-            "",
-            *method_lines(json.loads(objectives.read_text()), memory),
-            "",
-        ]
-    recipes = RESULTS / "recipes-phantoms.json"
-    if recipes.is_file():
-        lines += [
-            "### Rewards under optimization",
-            "",
-            *recipe_lines(json.loads(recipes.read_text()), recipes.stem),
-            "",
-        ]
-    for path in sorted(RESULTS.glob("study-*/tables.json")):
-        lines += [*paper_lines(json.loads(path.read_text()), path.parent.name), ""]
-    others = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("ixi-*.json"))}
-    if others:
-        recipes = RESULTS / "recipes-ixi.json"
-        refusals = [refusal_line(json.loads(recipes.read_text()), recipes.stem)] if recipes.is_file() else []
-        methods = RESULTS / "objectives-ixi.json"
-        by_method = [lower_line(json.loads(methods.read_text()), methods.stem)] if methods.is_file() else []
-        lines += ["### Real brains at 32^3: IXI, classes by age", "", *study_lines(others), *refusals, *by_method, ""]
-    stories = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("dermoscopy-seed*.json"))}
-    if stories:
-        lines += ["### Text to image: drawn dermoscopy images at 32 x 32", "", *story_lines(stories), ""]
-    race = json.loads((RESULTS / "ppo-vs-trl.json").read_text())
-    lines += ["### The trainer beside TRL's DDPOTrainer", "", *race_lines(race), ""]
-    return "\n".join(lines)
+    found = summary_lines(
+        reports_of("phantoms-demo-seed*.json"), read("objectives-phantoms.json"), read("recipes-phantoms.json"),
+        read("study-phantoms-32/tables.json"), read("class-agreement.json"), read("objectives-ixi.json"),
+        reports_of("dermoscopy-seed*.json"),
+    )  # fmt: skip
+    return "\n".join(found)
+
+
+def page() -> str:
+    """The page: a section for each study."""
+    sections = {
+        "Phantoms at 32^3: `make demo`": study_lines(by_path("phantoms-demo-seed*.json")),
+        "Is the tumor that was asked for to be seen?": agreement_lines(read("class-agreement.json")),
+        "The same pipeline by other methods": method_lines(
+            read("objectives-phantoms.json"), read("method-memory.json")
+        ),
+        "Rewards under optimization": recipe_lines(read("recipes-phantoms.json"), "recipes-phantoms"),
+        **{
+            f"The paper's tables: {STUDIES[path.parent.name][0]}": paper_lines(content, path.parent.name)
+            for path, content in by_path("study-*/tables.json").items()
+        },
+        "Real brains at 32^3: IXI, classes by age": [
+            *study_lines(by_path("ixi-*.json")),
+            refusal_line(read("recipes-ixi.json"), "recipes-ixi"),
+            lower_line(read("objectives-ixi.json"), "objectives-ixi"),
+        ],
+        "Text to image: drawn dermoscopy images at 32 x 32": story_lines(by_path("dermoscopy-seed*.json")),
+        "The trainer beside TRL's DDPOTrainer": race_lines(read("ppo-vs-trl.json")),
+    }
+    parts = ["\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items()]
+    return "\n".join([TITLE, *parts])
+
+
+def read(name: str) -> dict:
+    """What a file of the results says."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def by_path(pattern: str) -> dict[Path, dict]:
+    """Several files, in the order of their names."""
+    return {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
+
+
+def reports_of(pattern: str) -> list[dict]:
+    """As `by_path`, without the paths."""
+    return list(by_path(pattern).values())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 
 from ..data.volumes import VolumeDataset
-from ..evaluation.features import extract_features
-from ..evaluation.fidelity import frechet_distance
 from ..evaluation.set_labels import SetLabeler
 from ..evaluation.validity import check_validity
 from ..models.feature_extractors import RewardFeatureExtractor
@@ -19,6 +17,7 @@ from ..rewards import LearnedReward
 from ..rollouts import Rollout
 from ..seeding import fold_seed
 from ..trainers.frechet_trainer import FrechetTrainer
+from ..trainers.frechet_watchdog import FrechetWatchdog
 from ..trainers.nft_trainer import DiffusionNFTTrainer
 from ..trainers.ppo_trainer import DiffusionPPOTrainer
 from ..trainers.refresh import RewardRefresh
@@ -85,24 +84,17 @@ def watchdogs(
     from the same noise every time, so that weights differ in nothing else.
     """
     heldout, watched = LearnedReward("heldout", heldout_model), _watched(config, train)
-    real_features = extract_features(extractor, train.pixel_values)
+    frechet = FrechetWatchdog(extractor, train)
 
     def heldout_reward(rollout: Rollout) -> float:
         return heldout(rollout.samples, rollout.conditions).mean().item()
 
     def label_fid(rollout: Rollout) -> float:
-        samples, conditions = rollout.samples, rollout.conditions.cpu()
-        if watched is not None:
-            seed = config.seed_of(config.method)
-            drawn = sample_with(pipeline, watched, best_sampler(config), config, fold_seed(seed, "watch"))
-            samples, conditions = drawn.pixel_values, drawn.class_labels
-        features = extract_features(extractor, samples).cpu()
-        distances = []
-        for label in train.id2label:
-            real, generated = real_features[train.class_labels == label], features[conditions == label]
-            count = min(len(real), len(generated))
-            distances.append(frechet_distance(real[:count], generated[:count]))
-        return sum(distances) / len(distances)
+        if watched is None:
+            return frechet(rollout)
+        seed = config.seed_of(config.method)
+        drawn = sample_with(pipeline, watched, best_sampler(config), config, fold_seed(seed, "watch"))
+        return frechet.distance(drawn.pixel_values, drawn.class_labels)
 
     return {"heldout_reward": heldout_reward, "label_fid": label_fid}
 

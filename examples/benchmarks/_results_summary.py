@@ -1,0 +1,144 @@
+"""Lines of the README's summary of results: one table over all studies of volumes, and what each says in a sentence."""
+
+from statistics import fmean
+
+from _results_methods import listed, lowest, perfect_sampler
+from _results_volumes import mean_and_sd
+
+from msrl_diffusers.study.tables import summary, verdict
+
+
+PAGE = "examples/results/README.md"
+JUDGES = ("judge", "second_judge")
+
+
+def summary_lines(
+    demos: list[dict], methods: dict, recipes: dict, tables: dict, agreement: dict, ixi: dict, stories: list[dict]
+) -> list[str]:
+    """The table, and a sentence or two on each: `demos` and `stories` are reports, the others what benchmarks and studies
+    over seeds wrote."""
+    lines = [
+        "*Judges* are networks that had no part in training. *Gap closed*: (before - after) / (before - reconstructions), of Frechet "
+        "distances to the training volumes; means over seeds, in brackets the 95 % interval over seeds. Below zero: farther from the real "
+        "volumes than before.",
+        "",
+        "| what was tuned, and how | seeds | judge's distance | gap closed, judge | gap closed, second judge |",
+        "|---|---|---|---|---|",
+        _row("phantoms, `make demo`: PPO by the default recipe", _of_reports(demos)),
+        *(
+            _row(f"phantoms, {title}", methods["variants"][name])
+            for name, title in {
+                "draft_cheap": "gradients of the rewards (DRaFT-1)",
+                "frechet": "the Frechet distance as the loss",
+            }.items()
+        ),
+        *(
+            _row(f"phantoms, {title}", recipes["variants"][name])
+            for name, title in {
+                "paper": "PPO by the published recipe, 12 rollouts",
+                "default": "PPO by the default recipe, as long",
+            }.items()
+        ),
+        *(
+            _row(f"real brains (IXI), {title}", ixi["variants"][name])
+            for name, title in {"ppo": "PPO", "frechet": "the Frechet distance as the loss"}.items()
+        ),
+    ]
+    return [
+        *lines,
+        "",
+        _demo_line(demos, agreement),
+        f"- {perfect_sampler(next(iter(methods['variants'].values())))}",
+        _recipe_line(recipes),
+        _paper_line(tables),
+        _ixi_line(ixi),
+        _story_line(stories),
+        "",
+        f"By seed, by method, with costs, diversity, copies and intervals: [{PAGE}]({PAGE}).",
+    ]
+
+
+def _of_reports(reports: list[dict]) -> dict:
+    """The figures of `_row`, of reports of one study over seeds."""
+    return {
+        "seeds": [report["seed"] for report in reports],
+        "fid": {
+            "judge": {
+                arm: summary([report["fid"]["judge"][arm]["all"] for report in reports]) for arm in ("standard", "rl")
+            }
+        },
+        "gap_closed": {role: verdict([report["gap_closed"][role] for report in reports]) for role in JUDGES},
+    }
+
+
+def _row(title: str, row: dict) -> str:
+    fids = [mean_and_sd(row["fid"]["judge"][arm], 3) for arm in ("standard", "rl")]
+    cells = [title, str(len(row["seeds"])), " -> ".join(fids)]
+    return "| " + " | ".join(cells + [_percent(row["gap_closed"][role]) for role in JUDGES]) + " |"
+
+
+def _percent(figure: dict) -> str:
+    low, high = figure["interval"]
+    return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
+
+
+def _demo_line(reports: list[dict], agreement: dict) -> str:
+    def change(figure: str, of: str = "manifold") -> str:
+        means = [fmean(report["diversity"][arm][of][figure] for report in reports) for arm in ("standard", "rl")]
+        return " -> ".join(f"{mean:.2f}" for mean in means)
+
+    lower = sum(all(report["fid_rl_minus_standard"][role]["interval"][1] < 0 for role in JUDGES) for report in reports)
+    shown = [
+        fmean(study["agreement"][arm]["all"]["value"] for study in agreement["studies"].values())
+        for arm in ("standard", "rl")
+    ]
+    return (
+        f"- After `make demo` the distances by both judges are lower in {lower} of {len(reports)} seeds by more than the bootstrap interval "
+        f"within each. Samples get more diverse (MS-SSIM of pairs {change('value', 'ms_ssim')}; real volumes "
+        f"{fmean(report['diversity']['real']['ms_ssim']['value'] for report in reports):.2f}), show the tumor that was asked for more often "
+        f"({shown[0]:.0%} -> {shown[1]:.0%}), and lie less densely near real ones (precision {change('precision')}, density "
+        f"{change('density')}, coverage {change('coverage')})."
+    )
+
+
+def _recipe_line(content: dict) -> str:
+    paper = content["variants"]["paper"]
+    turning = [points[lowest(points, "judge")]["rollout"] for points in paper["curves"]]
+    return (
+        f"- Over-optimization: by the published recipe the judge's distance turns after {listed(turning)} of {paper['rollouts'][0]} rollouts, "
+        "by seed, while every reward goes on rising, one that only watches too. What helps is to pick the weights by the label distance, "
+        f"which costs nothing; it is no alarm that stops a run in time ([curves]({PAGE}#rewards-under-optimization))."
+    )
+
+
+def _paper_line(tables: dict) -> str:
+    by_verdict = {
+        verdict: [finding["claim"] for finding in tables["findings"] if finding["holds"] is verdict]
+        for verdict in (True, False, None)
+    }
+    refuted = f" The opposite holds: {'; '.join(by_verdict[False])}." if by_verdict[False] else ""
+    return (
+        f"- Of the paper's findings, on phantoms over {len(tables['seeds'])} seeds, these hold: {'; '.join(by_verdict[True])}.{refuted} Not "
+        f"shown, with intervals that include zero: {'; '.join(by_verdict[None])} ([tables]({PAGE}#the-papers-tables-phantoms-at-323))."
+    )
+
+
+def _ixi_line(ixi: dict) -> str:
+    kid = next(iter(ixi["variants"].values()))["kid"]["judge"]["standard"]["values"]
+    return (
+        f"- Real brains: with {ixi['n']['all']} held-out volumes the judge sees no gap that could be closed (KID of the pretrained model "
+        f"{', '.join(f'{value:+.4f}' for value in kid)} by seed, where 0 is no difference), reward models hardly rank unseen subjects, and "
+        "`validity_floors` refuse them: this shows that the chain runs, and not what it gains on patients."
+    )
+
+
+def _story_line(reports: list[dict]) -> str:
+    match = [fmean(report["attribute_match"]["judge"][arm] for report in reports) for arm in ("before", "after")]
+    fid = [fmean(report["fid"][arm] for report in reports) for arm in ("before", "after")]
+    beyond = sum(report["fid"]["difference"]["interval"][0] > 0 for report in reports)
+    return (
+        f"- Text to image (drawn images, a small model): PPO raises the share of images that show all their prompt states from {match[0]:.0%} "
+        f"to {match[1]:.0%} by a classifier that gave no reward; FID goes from {fid[0]:.1f} to {fid[1]:.1f}, beyond its interval in {beyond} "
+        f"of {len(reports)} seeds. A model trained for longer, and guided, gets as far without PPO "
+        f"([results]({PAGE}#text-to-image-drawn-dermoscopy-images-at-32-x-32))."
+    )

@@ -1,0 +1,49 @@
+"""A watchdog that asks nobody for a label: the Frechet distance of a rollout's samples to real volumes."""
+
+import torch
+
+from ..data.volumes import VolumeDataset
+from ..errors import InputError
+from ..evaluation.features import extract_features
+from ..evaluation.fidelity import frechet_distance
+from ..rollouts import Rollout
+
+
+class FrechetWatchdog:
+    """The Frechet distance to real volumes, the mean over their classes; with `select_by="-NAME"` of a trainer it picks the weights.
+
+    Rewards go on rising when samples get worse; of the figures that cost nothing this one follows an unseen judge the longest
+    (`examples/results/README.md`, "Rewards under optimization"). As many volumes are compared as the smaller side has: give
+    rollouts of a few dozen samples of each class or more, for the distance of fewer is mostly chance.
+
+    Args:
+        extractor: network of the features, as `evaluation.features.extract_features` takes it; on the device of the samples, and
+            not the one that judges in the end.
+        real: the volumes, of the pipeline's classes.
+    """
+
+    def __init__(self, extractor: torch.nn.Module, real: VolumeDataset):
+        self.extractor, self.real = extractor, real
+        self._features = extract_features(extractor, real.pixel_values)
+
+    def __call__(self, rollout: Rollout) -> float:
+        return self.distance(rollout.samples, rollout.conditions)
+
+    def distance(self, samples: torch.Tensor, class_labels: torch.Tensor) -> float:
+        """The distance of samples `[N, C, D, H, W]` in [-1, 1] with class labels `[N]`.
+
+        Raises:
+            InputError: a class with fewer than two samples, of which there is no covariance.
+        """
+        features, class_labels = extract_features(self.extractor, samples).cpu(), class_labels.cpu()
+        distances = []
+        for label, name in self.real.id2label.items():
+            real, generated = self._features[self.real.class_labels == label], features[class_labels == label]
+            count = min(len(real), len(generated))
+            if count < 2:
+                raise InputError(
+                    f"A Frechet distance needs two samples and two real volumes of every class; of {name!r} there are "
+                    f"{len(generated)} and {len(real)}: make rollouts larger."
+                )
+            distances.append(frechet_distance(real[:count], generated[:count]))
+        return sum(distances) / len(distances)
