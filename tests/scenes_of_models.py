@@ -25,6 +25,7 @@ from msrl_diffusers import MedVolumePipeline, VolumeRewardModel
 from msrl_diffusers.data.phantoms import load_phantoms, write_phantoms
 from msrl_diffusers.evaluation import extractors
 from msrl_diffusers.hub import push_folder
+from msrl_diffusers.policies import make_policy
 from msrl_diffusers.text_to_image.command_line import MODELS
 from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.lora import save_lora
@@ -292,6 +293,22 @@ def tune_in_python(stage: Stage) -> None:
     before = MedVolumePipeline.from_pretrained(names["home"])
     # a line is of the weights before its update
     assert bool(differing(copied(names["pipe"].unet), copied(before.unet))) == (min(distances) < distances[0])
+
+
+@scene("from diffusers import DDIMScheduler", here=True, slow=False)
+def train_without_a_yaml_file(stage: Stage) -> None:
+    """With two steps of four small volumes; the networks are those of the page."""
+    tiny_phantoms(2).save(stage.folder / "data/mine/train.safetensors")
+    for name in ("VQGANConfig", "LatentDiffusionConfig"):
+        config_class = getattr(msrl_diffusers, name)
+        few = {"max_steps": 2, "train_batch_size": 2, "report_to": "none"}
+        shrunk = partial(lambda config_class, few, **fields: config_class(**{**fields, **few}), config_class, few)
+        stage.monkeypatch.setattr(msrl_diffusers, name, shrunk, raising=False)
+    stage.execute()
+    pipe = MedVolumePipeline.from_pretrained(stage.folder / "out/pipeline")
+    assert pipe.vqvae.config.scaling_factor != 1  # that of these volumes
+    assert pipe("LGG", num_inference_steps=2, output_type="pt").volumes.shape == (1, 1, 16, 16, 16)
+    make_policy(pipe)  # as trainers do: refuses what no rollout can use
 
 
 @scene("from diffusers import StableDiffusionPipeline", here=True, slow=False)
