@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMParallelScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from .errors import InputError
 from .functional.denoising import StepMoments, ddim_moments, ddim_std, gaussian_log_prob
 from .policies.base import Conditioning, DenoisingPolicy
 
@@ -34,10 +35,10 @@ class StepTable:
         """The grid of a `DDIMScheduler`.
 
         Raises:
-            ValueError: the scheduler has no DDIM transition; others share its tables but not its grid.
+            InputError: the scheduler has no DDIM transition; others share its tables but not its grid.
         """
         if not isinstance(scheduler, DDIMScheduler | DDIMParallelScheduler):
-            raise ValueError(
+            raise InputError(
                 f"Rollouts need the DDIM transition; {type(scheduler).__name__} has none. "
                 "Use DDIMScheduler.from_config(pipeline.scheduler.config)."
             )

@@ -181,6 +181,13 @@ def test_options_of_a_study_that_are_refused(fields, message):
         StudyConfig(**fields)
 
 
+def test_a_stage_without_checkpoints_begins_anew():
+    """`"latest"` would be refused: the log of the run before would be lost."""
+    study = StudyConfig(vqgan={"save_steps": 0}, ppo={"save_steps": 0, "resume_from_checkpoint": "checkpoint-3"})
+    found = {name: study.trainer_config(name).resume_from_checkpoint for name in ("vqgan", "diffusion", "ppo")}
+    assert found == {"vqgan": None, "diffusion": "latest", "ppo": "checkpoint-3"}
+
+
 def test_a_study_hands_its_settings_to_the_trainers(tmp_path):
     study = StudyConfig(
         output_dir=str(tmp_path), seed=3, max_steps=7, mixed_precision="bf16", vqgan={"max_steps": 5, "seed": 4},

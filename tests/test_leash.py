@@ -115,6 +115,11 @@ def test_a_reference_that_never_moves_is_the_pretrained_one(tmp_path):
     assert moving.unet_forwards == plain.unet_forwards + 3 * 8 * 4
 
 
+def test_a_weight_that_adapts_beside_a_reference_that_moves_is_refused(tmp_path):
+    with pytest.raises(InputError, match="kl_coef would grow with it: unset reference_update_steps, or set kl_mode"):
+        config(tmp_path, kl_mode="adaptive", kl_coef=1.0, reference_update_steps=2)
+
+
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_a_moving_reference_resumes_exactly(use_lora, tmp_path):
     settings = {

@@ -316,6 +316,18 @@ def test_samplers_that_do_not_fit(settings, message, tmp_path):
         DiffusionNFTTrainer(tiny_pipeline(), Brightness(), config(tmp_path, **settings))
 
 
+def test_a_sampler_clips_no_latents_even_if_its_class_would(tmp_path):
+    """DPM-Solver has no such option, so its config says nothing of it, and DDIM clips by default."""
+    pipeline = tiny_pipeline()
+    expected = FinalSampler(make_policy(pipeline), config(tmp_path)).scheduler
+    plain = {name: value for name, value in pipeline.scheduler.config.items() if name != "clip_sample"}
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(plain)
+    sampler = FinalSampler(make_policy(pipeline), config(tmp_path, sampler="DDIMScheduler"))
+    assert not sampler.scheduler.config.clip_sample
+    assert torch.equal(sampler.scheduler.alphas_cumprod, expected.alphas_cumprod)
+    assert type(FinalSampler(make_policy(pipeline), config(tmp_path)).scheduler) is DPMSolverMultistepScheduler
+
+
 def test_epsilon_prediction_needs_some_signal(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.scheduler.register_to_config(prediction_type="epsilon")

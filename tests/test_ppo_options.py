@@ -11,7 +11,14 @@ from test_ppo_trainer import config
 from tiny import Brightness, copied, differing, tiny_pipeline, tiny_stable_diffusion
 from transformers import TrainerCallback
 
-from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer
+from msrl_diffusers import (
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    DiffusionPPOConfig,
+    DiffusionPPOTrainer,
+    RewardBackpropConfig,
+    RewardBackpropTrainer,
+)
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.functional.denoising import ddim_std
 from msrl_diffusers.functional.objectives import adapted_kl_coef, kl_mask_loss
@@ -129,6 +136,14 @@ def test_training_in_windows(tmp_path):
     assert log[0]["ppo/ratio_first"] == pytest.approx(1, abs=1e-6)
     # per rollout of 64: four forwards to sample, one step trained by three passes; one batch of 32 is watched
     assert trainer.unet_forwards == 8 * (64 * 4 + 64 * 3 + 32 // 8)
+
+
+def test_in_half_precision_the_frozen_copy_is_guided_as_the_policy_is(tmp_path):
+    """accelerate makes the trained denoiser's output float32, and the formula of guidance is in it then."""
+    settings = {"mixed_precision": "bf16", "guidance_scale": 3.0, "kl_coef": 1.0}
+    _, _, log = train(tmp_path, max_steps=2, **settings)
+    assert log[0]["ppo/kl"] == 0
+    assert log[1]["ppo/kl"] > 0
 
 
 def test_guidance_in_the_rollout_only(tmp_path):
@@ -255,6 +270,22 @@ def test_watchdogs_look_now_and_then_at_the_weights_that_would_be_kept(tmp_path)
     assert differing(copied(pipeline.unet), load_file(tmp_path / "checkpoint-4/model.safetensors"))
     with pytest.raises(InputError, match="watch_steps"):
         config(tmp_path, watch_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"),
+    [
+        (DiffusionPPOTrainer, DiffusionPPOConfig),
+        (DiffusionNFTTrainer, DiffusionNFTConfig),
+        (RewardBackpropTrainer, RewardBackpropConfig),
+    ],
+)
+def test_patience_without_a_figure_to_select_by_is_refused(trainer_class, config_class, tmp_path):
+    args = config_class(output_dir=str(tmp_path), patience=3)
+    watching = {"watchdogs": {"bright": lambda rollout: 1.0}}
+    with pytest.raises(InputError, match=r"patience=3 counts rollouts .*: name a watchdog by select_by, or unset"):
+        trainer_class(tiny_pipeline(), Brightness(), args, **watching)
+    assert trainer_class(tiny_pipeline(), Brightness(), args, **watching, select_by="bright").watch.patience == 3
 
 
 class Recorder(TrainerCallback):

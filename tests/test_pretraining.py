@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from tiny import copied, differing, tiny_phantoms
 from trainers_scene import build
 
-from msrl_diffusers import FeatureConfig, MedVolumePipeline
+from msrl_diffusers import FeatureConfig, LatentDiffusionConfig, MedVolumePipeline
 from msrl_diffusers.data.degradations import DEGRADATIONS
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.policies import make_policy
@@ -160,6 +160,29 @@ def test_features_may_be_told_degradations(tmp_path):
     assert "degradation" not in untold.network.heads
     with pytest.raises(InputError, match="degraded_share must lie in"):
         FeatureConfig(degraded_share=1.5)
+
+
+def test_gradients_of_the_discriminator_of_volumes_in_bf16(tmp_path):
+    """Its last maps have two voxels an edge, where some CPUs' bf16 convolutions give garbage."""
+    trainer, _ = build("vqgan-fsq", tmp_path, discriminator_layers=1)
+    network, gradients = trainer.discriminators["volume"], []
+    volumes = torch.randn(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    for enabled in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            *features, last = network(volumes)
+        (last.float() * torch.linspace(0, 1, last.numel()).reshape(last.shape)).sum().backward()
+        gradients.append(network.final_conv.conv.weight.grad.clone())
+    assert last.shape[2:] == (2, 2, 2)
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+    assert last.dtype == torch.float32
+    assert {feature.dtype for feature in features} == {torch.bfloat16}  # larger maps stay in it
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, float("nan")])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(InputError, match="ema_decay must lie between 0 and 1"):
+        LatentDiffusionConfig(ema_decay=decay)
 
 
 def test_a_denoiser_without_class_dropout_can_not_be_guided(tmp_path):

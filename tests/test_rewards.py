@@ -84,6 +84,27 @@ def test_a_reward_without_spread_does_not_blow_up():
     assert torch.isfinite(flat(torch.full((3, 1, 2), 2.0), [0] * 3)).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, -300.0])
+def test_a_reward_that_was_constant_at_first_does_not_rule_later(value):
+    samples = torch.randn(8, 1, 2, generator=torch.Generator().manual_seed(0))
+    rounding = torch.tensor([0.0, 1e-7, -1e-7, 0.0] * 2)
+    rare = Formula("rare", lambda x: value * (1 + rounding) + (first_voxel(x) > 10).float())
+    both = WeightedSum([rare, Formula("other", last_voxel)])
+    both.fit(both.parts(samples, [0] * 8))
+    assert both.scales["rare"].std == 1
+    assert both.scales["other"].std == pytest.approx(last_voxel(samples).std().item())
+    alone = both.scales["rare"].standardise(rare(samples, [0] * 8))
+    torch.testing.assert_close(alone, torch.zeros(8), atol=1e-4, rtol=0)
+    samples[3, 0, 0] = 11.0
+    hit = both.scales["rare"].standardise(rare(samples, [0] * 8))
+    torch.testing.assert_close(hit, torch.eye(8)[3], atol=1e-4, rtol=0)
+
+
+def test_a_small_spread_that_is_no_rounding_is_a_scale():
+    values = 1e-3 + 1e-7 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert Scale.of(values).std == pytest.approx(1e-7, rel=0.3)
+
+
 def test_two_rewards_of_one_name_are_refused():
     with pytest.raises(ValueError, match="same"):
         WeightedSum([Formula("same", first_voxel), Formula("same", last_voxel)])

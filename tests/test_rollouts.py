@@ -1,6 +1,12 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from peft import LoraConfig
 from tiny import tiny_pipeline
 
@@ -76,6 +82,27 @@ def test_a_scheduler_that_clips_latents_is_refused(option):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{option: True})
     with pytest.raises(InputError, match=rf"has {option}, which clips latents .* set pipe.scheduler = DDIMScheduler"):
         make_policy(pipeline)
+
+
+@pytest.mark.parametrize(
+    "scheduler_class", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler]
+)
+def test_steps_are_those_of_ddim_whatever_sampler_the_pipeline_has(scheduler_class):
+    _, expected = roll(make_policy(tiny_pipeline()), [0, 1, 2])
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = sampler = scheduler_class.from_config(pipeline.scheduler.config)
+    policy = make_policy(pipeline)
+    _, rollout = roll(policy, [0, 1, 2])
+    assert torch.equal(rollout.latents, expected.latents)
+    assert pipeline.scheduler is policy.sampler is sampler
+    assert not policy.scheduler.config.clip_sample
+
+
+def test_a_scheduler_for_other_noise_is_refused():
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has none"):
+        roll(make_policy(pipeline), [0])
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])

@@ -284,6 +284,7 @@ def test_given_models_are_used_and_not_trained(finished, tmp_path):
         ({"unet": {"block_channels": [8]}}, "Section 'unet' has the unknown field 'block_channels'"),
         ({"ppo": {"max_step": 3}}, "Section 'ppo' has the unknown field 'max_step'"),
         ({"ppo": {"push_to_hub": True}}, "Section 'ppo': unset push_to_hub"),
+        ({"ppo": {"patience": 3}, "select_by": "last"}, "'ppo': patience counts rollouts since select_by improved"),
         ({"reward_kind": "nice"}, "reward_kind must be one of"),
         (
             {"artifacts": ["hair", "sand"]},

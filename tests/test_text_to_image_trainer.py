@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from tiny import copied, differing
+from safetensors.torch import load_file
+from tiny import Brightness, copied, differing
 from tiny_text_to_image import IMAGE_SIZE, VAE, tiny_images, tiny_text_to_image
 
+from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer
 from msrl_diffusers.data.image_folder import ImageDataset
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.seeding import generator_for, sample_generators
@@ -198,6 +200,89 @@ def test_lora_loads_in_plain_diffusers(images, tmp_path):
     torch.testing.assert_close(sample(untouched), expected, atol=1e-4, rtol=1e-3)
     untouched.unload_lora_weights()
     assert differing(before, copied(untouched.unet)) == []
+
+
+def test_after_an_adapter_all_weights_can_be_tuned(images, tmp_path):
+    """By reinforcement learning in the same process, on the pipeline that fine-tuning left."""
+    pipeline = fine_tune(images, tmp_path / "sft", max_steps=1, use_lora=True, lora_rank=2)
+    assert all(value.requires_grad for value in pipeline.unet.parameters())
+    pipeline.unet.requires_grad_(False)  # as `load_lora_weights`, `fuse_lora` and `unload_lora_weights` leave it
+    before = copied(pipeline.unet)
+    args = DiffusionPPOConfig(
+        output_dir=str(tmp_path / "rl"), max_steps=1, rollout_batch_size=4, num_rollout_batches=1, train_batch_size=4,
+        num_inference_steps=2, report_to="none",
+    )  # fmt: skip
+    DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=["a nevus"]).train()
+    assert len(differing(before, copied(pipeline.unet))) > 0.9 * len(before)
+
+
+def test_weights_that_somebody_froze_stay_as_they_are(tmp_path):
+    pipeline = tiny_text_to_image()
+    pipeline.unet.conv_in.requires_grad_(False)
+    args = DiffusionPPOConfig(output_dir=str(tmp_path), report_to="none")
+    DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=["a nevus"])
+    frozen = [name for name, value in pipeline.unet.named_parameters() if not value.requires_grad]
+    assert frozen == ["conv_in.weight", "conv_in.bias"]
+
+
+# ------------------------------------------------------------------------------------------------------ half precision
+
+
+def half_text_to_image() -> StableDiffusionPipeline:
+    pipeline = tiny_text_to_image()
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        network.to(torch.bfloat16)
+    return pipeline
+
+
+def adapter_dtypes(pipeline: StableDiffusionPipeline) -> set[torch.dtype]:
+    return {value.dtype for value in pipeline.unet.parameters() if value.requires_grad}
+
+
+def test_the_adapter_of_a_half_precision_pipeline_is_in_float32(images, tmp_path):
+    pipeline = half_text_to_image()
+    args = {"use_lora": True, "lora_rank": 2, "mixed_precision": "bf16", "max_steps": 1, "ema_decay": None}
+    before = copied(pipeline.unet)
+    trainer = TextToImageTrainer(pipeline, TextToImageConfig(**settings(tmp_path / "sft", **args)), images)
+    assert adapter_dtypes(pipeline) == {torch.float32}
+    assert trainer.train()["grad_norm"] > 0
+    assert {value.dtype for value in load_file(tmp_path / "sft" / LORA_FILE).values()} == {torch.float32}
+    assert {value.dtype for value in pipeline.unet.parameters()} == {torch.bfloat16}
+    assert differing(before, copied(pipeline.unet))
+
+
+def test_rl_of_a_half_precision_pipeline_trains_a_float32_adapter(tmp_path):
+    pipeline = half_text_to_image()
+    args = DiffusionPPOConfig(
+        output_dir=str(tmp_path), max_steps=1, rollout_batch_size=4, num_rollout_batches=1, train_batch_size=4,
+        num_inference_steps=2, guidance_scale=2.0, learning_rate=1e-2, report_to="none", mixed_precision="bf16",
+        use_lora=True, lora_rank=2, save_steps=1,
+    )  # fmt: skip
+    trainer = DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=["a nevus"])
+    assert adapter_dtypes(pipeline) == {torch.float32}
+    assert trainer.train()["ppo/grad_norm"] > 0
+    saved = load_file(tmp_path / "checkpoint-1/model.safetensors")
+    grown = [value for name, value in saved.items() if "lora_B" in name]
+    assert {value.dtype for value in grown} == {torch.float32}
+    assert all(value.any() for value in grown)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mixed_precision": "bf16"},
+            "weights to be trained are torch.bfloat16.*load the pipeline in float32, and set",
+        ),
+        ({"mixed_precision": "no", "use_lora": True}, r"denoiser is torch.bfloat16.*set mixed_precision \(bf16"),
+    ],
+)
+def test_half_precision_that_can_not_be_trained_is_refused(images, changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        TextToImageTrainer(half_text_to_image(), TextToImageConfig(**settings(tmp_path, **changes)), images)
+    args = DiffusionPPOConfig(output_dir=str(tmp_path), report_to="none", **changes)
+    with pytest.raises(InputError, match=message):
+        DiffusionPPOTrainer(half_text_to_image(), Brightness(), args, train_conditions=["a nevus"])
 
 
 def test_another_size_of_images_is_refused(tmp_path):

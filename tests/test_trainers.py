@@ -1,6 +1,7 @@
 """What holds for every trainer: all weights trained, exact resumption, checkpoints, accumulation, precision."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,39 @@ def test_a_named_checkpoint_is_resumed_and_later_history_dropped(tmp_path):
     again.train()
     assert differing(copied(module), copied(resumed)) == []
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("earlier", [None, "checkpoint-1"])
+def test_a_used_folder_keeps_the_new_run_s_checkpoints(earlier, tmp_path):
+    """The old ones past its start would be kept in their place, as the higher numbers, and resumed as the latest."""
+    settings = {"save_steps": 1, "save_total_limit": 2}
+    build("reward-volume", tmp_path / "old", **{**settings, "max_steps": 4, "save_total_limit": 4})[0].train()
+    shutil.copytree(tmp_path / "old/checkpoint-3", tmp_path / "old/checkpoint-3-kept")
+    path = earlier and str(tmp_path / "old" / earlier)
+    again, module = build(
+        "reward-volume", tmp_path / "old", **settings, max_steps=2, seed=1, resume_from_checkpoint=path
+    )
+    again.train()
+    assert [path.name for path in checkpoints(tmp_path / "old")] == ["checkpoint-1", "checkpoint-2"]
+    assert (tmp_path / "old/checkpoint-3-kept/trainer_state.json").is_file()
+    latest, resumed = build(
+        "reward-volume", tmp_path / "old", **settings, max_steps=2, seed=1, resume_from_checkpoint="latest"
+    )
+    latest.train()
+    assert differing(copied(module), copied(resumed)) == []
+
+
+def test_the_latest_checkpoint_of_a_run_that_wrote_none_is_refused(tmp_path):
+    """A first start is fine, and so is another where checkpoints will be: only a log that would be lost in vain is not."""
+    settings = {"max_steps": 1, "resume_from_checkpoint": "latest"}
+    build("reward-volume", tmp_path, **settings)[0].train()
+    before = read_log(tmp_path)
+    trainer, _ = build("reward-volume", tmp_path, **settings)
+    with pytest.raises(InputError, match='resume_from_checkpoint="latest" needs checkpoints, so set save_steps'):
+        trainer.train()
+    assert read_log(tmp_path) == before != []
+    build("reward-volume", tmp_path, **settings, save_steps=1)[0].train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
 def test_a_finished_training_resumes_to_its_result(tmp_path):

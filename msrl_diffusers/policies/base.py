@@ -41,11 +41,13 @@ class Conditioning:
 class DenoisingPolicy(Protocol):
     """A denoiser as a stochastic policy: state (x_t, t, condition), action x_{t-1}.
 
-    `denoiser` is the only trainable part; a trainer may put its wrapped form in its place.
+    `denoiser` is the only trainable part; a trainer may put its wrapped form in its place. `scheduler` has the DDIM steps that
+    are the actions; `sampler` makes finished samples where nobody asks for actions.
     """
 
     denoiser: nn.Module
     scheduler: object
+    sampler: object
     latent_shape: tuple[int, ...]
 
     def encode(self, conditions: Sequence) -> Conditioning:

@@ -19,7 +19,7 @@ class StableDiffusionPolicy(UNetPolicy):
 
     def __init__(self, pipeline: StableDiffusionPipeline):
         super().__init__(pipeline)
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        self.scheduler = self.sampler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         size = pipeline.unet.config.sample_size
         self.latent_shape = (pipeline.unet.config.in_channels, size, size)
         pipeline.vae.requires_grad_(False)

@@ -19,7 +19,7 @@ class UNetPolicy:
     def __init__(self, pipeline):
         self.pipeline = pipeline
         self.denoiser = pipeline.unet
-        self.scheduler = pipeline.scheduler
+        self.scheduler = self.sampler = pipeline.scheduler
         self._uses_adapter = bool(getattr(pipeline.unet, "peft_config", None))
         self._frozen = None if self._uses_adapter else copy.deepcopy(pipeline.unet).eval().requires_grad_(False)
 
@@ -36,7 +36,7 @@ class UNetPolicy:
         }
         timestep = torch.cat([timestep, timestep]) if timestep.ndim else timestep
         output = self.denoiser(torch.cat([latents, latents]), timestep, **both, return_dict=False)[0]
-        unconditional, conditional = output.chunk(2)
+        unconditional, conditional = output.float().chunk(2)  # a denoiser within accelerate gives float32 by itself
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def check_guidance(self) -> None:

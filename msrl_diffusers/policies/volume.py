@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers import DDIMParallelScheduler, DDIMScheduler
 
 from ..errors import InputError
 from ..pipelines.med_volume import MedVolumePipeline
@@ -12,6 +13,9 @@ from .unet import UNetPolicy
 
 class VolumePolicy(UNetPolicy):
     """The policy of a `MedVolumePipeline`; conditions are class labels or their names.
+
+    Steps are those of DDIM over the pipeline's own noise schedule, whatever sampler it comes with; finished samples
+    (`sampler`) are by that one.
 
     Raises:
         InputError: its scheduler clips what it predicts, as no step of a rollout does.
@@ -25,6 +29,10 @@ class VolumePolicy(UNetPolicy):
                 f"The pipeline's scheduler has {clips[0]}, which clips latents that are not bounded: set pipe.scheduler = "
                 f"{type(pipeline.scheduler).__name__}.from_config(pipe.scheduler.config, {clips[0]}=False)."
             )
+        has_steps = isinstance(self.sampler, DDIMScheduler | DDIMParallelScheduler)
+        # one for other noise than DDPM's has no such table; it stays, and is refused where it is used
+        if not has_steps and hasattr(self.sampler, "alphas_cumprod"):
+            self.scheduler = DDIMScheduler.from_config(self.sampler.config, clip_sample=False)
         self.latent_shape = pipeline.latent_shape
 
     def encode(self, conditions: Sequence[int] | Sequence[str] | torch.Tensor) -> Conditioning:

@@ -47,16 +47,22 @@ def checked(
     return values.to(samples.device, torch.float32)
 
 
+ROUNDING = 1e-6  # spread over size of float32 values that differ by no more than their last digits
+
+
 @dataclass(frozen=True)
 class Scale:
-    """Mean and standard deviation of a reward on samples of the reference policy."""
+    """Mean and standard deviation of a reward on samples of the reference policy; the latter is 1 where the reward had no
+    spread there but rounding: its scale is not known then, and a first hit later on must not outweigh all other rewards."""
 
     mean: float
     std: float
 
     @classmethod
     def of(cls, values: torch.Tensor) -> "Scale":
-        return cls(values.double().mean().item(), values.double().std().item())
+        """That of `values [B]`."""
+        mean, std = values.double().mean().item(), values.double().std().item()
+        return cls(mean, 1.0 if std <= ROUNDING * values.abs().max().item() else std)
 
     def standardise(self, values: torch.Tensor) -> torch.Tensor:
         """`values` in deviations from the mean."""

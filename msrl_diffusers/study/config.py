@@ -6,7 +6,7 @@ from pathlib import Path
 from ..data.cases import LOADERS
 from ..errors import InputError
 from ..precision import PRECISIONS
-from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types
+from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types, resumed
 from ..trajectories import RECONSTRUCTION_GRID
 from .reward_options import check_reward_options
 from .sections import (
@@ -321,6 +321,7 @@ class StudyConfig:
             **overrides,
         }
         settings["output_dir"] = str(Path(self.output_dir) / stage / (name or ""))
+        settings["resume_from_checkpoint"] = resumed(settings)
         config = make_trainer_config(stage, settings)
         for name in ("max_steps", "pretrain_steps"):
             if self.max_steps is not None and getattr(config, name, None) is not None:

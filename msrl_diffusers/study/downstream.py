@@ -207,7 +207,7 @@ def _phase(config: ClassifierConfig, folder: Path, seed: int, max_steps: int) ->
         output_dir=str(folder),
         seed=fold_seed(seed, folder.name) % 2**31,
         max_steps=max_steps,
-        resume_from_checkpoint="latest",
+        resume_from_checkpoint="latest" if config.save_steps else None,
     )
 
 

@@ -16,7 +16,7 @@ from ..models.image_classifiers import ARCHITECTURES
 from ..precision import PRECISIONS
 from ..trainers.attribute_config import AttributeConfig
 from ..trainers.autoencoder_kl_config import AutoencoderKLConfig
-from ..trainers.base_config import BOOKKEEPING, TrainingConfig, check_choice, check_positive, check_types
+from ..trainers.base_config import BOOKKEEPING, TrainingConfig, check_choice, check_positive, check_types, resumed
 from ..trainers.ppo_config import DiffusionPPOConfig
 from ..trainers.text_to_image_config import TextToImageConfig
 
@@ -191,6 +191,10 @@ class TextToImageStudyConfig:
         unknown = sorted(set(self.sampler) - set(SAMPLER))
         if unknown:
             raise InputError(f"Section 'sampler' has the unknown field {unknown[0]!r}; it may have {list(SAMPLER)}.")
+        if self.trainer_config("ppo").patience and self.select_by == "last":
+            raise InputError(
+                "Section 'ppo': patience counts rollouts since select_by improved; set select_by: heldout_reward."
+            )
         if self.trainer_config("ppo").push_to_hub:
             raise InputError("Section 'ppo': unset push_to_hub; the study's pipeline and adapter are folders to push.")
 
@@ -242,6 +246,7 @@ class TextToImageStudyConfig:
             **overrides,
         }
         settings["output_dir"] = str(Path(self.output_dir) / stage / (name or ""))
+        settings["resume_from_checkpoint"] = resumed(settings)
         config_class = TRAINER_CONFIGS[stage]
         unknown = sorted(set(settings) - set(config_class.__dataclass_fields__))
         if unknown:

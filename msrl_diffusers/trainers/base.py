@@ -97,7 +97,8 @@ class TrainingRun:
         """Load the checkpoint that `resume_from_checkpoint` names, if any.
 
         Raises:
-            ValueError: the named checkpoint does not exist.
+            InputError: the named checkpoint does not exist; or none does, none will (`save_steps` is 0), and an earlier run's log
+                would be lost.
         """
         wanted = self.args.resume_from_checkpoint
         if wanted is None:
@@ -105,6 +106,11 @@ class TrainingRun:
         if wanted == "latest":
             found = checkpoints(self.output_dir)
             if not found:
+                if not self.args.save_steps and read_log(self.output_dir):
+                    raise InputError(
+                        f'{self.output_dir} holds the log of an earlier run and no checkpoint: resume_from_checkpoint="latest" '
+                        "needs checkpoints, so set save_steps, or unset it to begin anew."
+                    )
                 return
             path = found[-1]
         else:
@@ -121,9 +127,13 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.
 
-        History lines of an earlier run past this point are dropped, so the file never holds a step twice.
+        What an earlier run left past this point is dropped: log lines, so that the file never holds a step twice, and
+        checkpoints, which rotation would keep in place of this run's, and "latest" resume.
         """
         if self.is_main:
+            for path in checkpoints(self.output_dir):
+                if _number(path) > self.step:
+                    _remove(path)
             write_log(self.output_dir, self.history)
         self._tell("train_begin", self.step)
         due = False  # a checkpoint
@@ -198,7 +208,7 @@ class TrainingRun:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             for old in checkpoints(self.output_dir)[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
+                _remove(old)
         self.accelerator.wait_for_everyone()
         self._tell("save", final)
 
@@ -214,11 +224,23 @@ class TrainingRun:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Whole checkpoints under `output_dir`, oldest first."""
+    """Whole checkpoints under `output_dir`, oldest first; copies that somebody keeps under longer names are none of them."""
     found = [
-        path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if (path / "trainer_state.json").is_file()
+        path
+        for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*")
+        if path.name.removeprefix(CHECKPOINT_PREFIX).isdecimal() and (path / "trainer_state.json").is_file()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; killed half way it leaves none that looks whole."""
+    (checkpoint / "trainer_state.json").unlink()
+    shutil.rmtree(checkpoint)
 
 
 def read_log(output_dir: str | Path, up_to: int | None = None) -> list[dict]:

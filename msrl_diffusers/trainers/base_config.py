@@ -2,6 +2,7 @@
 
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from accelerate.utils import LoggerType
@@ -105,3 +106,9 @@ def check_choice(config, name: str, choices: tuple) -> None:
         raise InputError(
             f"{type(config).__name__}: {name} must be one of {list(choices)}, got {getattr(config, name)!r}."
         )
+
+
+def resumed(settings: Mapping) -> str | None:
+    """`resume_from_checkpoint` of a trainer within a study: without checkpoints it begins anew whenever the stage is run again."""
+    wanted = settings["resume_from_checkpoint"]
+    return None if wanted == "latest" and not settings["save_steps"] else wanted

@@ -25,6 +25,8 @@ class LatentDiffusionConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "encode_batch_size")
+        if not 0 < self.ema_decay < 1:
+            raise InputError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}.")
         if self.snr_gamma is not None:
             check_positive(self, "snr_gamma")
         if not 0 <= self.class_dropout < 1:

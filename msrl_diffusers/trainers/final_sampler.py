@@ -34,13 +34,14 @@ class FinalSampler:
 
     def __init__(self, policy: DenoisingPolicy, args: DiffusionNFTConfig):
         self.policy, self.args = policy, args
-        own = policy.scheduler
+        own = policy.sampler
         kind = type(own) if args.sampler is None else getattr(diffusers, args.sampler, None)
         if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
             raise InputError(
                 f"sampler={args.sampler!r} is no scheduler class of diffusers; take DDIMScheduler, or leave it unset."
             )
-        self.scheduler = kind.from_config(own.config)
+        # the policy's has no clipping, but where it lacks the option (DPM-Solver) a class that has it clips by default
+        self.scheduler = kind.from_config(own.config, clip_sample=False)
         if not hasattr(own, "alphas_cumprod"):
             raise InputError(f"{type(own).__name__} has no noise schedule of DDPM; give the pipeline a DDIMScheduler.")
         self._all = set_timesteps(self.scheduler, args.num_inference_steps, "cpu")

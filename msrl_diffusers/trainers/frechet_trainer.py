@@ -62,7 +62,8 @@ class FrechetTrainer:
         train_dataset: instead of `train_conditions`, a `datasets.Dataset` with a column `prompt`, `label` or `class_label`.
         watchdogs: figures of a rollout that are logged and never trained on, by name; beside those of `watchdogs.py`.
         select_by: name of the watchdog whose highest value (`"-name"`: lowest) picks the weights kept at the end, and
-            against which `args.patience` counts; by default the distance of fresh samples does.
+            against which `args.patience` counts; by default the distance of fresh samples does. With
+            `args.ema_decay` the average is kept, which fresh samples are of, though rollouts are sampled with the trained weights.
         callbacks: `transformers.TrainerCallback` objects or classes.
 
     Raises:
@@ -101,8 +102,8 @@ class FrechetTrainer:
     def train(self) -> dict:
         """Run the training; the pipeline holds the chosen weights afterwards.
 
-        Returns the figures of the rollout sampled with them, and, where fresh samples picked them, `updates_kept` (0 is the
-        pretrained model) and `fresh_frechet_kept` (relative to it).
+        Returns the figures of the rollout they were chosen by (`Watch.result`), and, where fresh samples picked them,
+        `updates_kept` (0 is the pretrained model) and `fresh_frechet_kept` (relative to it).
         """
         args = self.args
         run = TrainingRun(

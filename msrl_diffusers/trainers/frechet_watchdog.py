@@ -27,6 +27,7 @@ class FrechetWatchdog:
         self._features = extract_features(extractor, real.pixel_values)
 
     def __call__(self, rollout: Rollout) -> float:
+        """The distance of a rollout's samples."""
         return self.distance(rollout.samples, rollout.conditions)
 
     def distance(self, samples: torch.Tensor, class_labels: torch.Tensor) -> float:

@@ -61,7 +61,9 @@ class GradientSteps:
         return state, visits
 
     def divergence(self, visits: Sequence[Visit], conditioning: Conditioning, measured: int) -> torch.Tensor:
-        """The divergence `[measured]` of the first samples, averaged over `visits`; gradients to the trained model's part.
+        """The divergence `[measured]` of the first samples, averaged over `visits`; gradients to the trained model's part. The
+        pretrained model's is a constant, though it depends on the state that earlier visits led to: an error of the gradient
+        that is 0 for one visit and grows with their number.
 
         The closed-form Gaussian divergence per element, or the mean squared difference of the predictions, by `kl_form`.
         """

@@ -11,7 +11,8 @@ use, or is left open there:
 5. The divergence that is reported and penalized is the mean squared difference of predictions from the pretrained
    policy's, in the pipeline's own prediction type: a deterministic sampler has no Gaussian steps that could be
    compared.
-6. Weights kept by a selection are those which drew the samples selected by.
+6. Weights kept by a selection are those which drew the samples selected by; with `ema_decay`, the average of the trained
+   weights at that time.
 7. Before the first update the old policy must predict what the trained one does; if not, the run stops and says why.
 8. Everything random follows from the seed, the rollout's number and a sample's number within it, so neither the number
    of processes nor a resume changes what is sampled, how it is noised or in which update it is used.
@@ -49,7 +50,7 @@ from .leash import WATCHED_SHARE, MovingReference
 from .nft_config import DiffusionNFTConfig
 from .scoring import Scores, Scoring, join_rewards
 from .tuned_weights import COST_OF_BACKWARD, TunedWeights, tunable_policy
-from .watchdogs import Watch, Watchdog, draw_samples
+from .watchdogs import Watch, Watchdog, check_patience, draw_samples
 
 
 MOST_DEVIATION = (
@@ -74,10 +75,12 @@ class DiffusionNFTTrainer:
         watchdogs: figures of a rollout that are logged and never trained on, by name; beside those of `watchdogs.py`.
         select_by: name of the watchdog whose highest value (`"-name"`: lowest) picks the weights kept at the end, and
             against which `args.patience` counts; the last weights are kept if not given.
+            With `args.ema_decay` the average is kept, though rollouts are sampled with the old policy (awm: the trained weights).
         callbacks: `transformers.TrainerCallback` objects or classes.
 
     Raises:
-        InputError: something that is no reward, no conditions, an unknown `select_by`, or a sampler that does not fit.
+        InputError: something that is no reward, no conditions, an unknown `select_by` or none for `args.patience`, or a
+            sampler that does not fit.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class DiffusionNFTTrainer:
         args = self.args
         self.reward = join_rewards(reward_funcs, args.reward_weights)
         self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
+        check_patience(args.patience, select_by)
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.callbacks = callbacks
         self.unet_forwards = 0
@@ -102,7 +106,8 @@ class DiffusionNFTTrainer:
         self.sampler = FinalSampler(self.policy, args)
 
     def train(self) -> dict[str, float]:
-        """Run the training; the pipeline holds the chosen weights afterwards. Returns that rollout's figures."""
+        """Run the training; the pipeline holds the chosen weights afterwards. Returns the figures of the rollout they were
+        chosen by (`Watch.result`)."""
         args = self.args
         micro_batches = args.samples_per_rollout // args.train_batch_size // args.num_updates
         passes = micro_batches * args.num_train_timesteps_per_sample

@@ -84,6 +84,11 @@ class DiffusionPPOConfig(OnlineConfig):
         check_choice(self, "kl_mode", ("fixed", "adaptive"))
         if self.kl_mode == "adaptive":
             check_positive(self, "kl_coef")  # which is multiplied
+            if self.reference_update_steps is not None:
+                raise InputError(
+                    "kl_mode: adaptive follows the divergence from the pretrained policy, which a moving reference lets grow, so "
+                    "kl_coef would grow with it: unset reference_update_steps, or set kl_mode: fixed."
+                )
         if self.kl_gate_quantile is not None and not 0 < self.kl_gate_quantile < 1:
             raise InputError(f"kl_gate_quantile must lie between 0 and 1, got {self.kl_gate_quantile}.")
         if not 0 < self.timestep_fraction <= 1:

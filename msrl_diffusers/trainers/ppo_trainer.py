@@ -37,7 +37,7 @@ from .refresh import RewardRefresh
 from .scoring import Scores, Scoring, join_rewards
 from .tuned_weights import COST_OF_BACKWARD, TunedWeights, tunable_policy
 from .uncertainty import check_can_be_unsure
-from .watchdogs import Watch, Watchdog, draw_samples
+from .watchdogs import Watch, Watchdog, check_patience, draw_samples
 
 
 class DiffusionPPOTrainer:
@@ -54,12 +54,13 @@ class DiffusionPPOTrainer:
         watchdogs: figures of a rollout that are logged and never trained on, by name; beside those of `watchdogs.py`.
         select_by: name of the watchdog whose highest value (`"-name"`: lowest) picks the weights kept at the end, and
             against which `args.patience` counts; the last weights are kept if not given.
+            With `args.ema_decay` the average is kept, though rollouts are sampled with the trained weights.
         callbacks: `transformers.TrainerCallback` objects or classes.
         refresh: trains the reward models on with labelled samples of the policy, now and then.
 
     Raises:
-        InputError: something that is no reward, no conditions, an unknown `select_by`, a gated divergence without rewards that
-            can be unsure, or a refresh without class labels.
+        InputError: something that is no reward, no conditions, an unknown `select_by` or none for `args.patience`, a gated
+            divergence without rewards that can be unsure, or a refresh without class labels.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class DiffusionPPOTrainer:
         args = self.args
         self.reward = join_rewards(reward_funcs, args.reward_weights)
         self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
+        check_patience(args.patience, select_by)
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.callbacks, self.refresh = callbacks, refresh
         self.unet_forwards = 0
@@ -90,7 +92,8 @@ class DiffusionPPOTrainer:
         self._clip_range = scaled_clip_range(args.clip_shift, num_elements, args.log_prob_reduction)
 
     def train(self) -> dict[str, float]:
-        """Run the training; the pipeline holds the chosen weights afterwards. Returns that rollout's figures."""
+        """Run the training; the pipeline holds the chosen weights afterwards. Returns the figures of the rollout they were
+        chosen by (`Watch.result`)."""
         args = self.args
         table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std)
         if not table.stochastic:

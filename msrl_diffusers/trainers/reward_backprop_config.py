@@ -59,7 +59,13 @@ class RewardBackpropConfig(OnlineConfig):
     )
 
     # near the pretrained model
-    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the divergence from the pretrained model."})
+    kl_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the divergence from the pretrained model. Its gradient takes that model's steps as "
+            "constants, an error that grows with gradient_steps."
+        },
+    )
     kl_budget: float | None = field(default=None, metadata={"help": "Stop when draft/kl passes this."})
     fuse_lora: bool = field(
         default=True,

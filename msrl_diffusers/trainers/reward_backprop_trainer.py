@@ -39,7 +39,7 @@ from .reward_backprop_config import RewardBackpropConfig
 from .reward_backprop_variants import VARIANTS, Drawn
 from .scoring import Scores, Scoring, join_rewards
 from .tuned_weights import COST_OF_BACKWARD, TunedWeights, only_denoiser_trained, tunable_policy
-from .watchdogs import Watch, Watchdog, draw_samples
+from .watchdogs import Watch, Watchdog, check_patience, draw_samples
 
 
 class RewardBackpropTrainer:
@@ -65,11 +65,12 @@ class RewardBackpropTrainer:
         watchdogs: figures of a rollout that are logged and never trained on, by name; beside those of `watchdogs.py`.
         select_by: name of the watchdog whose highest value (`"-name"`: lowest) picks the weights kept at the end, and
             against which `args.patience` counts; the last weights are kept if not given. A held-out reward is the usual one.
+            With `args.ema_decay` the average is kept, though rollouts are sampled with the trained weights.
         callbacks: `transformers.TrainerCallback` objects or classes.
 
     Raises:
-        InputError: a reward that is not differentiable, no conditions, an unknown `select_by`, `num_slices` without a reward of
-            slices, or `decode: pre_quantization` without a quantizer.
+        InputError: a reward that is not differentiable, no conditions, an unknown `select_by` or none for `args.patience`,
+            `num_slices` without a reward of slices, or `decode: pre_quantization` without a quantizer.
     """
 
     def __init__(
@@ -101,13 +102,15 @@ class RewardBackpropTrainer:
                 "not; leave decode at straight_through."
             )
         self.conditions = Conditions.of(pipeline, train_conditions, train_dataset)
+        check_patience(args.patience, select_by)
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.callbacks = callbacks
         self.unet_forwards = 0
         self.policy = tunable_policy(pipeline, args)
 
     def train(self) -> dict:
-        """Run the training; the pipeline holds the chosen weights afterwards. Returns that rollout's figures, and `kl_form`."""
+        """Run the training; the pipeline holds the chosen weights afterwards. Returns the figures of the rollout they were
+        chosen by (`Watch.result`), and `kl_form`."""
         args = self.args
         run = TrainingRun(args, "draft", gradient_accumulation_steps=args.samples_per_rollout // args.train_batch_size)
         self.pipeline.to(run.device)

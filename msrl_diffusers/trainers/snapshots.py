@@ -42,7 +42,8 @@ class SnapshotCallback(TrainerCallback):
     How far a run will go is not known before. So weights are kept whenever the divergence has passed the next multiple of a
     spacing, and the spacing is doubled whenever there are more than twice as many as wanted; what then stands between its
     multiples is deleted. As what a run reports of its divergence is noisy, weights are also kept after equal numbers of
-    rollouts. They are those that sample the rollouts, without averages.
+    rollouts. They are the trained weights, without averages: those that sample the next rollout, but for DiffusionNFT, which
+    samples from its old policy.
 
     Args:
         output_dir: that of the trainer.

@@ -20,7 +20,7 @@ from .base import TrainingRun, in_fast_memory_format
 from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .lora import ATTENTION, merge_lora, save_lora
 from .text_to_image_config import TextToImageConfig
-from .tuned_weights import add_lora
+from .tuned_weights import add_lora, check_precision
 from .weight_average import WeightAverage
 
 
@@ -50,7 +50,7 @@ class TextToImageTrainer:
     averaged weights afterwards, and with LoRA `output_dir` the adapter.
 
     Raises:
-        InputError: images of another size than the pipeline makes.
+        InputError: images of another size than the pipeline makes, or weights in a precision that can't be trained.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, args: TextToImageConfig, train_dataset: ImageDataset):
@@ -70,6 +70,8 @@ class TextToImageTrainer:
         if args.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         pipeline.text_encoder.requires_grad_(args.train_text_encoder)
+        for network in (pipeline.unet, *([pipeline.text_encoder] if args.train_text_encoder else [])):
+            check_precision(network, args.mixed_precision)
 
     def train(self) -> dict[str, float]:
         """Run the training; returns the last logged figures."""
@@ -128,6 +130,7 @@ class TextToImageTrainer:
             if run.is_main:
                 save_lora(pipeline, run.output_dir)
             merge_lora(pipeline.unet)
+            pipeline.unet.requires_grad_(True)  # a later trainer takes what has gradients
         return run.history[-1] if run.history else {}
 
     @torch.no_grad()

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError
 from ..models.adapters import carried_adapters, carries_fresh_adapters
 from ..policies import DenoisingPolicy, make_policy
+from ..precision import resolve_precision
+from ..processes import process_state
 from ..seeding import fold_seed
 from .base import TrainingRun, in_fast_memory_format
 from .lora import merge_lora
@@ -30,8 +33,8 @@ COST_OF_BACKWARD = 2  # in forwards
 def add_lora(
     denoiser: torch.nn.Module, rank: int, target_modules: Sequence[str] = LORA_TARGETS, seed: int = 0
 ) -> None:
-    """Freeze `denoiser` and inject a LoRA adapter (arXiv 2106.09685) of scale 1, the only part that is trained then. Its initial
-    weights follow from `seed` alone.
+    """Freeze `denoiser` and inject a LoRA adapter (arXiv 2106.09685) of scale 1, the only part that is trained then; in float32,
+    whatever the denoiser is in. Its initial weights follow from `seed` alone.
 
     A policy looks for the adapter when it is made, so this comes before `make_policy`.
 
@@ -46,23 +49,45 @@ def add_lora(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(fold_seed(seed, "lora"))
         denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules)))
+    cast_training_params(denoiser, torch.float32)
+
+
+def check_precision(network: torch.nn.Module, mixed_precision: str) -> None:
+    """Raise InputError unless what is trained of a network is in float32, and all of it can compute with float32 inputs."""
+    trained = {value.dtype for value in network.parameters() if value.requires_grad} - {torch.float32}
+    if trained:
+        raise InputError(
+            f"The weights to be trained are {trained.pop()}, in which small updates are lost: load the pipeline in float32, and "
+            "set mixed_precision; or train an adapter by use_lora."
+        )
+    half = {value.dtype for value in network.parameters()} & {torch.float16, torch.bfloat16}
+    if half and resolve_precision(mixed_precision, process_state().device) == "no":
+        raise InputError(
+            f"The denoiser is {half.pop()}, and its latents are float32 in training: set mixed_precision (bf16 or fp16), or load "
+            "the pipeline in float32."
+        )
 
 
 def tunable_policy(pipeline, args: OnlineConfig) -> DenoisingPolicy:
     """The policy of a pipeline, after its denoiser got the adapter and the checkpointing that the config asks for.
 
-    Without `use_lora` the denoiser may carry an adapter by `add_lora`, which then is what is trained, and stays in it.
+    Without `use_lora` the denoiser may carry an adapter by `add_lora`, which then is what is trained, and stays in it. A
+    denoiser that is frozen as a whole, as an earlier adapter leaves it, is trained as a whole.
 
     Raises:
-        InputError: the denoiser carries another adapter. One that has learned already is no part of the policy's reference.
+        InputError: the denoiser carries another adapter (one that has learned already is no part of the policy's reference), or
+            is in a precision that can't be trained.
     """
     if args.use_lora:
         add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS, args.seed)
-    elif carried_adapters(pipeline.unet) and not carries_fresh_adapters(pipeline.unet):
-        raise InputError(
-            f"The denoiser carries the LoRA adapter {carried_adapters(pipeline.unet)}, which the reference that training is "
-            f"held to would lack; {REMEDY}."
-        )
+    elif names := carried_adapters(pipeline.unet):
+        if not carries_fresh_adapters(pipeline.unet):
+            raise InputError(
+                f"The denoiser carries the LoRA adapter {names}, which the reference that training is held to would lack; {REMEDY}."
+            )
+    elif not any(value.requires_grad for value in pipeline.unet.parameters()):
+        pipeline.unet.requires_grad_(True)
+    check_precision(pipeline.unet, args.mixed_precision)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     return make_policy(pipeline)

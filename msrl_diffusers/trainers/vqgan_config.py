@@ -10,6 +10,10 @@ class VQGANConfig(TrainingConfig):
     """Settings of `VQGANTrainer`. The generator's loss is a sum of terms with these weights."""
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of the autoencoder."})
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata={"help": "Gradient norm of the autoencoder is clipped to this; the discriminators' is not."},
+    )
     discriminator_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the discriminators."})
     l1_weight: float = field(default=4.0, metadata={"help": "Weight of the L1 reconstruction loss."})
     l2_weight: float = field(

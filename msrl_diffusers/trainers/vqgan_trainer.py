@@ -15,6 +15,7 @@ from monai.networks.nets import PatchDiscriminator
 
 from ..data.volumes import VolumeDataset
 from ..models.autoencoder_vq_3d import VQModel3D
+from ..models.layers import Conv3d
 from ..seeding import batch_indices, generator_for
 from .base import TrainingRun, in_fast_memory_format
 from .vqgan_config import VQGANConfig
@@ -141,13 +142,17 @@ class VQGANTrainer:
         return (real_loss + fake_loss) / 2
 
     def _discriminator(self, spatial_dims: int, model: VQModel3D) -> PatchDiscriminator:
-        return PatchDiscriminator(
+        network = PatchDiscriminator(
             spatial_dims=spatial_dims,
             in_channels=model.config.out_channels,
             channels=self.args.discriminator_channels,
             num_layers_d=self.args.discriminator_layers,
             norm="INSTANCE",
         )
+        for layer in network.modules():
+            if type(layer) is torch.nn.Conv3d:
+                layer.__class__ = Conv3d  # the same weights; it leaves bfloat16 where a CPU's gradient is garbage
+        return network
 
 
 def random_slices(volumes: list[torch.Tensor], count: int, generator: torch.Generator) -> list[torch.Tensor]:

@@ -15,14 +15,23 @@ Watchdog = Callable[[Rollout], float]
 SPECTRA_AT_ONCE = 32  # samples
 
 
+def check_patience(patience: int | None, select_by: str | None) -> None:
+    """Raise InputError for a `patience` without a figure that could improve."""
+    if patience is not None and select_by is None:
+        raise InputError(
+            f"patience={patience} counts rollouts since the figure of select_by improved, and none is given: name a watchdog by "
+            "select_by, or unset patience."
+        )
+
+
 class Watch:
-    """The figures of every rollout, the limits they must keep, and the rollout whose weights are the best so far.
+    """The figures of every rollout, the limits they must keep, and the rollout that is the best so far.
 
     What must survive a resume (`best_figure`, `best_step`) is in `run.state`.
 
     Args:
         watchdogs: figures of the user's own, by name; beside those of this file.
-        select_by: name of the one of `watchdogs` whose highest value (`"-name"`: lowest) marks the best weights.
+        select_by: name of the one of `watchdogs` whose highest value (`"-name"`: lowest) marks the best rollout.
         limits: `{figure: [low, high]}`; the run stops when a figure leaves them.
         patience: the run stops at a look at which the selected figure has not improved for so many rollouts.
         every: rollouts between two looks of `watchdogs`; those of this file look at every one.
@@ -78,8 +87,8 @@ class Watch:
         return figures
 
     def judge(self, run: TrainingRun, figures: Mapping[str, float], step: int) -> bool:
-        """Stop the run where limits or patience say so. Returns whether the weights that sampled rollout number `step`
-        are the best so far by `select_by`; keep them then.
+        """Stop the run where limits or patience say so. Returns whether these `figures`, of rollout number `step`, are the best
+        so far by `select_by`; keep the present weights then.
 
         Raises:
             InputError: a limit on a figure that there is not.
@@ -104,8 +113,9 @@ class Watch:
 
     @staticmethod
     def result(run: TrainingRun) -> dict:
-        """The log line with the rollout sampled with the weights that are kept (the last one without a selection), with
-        the reason why the run `stopped` and its number of `rollouts`."""
+        """The log line with the rollout that the kept weights were selected by (the last one without a selection), with the
+        reason why the run `stopped` and its number of `rollouts`. Selected weights sampled it; but where an average is kept,
+        it is the average at that time, which only watchdogs that run the denoiser have judged."""
         best_step = run.state.get("best_step")
         line = run.history[-1] if run.history else {}
         if best_step is not None:  # a line may be of several rollouts: the first that has this one among them
