@@ -73,7 +73,7 @@ def _of_reports(reports: list[dict]) -> dict:
 
 def _row(title: str, row: dict) -> str:
     fids = [mean_and_sd(row["fid"]["judge"][arm], 3) for arm in ("standard", "rl")]
-    cells = [title, str(len(row["seeds"])), " -> ".join(fids)]
+    cells = [title, ", ".join(map(str, row["seeds"])), " -> ".join(fids)]
     return "| " + " | ".join(cells + [_percent(row["gap_closed"][role]) for role in JUDGES]) + " |"
 
 
