@@ -8,8 +8,8 @@ On given checkpoints (folders or Hub repositories); writes OUTPUT_DIR/pipeline_r
 
     accelerate launch examples/train_ppo.py --pipeline P --reward_volume R3 --reward_slice R2 --output_dir OUT
 
-Rewards go on rising when samples get worse. With real volumes (a file of `msrl prepare`) and an extractor that the rewards' labels
-are of (a study's `extractors/label`), the weights of the lowest Frechet distance are kept, and `--patience` stops the run:
+Rewards go on rising when samples get worse. With real volumes (a file of `msrl prepare`) and the extractor by which the
+reward data were scored (a study's `extractors/label`), the weights of the lowest Frechet distance are kept, and `--patience` stops the run:
 
     accelerate launch examples/train_ppo.py --pipeline P --reward_volume R3 --real data/mine/train.safetensors --extractor E --output_dir OUT
 
@@ -88,6 +88,8 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
         raise InputError(
             "--real and --extractor go together: the distance is to the one by the features of the other."
         )
+    if ppo_args.patience is not None and not script_args.real:
+        raise InputError("--patience counts rollouts without a lower distance: give --real and --extractor as well.")
     pipeline = load_model(MedVolumePipeline, script_args.pipeline, dtype=torch.float32)
     rewards = [
         LearnedReward(name, load_model(classes[name], path, dtype=torch.float32)) for name, path in given.items()

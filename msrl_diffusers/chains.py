@@ -13,14 +13,19 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 
-from .errors import InputError
+from .errors import Busy, InputError
 from .files import write_json, write_text
 from .processes import process_state, use_whole_cpu
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class Chain:
         """Run all stages, or those named in `only`, skipping those already done; returns the last one's result.
 
         Raises:
-            InputError: an unknown stage, one whose inputs are not there (when run alone), or one that another command is running.
+            InputError: an unknown stage, or one whose inputs are not there (when run alone).
+            Busy: a stage that another command is running.
         """
         use_whole_cpu()
         names = list(only or self.stages)
@@ -138,29 +144,40 @@ class Chain:
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold a stage's folder: of two commands that write into one, each would spoil what the other resumes from. The system lets
-    go of it when this process dies, whatever killed it; a file system without locks is used without.
+    go of it when this process dies, whatever killed it.
 
     Raises:
-        InputError: another command holds it.
+        Busy: another command holds it.
     """
-    lock, held = FileLock(folder.with_name(f".{folder.name}.lock")), True
+    file, held = None, True
     if process_state().is_main_process:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            held = False
-        except NotImplementedError:
-            pass
-    (held,) = broadcast_object_list([held])
-    if not held:
-        raise InputError(
-            f"Another command is at work in {folder}; wait for its end, or give this one another output_dir."
-        )
+        file = folder.with_name(f".{folder.name}.lock").open("w")
+        held = _lock(file)
     try:
+        (held,) = broadcast_object_list([held])
+        if not held:
+            raise Busy(
+                f"Another command is at work in {folder}; wait for its end, or give this one another output_dir."
+            )
         yield
     finally:
-        lock.release()
+        if file is not None:
+            file.close()
+
+
+def _lock(file: IO) -> bool:
+    """Hold a file until it is closed; False if another process does. Where the system, or the file system, has no such locks,
+    nothing is held."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _run_on_main_process(stage: Stage, config: Any) -> dict | None:

@@ -1,4 +1,4 @@
-"""InputError: what a user gave can't be used. Commands print its sentence and exit with 1."""
+"""InputError: what a user gave can't be used. Commands print its sentence and exit with 1. Busy: not now."""
 
 import sys
 from collections.abc import Iterator
@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 class InputError(ValueError):
     """A file, a setting or a checkpoint that can't be used; the message is one sentence: which, what is wrong, what to do."""
+
+
+class Busy(InputError):
+    """Somebody else is at work there. It says nothing of what was asked for, so nobody goes on without it, or records it."""
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """Chains of stages in general; the study's own are in test_study.py and test_text_to_image_study.py."""
 
+import errno
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import finish
 
+from msrl_diffusers import chains
 from msrl_diffusers.chains import Chain, Stage, finished_fingerprint, open_folder
 from msrl_diffusers.errors import InputError
 
@@ -131,6 +134,17 @@ def test_of_two_commands_in_one_folder_the_second_is_refused(tmp_path):
         refusal = (tmp_path / f"refused-{rank}").read_text()
         assert refusal.startswith(f"Another command is at work in {tmp_path / 'cake'}; wait for its end")
     bakery([]).run(settings)  # nobody is in the kitchen any more
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, None])
+def test_without_locks_nothing_is_held(error, monkeypatch, tmp_path):
+    """As on some network file systems, and on Windows."""
+
+    def flock(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(chains, "fcntl", error and SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    assert bakery([]).run(Settings(str(tmp_path)))["made"] == "cake"
 
 
 def burn(settings: Settings) -> dict:

@@ -173,7 +173,7 @@ def test_sections_are_checked(section):
         ({"draft": {"use_lora": True, "fuse_lora": False}}, "fuse_lora must be true in a study"),
         ({"nft": {"sampler": "DPMSolverMultistepScheduler"}}, "'nft': sampler must be unset in a study"),
         ({"unet": {"in_channels": 16}}, "'unet': in_channels follows from the data and the autoencoder; remove it"),
-        ({"rewards": {"seed": 3}}, "'rewards': its seeds follow from the study's; set seed or rl_seed there"),
+        ({"rewards": {"seed": 3}}, "'rewards': its seeds follow from the study's; remove seed here"),
     ],
 )
 def test_options_of_a_study_that_are_refused(fields, message):

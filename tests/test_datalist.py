@@ -87,6 +87,10 @@ def test_a_list_as_the_decathlon_has_it_is_of_one_class(tmp_path):
         ("BRATS_000", "train"), ("BRATS_001", "train"), ("BRATS_002", "heldout"),
     ]  # fmt: skip
     assert listing.cases[0].seg == str(tmp_path / "labelsTr/BRATS_000.nii.gz")
+    write_entries(tmp_path / "dataset.json", training=[{**entry, "age": 40} for entry in entries])
+    with pytest.raises(InputError, match="name the key of classes as label_column, or say none for one class of all"):
+        list_cases("datalist", tmp_path)  # that key may have been forgotten
+    assert list_cases("datalist", tmp_path, label_column="none").classes == ["unlabelled"]
 
 
 def test_datalist_subjects_sessions_and_paths(tmp_path):

@@ -169,6 +169,9 @@ BAD = {
         "train_ppo.py", ["--pipeline", "{folder}/nothing", "--reward_volume", "r"], "nothing holds no MedVolumePipeline",
     ),
     "no reward": ("train_ppo.py", ["--pipeline", "{folder}/nothing"], "--pipeline needs a reward"),
+    "patience for nothing": (
+        "train_ppo.py", ["--pipeline", "p", "--reward_volume", "r", "--patience", "3"], "give --real and --extractor as well",
+    ),
     "real volumes alone": (
         "train_ppo.py", ["--pipeline", "p", "--reward_volume", "r", "--real", "x"], "--real and --extractor go together",
     ),

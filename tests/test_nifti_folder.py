@@ -186,9 +186,15 @@ def test_one_class(tmp_path):
     images = four_images()
     write_folder(tmp_path, images, rows=[f"{name},s{i},a" for i, name in enumerate(images)])
     assert list_cases("nifti_folder", tmp_path, label_column="grade").classes == ["a"]
-    listing = list_cases("nifti_folder", tmp_path)
+    with pytest.raises(
+        InputError, match=r"no column 'label'; .* name that of the classes by label_column, or say none for one"
+    ):
+        list_cases("nifti_folder", tmp_path)  # it may have been forgotten
+    listing = list_cases("nifti_folder", tmp_path, label_column="none")
     assert listing.classes == ["unlabelled"]
     assert [case.label for case in listing.cases] == ["unlabelled"] * 4
+    write_folder(tmp_path, images, "file_name,subject_id", [f"{name},s{i}" for i, name in enumerate(images)])
+    assert list_cases("nifti_folder", tmp_path).classes == ["unlabelled"]
     with pytest.raises(InputError, match="has no column 'label'"):
         list_cases("nifti_folder", tmp_path, label_bins=[40])
 

@@ -393,11 +393,9 @@ def test_prepare_from_a_folder_of_images(tmp_path):
 def test_a_study_of_one_class(tmp_path):
     """Brains of which nothing is known."""
     write_phantoms(tmp_path / "data", 3, image_size=16)
-    table = tmp_path / "data" / "metadata.csv"
-    table.write_text(table.read_text().replace("grade", "kind"))
     settings = tiny_study() | {
         "dataset": "nifti_folder", "data_dir": str(tmp_path / "data"), "holdout_fraction": 0.5,
-        "conditional_rewards": True,
+        "conditional_rewards": True, "label_column": "none",
     }  # fmt: skip
     with pytest.raises(InputError, match="'downstream' trains classifiers, and these data have one class; remove it"):
         run_study(StudyConfig(output_dir=str(tmp_path / "out"), **settings))

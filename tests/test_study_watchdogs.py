@@ -86,5 +86,5 @@ def test_a_frechet_watchdog_compares_as_many_of_every_class():
         frechet_distance(of_real[real.class_labels == label][:3], features[labels == label]) for label in (0, 1)
     ]
     assert watchdog.distance(samples, labels) == pytest.approx(sum(by_hand) / 2)
-    with pytest.raises(InputError, match=r"of 'LGG' there are 1 and 4: make rollouts larger"):
-        watchdog.distance(samples[2:], labels[2:])
+    with pytest.raises(InputError, match=r"of 'LGG' there are 0 and 4: make rollouts larger"):
+        watchdog.distance(samples[3:], labels[3:])

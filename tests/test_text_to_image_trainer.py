@@ -272,17 +272,23 @@ def test_rl_of_a_half_precision_pipeline_trains_a_float32_adapter(tmp_path):
     [
         (
             {"mixed_precision": "bf16"},
-            "weights to be trained are torch.bfloat16.*load the pipeline in float32, and set",
+            "UNet2DConditionModel are torch.bfloat16.*load the pipeline in float32, and set",
         ),
-        ({"mixed_precision": "no", "use_lora": True}, r"denoiser is torch.bfloat16.*set mixed_precision \(bf16"),
+        (
+            {"mixed_precision": "no", "use_lora": True},
+            r"UNet2DConditionModel is torch.bfloat16.*set mixed_precision \(bf16",
+        ),
     ],
 )
 def test_half_precision_that_can_not_be_trained_is_refused(images, changes, message, tmp_path):
+    pipeline = half_text_to_image()
     with pytest.raises(InputError, match=message):
-        TextToImageTrainer(half_text_to_image(), TextToImageConfig(**settings(tmp_path, **changes)), images)
+        TextToImageTrainer(pipeline, TextToImageConfig(**settings(tmp_path, **changes)), images)
     args = DiffusionPPOConfig(output_dir=str(tmp_path), report_to="none", **changes)
     with pytest.raises(InputError, match=message):
-        DiffusionPPOTrainer(half_text_to_image(), Brightness(), args, train_conditions=["a nevus"])
+        DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=["a nevus"])
+    right = replace(args, mixed_precision="bf16", use_lora=True)
+    DiffusionPPOTrainer(pipeline, Brightness(), right, train_conditions=["a nevus"])  # nothing was left in it
 
 
 def test_another_size_of_images_is_refused(tmp_path):

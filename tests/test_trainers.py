@@ -149,6 +149,8 @@ def test_a_used_folder_keeps_the_new_run_s_checkpoints(earlier, tmp_path):
     """The old ones past its start would be kept in their place, as the higher numbers, and resumed as the latest."""
     settings = {"save_steps": 1, "save_total_limit": 2}
     build("reward-volume", tmp_path / "old", **{**settings, "max_steps": 4, "save_total_limit": 4})[0].train()
+    build("reward-volume", tmp_path / "old", max_steps=1)[0].train()
+    assert len(checkpoints(tmp_path / "old")) == 4  # a run that writes none takes none away
     shutil.copytree(tmp_path / "old/checkpoint-3", tmp_path / "old/checkpoint-3-kept")
     path = earlier and str(tmp_path / "old" / earlier)
     again, module = build(

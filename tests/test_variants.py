@@ -14,7 +14,7 @@ from tiny import tiny_study
 from msrl_diffusers import StudyConfig, run_study
 from msrl_diffusers.cli.study import StudyArguments
 from msrl_diffusers.cli.study import run as run_command
-from msrl_diffusers.errors import InputError
+from msrl_diffusers.errors import Busy, InputError
 from msrl_diffusers.files import write_json
 from msrl_diffusers.study import published, side_by_side
 from msrl_diffusers.study import runs as runs_module
@@ -151,6 +151,22 @@ def test_what_jobs_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(runs_module, "process_state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(InputError, match="without `accelerate launch`"):
         run_variants(config, [0], jobs=2)
+
+
+def test_a_stage_that_another_command_runs_ends_this_one(monkeypatch, tmp_path):
+    """It is no run that was refused: that would be reported, and the other seeds be taken from the other command."""
+    config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
+
+    def busy(config, stages):
+        raise Busy(f"Another command is at work in {config.output_dir}.")
+
+    for module in (runs_module, side_by_side):
+        monkeypatch.setattr(module, "run_study", busy)
+    with pytest.raises(Busy):
+        run_variants(config, [0, 1])
+    with pytest.raises(Busy):
+        side_by_side._run_job(plan_jobs([(config, ["prepare"])])[0], [])
+    assert not list(tmp_path.glob("**/refused.json"))
 
 
 def test_seeds_differ_and_a_finished_study_is_not_run_again(finished):

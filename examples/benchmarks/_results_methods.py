@@ -142,8 +142,8 @@ def recipe_lines(content: dict, name: str) -> list[str]:
         "",
         f"- The published recipe over-optimizes: along its runs (the curves, of samples by the rollouts' own sampler) the judge's distance is "
         f"lowest after {listed(turning)} of {rows['paper']['rollouts'][0]} rollouts, by seed. After it the reward that is trained on still "
-        f"rises in {_rising('mean', curves['paper'])}, and so does that of a model which only watches in "
-        f"{_rising('heldout', curves['paper'])}.",
+        f"rises in {rising('mean', curves['paper'])}, and so does that of a model which only watches in "
+        f"{rising('heldout', curves['paper'])}.",
         "- What helps is to pick the weights by the label distance, which is free at any time. Nearer to the real volumes by the judge end "
         f"{_nearer('early_stop', rows)}, {_nearer('default', rows)}, {_nearer('paper', rows)}.",
         "- It is no alarm that stops a run in time: along the runs of both recipes the label distance is lowest at a later point of the curve than "
@@ -165,7 +165,7 @@ def lowest(points: list, role: str) -> int:
     return min(range(len(points)), key=lambda place: points[place]["fid"][role])
 
 
-def _rising(reward: str, curves: list) -> str:
+def rising(reward: str, curves: list) -> str:
     """In how many runs a reward at the end is above that where the judge's distance is lowest."""
     rises = [points[-1]["reward"][reward] > points[lowest(points, "judge")]["reward"][reward] for points in curves]
     return f"{sum(rises)} of {len(rises)}"

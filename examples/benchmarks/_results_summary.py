@@ -2,7 +2,7 @@
 
 from statistics import fmean
 
-from _results_methods import listed, lowest, perfect_sampler
+from _results_methods import listed, lowest, perfect_sampler, rising
 from _results_volumes import mean_and_sd
 
 from msrl_diffusers.study.tables import summary, verdict
@@ -106,7 +106,8 @@ def _recipe_line(content: dict) -> str:
     turning = [points[lowest(points, "judge")]["rollout"] for points in paper["curves"]]
     return (
         f"- Over-optimization: by the published recipe the judge's distance turns after {listed(turning)} of {paper['rollouts'][0]} rollouts, "
-        "by seed, while every reward goes on rising, one that only watches too. What helps is to pick the weights by the label distance, "
+        f"by seed; after it the reward that is trained on rises in {rising('mean', paper['curves'])}, and so does that of a model which only "
+        f"watches in {rising('heldout', paper['curves'])}. What helps is to pick the weights by the label distance, "
         f"which costs nothing; it is no alarm that stops a run in time ([curves]({PAGE}#rewards-under-optimization))."
     )
 
@@ -139,6 +140,7 @@ def _story_line(reports: list[dict]) -> str:
     return (
         f"- Text to image (drawn images, a small model): PPO raises the share of images that show all their prompt states from {match[0]:.0%} "
         f"to {match[1]:.0%} by a classifier that gave no reward; FID goes from {fid[0]:.1f} to {fid[1]:.1f}, beyond its interval in {beyond} "
-        f"of {len(reports)} seeds. A model trained for longer, and guided, gets as far without PPO "
+        f"of {len(reports)} seeds. By the classifier that did, a "
+        f"model trained for longer, and guided, gets as far without PPO "
         f"([results]({PAGE}#text-to-image-drawn-dermoscopy-images-at-32-x-32))."
     )

@@ -1,4 +1,4 @@
-"""The page of results, and the README's summary of it, from the JSON files under examples/results; nothing in them is typed.
+"""The page of results, and the README's summary of it, from the JSON files under examples/results; no number in them is typed.
 
     python examples/benchmarks/results_page.py
 

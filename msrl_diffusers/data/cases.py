@@ -19,7 +19,8 @@ SPLITS = {  # what tables and data lists call a split
     "training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout", "train": "train",
     "heldout": "heldout", "val": "heldout", "valid": "heldout", "dev": "heldout",
 }  # fmt: skip
-ONE_CLASS = "unlabelled"  # of all volumes, where a table has no classes and none are asked for
+ONE_CLASS = "unlabelled"  # the class of all volumes where there are no others
+NO_CLASSES = "none"  # as label_column: whatever other columns mean, they are no classes
 LabelBins = Mapping[str, Sequence[float | None]] | Sequence[float]
 
 

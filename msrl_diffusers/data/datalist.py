@@ -6,7 +6,18 @@ from collections import Counter
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import ONE_CLASS, SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
+from .cases import (
+    NO_CLASSES,
+    ONE_CLASS,
+    SPLITS,
+    Case,
+    LabelBins,
+    Listing,
+    class_is_given,
+    class_names,
+    class_of,
+    distinct_names,
+)
 from .folders import entries
 
 
@@ -29,8 +40,8 @@ def scan(
 
     Args:
         data_dir: the JSON file, or a folder with `dataset.json` or a single JSON file.
-        label_column: key of the classes: categories, or numbers with `label_bins`; by default `label`, or one class of all
-            images where that is of no entry a class.
+        label_column: key of the classes: categories, or numbers with `label_bins`; by default `label`; `none`, and the
+            default where entries have no keys but those above, is one class of all images.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound);
             entries in no bin are no part of the data set.
         subject_column: key that names the subject; by default `subject_id`, or each image by itself where entries have none.
@@ -42,7 +53,7 @@ def scan(
     content = _read(path)
     names = content.get("modality") if isinstance(content.get("modality"), dict) else {}
     listing, found = Listing(), []
-    has_classes = label_column or label_bins or _has_classes(content)
+    has_classes = label_column != NO_CLASSES and bool(label_column or label_bins or _may_have_classes(content))
     label_column = label_column or "label"
     for key, split in SPLITS.items():
         for number, entry in enumerate(content.get(key, [])):
@@ -106,17 +117,22 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _has_classes(content: dict) -> bool:
-    """Whether the key `label` of any entry is a class."""
+def _may_have_classes(content: dict) -> bool:
+    """Whether the key `label` of any entry is a class, or there are keys that may be."""
     entries = [entry for key in SPLITS for entry in content.get(key, []) if isinstance(entry, dict)]
-    return any(class_is_given(entry.get("label")) and not _is_image(entry["label"]) for entry in entries)
+    known = {"image", "label", "subject_id", "session"}
+    return any(
+        set(entry) - known or (class_is_given(entry.get("label")) and not _is_image(entry["label"]))
+        for entry in entries
+    )
 
 
 def _label(value, label_bins: LabelBins | None, label_column: str, place: str) -> str | None:
     """The class; None for a number in no bin."""
     if _is_image(value):
         raise InputError(
-            f"{place}: {label_column!r} is a segmentation, {value}; name the key of classes as label_column."
+            f"{place}: {label_column!r} is a segmentation, {value}; name the key of classes as label_column, or say none "
+            "for one class of all."
         )
     if value is not None and not isinstance(value, str | int | float):
         raise InputError(f"{place}: {label_column!r} must be one value, it is {value!r}.")

@@ -6,7 +6,18 @@ The table is read here and not by `datasets`, which gives up on the whole folder
 from pathlib import Path
 
 from ..errors import InputError
-from .cases import ONE_CLASS, SPLITS, Case, LabelBins, Listing, class_is_given, class_names, class_of, distinct_names
+from .cases import (
+    NO_CLASSES,
+    ONE_CLASS,
+    SPLITS,
+    Case,
+    LabelBins,
+    Listing,
+    class_is_given,
+    class_names,
+    class_of,
+    distinct_names,
+)
 from .folders import image_columns, read_table
 
 
@@ -24,8 +35,8 @@ def scan(
 
     Args:
         data_dir: folder with `metadata.csv`.
-        label_column: column of the classes: categories, or numbers with `label_bins`; by default `label`, or one class of all
-            images where the table has none.
+        label_column: column of the classes: categories, or numbers with `label_bins`; by default `label`; `none`, and the
+            default where the table has no columns but those above, is one class of all images.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound); rows
             in no bin are no part of the data set.
         subject_column: column that names the subject; by default `subject_id`, or each file by itself where the table has none.
@@ -40,10 +51,14 @@ def scan(
     kinds = image_columns(columns)
     if not kinds:
         raise InputError(f"{table_path} has no column file_name (nor <modality>_file_name); it has {columns}.")
-    has_classes = label_column or label_bins or "label" in columns
+    others = set(columns) - {*kinds.values(), "seg_file_name", subject_column or "subject_id", "session", "split"}
+    has_classes = label_column != NO_CLASSES and bool(label_column or label_bins or others)
     label_column = label_column or "label"
     if has_classes and label_column not in columns:
-        raise InputError(f"{table_path} has no column {label_column!r}; it has {columns}.")
+        raise InputError(
+            f"{table_path} has no column {label_column!r}; it has {columns}: name that of the classes by label_column, or say "
+            f"{NO_CLASSES} for one class of all."
+        )
     if subject_column and subject_column not in columns:
         raise InputError(f"{table_path} has no column {subject_column!r} of subjects; it has {columns}.")
     subject_column = subject_column or "subject_id"

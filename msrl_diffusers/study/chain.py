@@ -80,8 +80,8 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
     method, labels = config.method, config.changed("marginal_labels")
     refresh = ("refresh", *labels) if config.refreshes else ()
     reward_data = ("trajectories", "score") if config.refreshes else ()
-    floors = ("validity_floors",) if config.validity_floors else ()
-    checked = ("validity",) if floors else ()  # else it is measured, and holds nothing up
+    checked = ("validity",) if config.validity_floors else ()  # else it is measured, and holds nothing up
+    floors = ("validity_floors",) if config.validity_floors and method != "frechet" else ()  # which uses no reward
     curve = ("curve",) if config.num_curve_points else ()
     watch = config.changed("watch_per_class")  # at the sampler that stage samplers chose
     watched = ("samplers",) if watch else ()

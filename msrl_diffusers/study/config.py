@@ -248,7 +248,9 @@ class StudyConfig:
             self.trainer_config(section)
         for section in SEEDED_BY_ROLE:
             if "seed" in getattr(self, section):
-                raise InputError(f"Section {section!r}: its seeds follow from the study's; set seed or rl_seed there.")
+                raise InputError(
+                    f"Section {section!r}: its seeds follow from the study's; remove seed here, and set the study's own seed or rl_seed."
+                )
         check_reward_options(self)
 
     def _check_lists(self) -> None:

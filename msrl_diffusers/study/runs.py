@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import Busy, InputError
 from ..files import write_json
 from ..processes import process_state
 from .chain import enabled_stages, run_study
@@ -85,6 +85,8 @@ def run_in_turn(runs: Runs) -> dict[str, str]:
                     link_finished(stage, config, made)
                 process_state().wait_for_everyone()
                 run_study(config, [stage])
+        except Busy:
+            raise
         except InputError as refusal:
             refused[config.output_dir] = str(refusal)
             if not made:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import Busy, InputError
 from .chain import fingerprint, run_study, study_chain
 from .config import StudyConfig
 from .variants import link_finished
@@ -101,6 +101,7 @@ def _finished(running: dict[Future, int]) -> Iterator[tuple[int, str | None]]:
 
     Raises:
         InputError: a process was killed.
+        Busy: another command is at work on the same stage.
     """
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         try:
@@ -150,6 +151,8 @@ def _run_job(job: Job, others: Sequence[StudyConfig]) -> str | None:
         try:
             link_finished(job.stage, job.config, others)
             run_study(job.config, [job.stage])
+        except Busy:
+            raise
         except InputError as refusal:
             return str(refusal)
         finally:

@@ -73,8 +73,8 @@ def prepare(config: StudyConfig) -> dict:
         left_out = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)["rejected"]
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
-    if config.downstream and train.num_classes < 2:
-        raise InputError("Section 'downstream' trains classifiers, and these data have one class; remove it.")
+    if config.downstream:
+        _check_classes(train)
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
     return {
         "train": train.class_counts(),
@@ -84,6 +84,11 @@ def prepare(config: StudyConfig) -> dict:
         "left_out": left_out,
         "fingerprint": hash_tensors({"train": train.pixel_values, "heldout": heldout.pixel_values}.items()),
     }
+
+
+def _check_classes(train: VolumeDataset) -> None:
+    if train.num_classes < 2:
+        raise InputError("Section 'downstream' trains classifiers, and these data have one class; remove it.")
 
 
 def _check_splits(train: VolumeDataset, heldout: VolumeDataset) -> None:
@@ -238,6 +243,7 @@ def _compare_classifiers(config: StudyConfig, reported: dict[str, str], stage: s
     """`run_downstream` on the study's real volumes, in the folder of `stage`: without others, with those of arms of the report, by
     title, and with those of other generators."""
     train, seed = load_split(config, "train"), config.seed_of("downstream")
+    _check_classes(train)  # the section may be newer than stage prepare
     arms = {"real only": None, **{title: _unseen(config, arm) for title, arm in reported.items()}}
     arms |= {name: load_arm(name, path, train, config) for name, path in config.synthetic_arms.items()}
     found = run_downstream(

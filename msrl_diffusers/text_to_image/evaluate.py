@@ -111,13 +111,13 @@ def fidelity(
     Returns:
         `before`, `after` and their `interval`; `difference` (after minus before), `{"value", "interval"}`, of pairs;
         `kid`; distances of `references`, each with its own `n` (training images: the floor; reconstructions: what the
-        autoencoder allows), comparable only at the same; `n` and `extractor`. All None but the last two for fewer than
-        2 images.
+        autoencoder allows), comparable only at the same; `n`, `extractor`, and `drawn_within`, what the intervals' draws keep
+        as it is. All None but the last three for fewer than 2 images.
     """
     size, seed = config.sampling_batch_size, config.seed_of("evaluate")
     real = image_features(extractor, heldout, size)
     rows, real_rows = matched_rows(arms["before"].prompts, heldout.prompts)
-    result = {"extractor": extractor.identity, "n": len(rows)}
+    result = {"extractor": extractor.identity, "n": len(rows), "drawn_within": "prompts"}
     if len(rows) < 2:
         return {**dict.fromkeys([*ARMS, "interval", "difference", "kid", *references]), **result}
     features = {arm: image_features(extractor, images.select(rows), size) for arm, images in arms.items()}

@@ -127,13 +127,9 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.
 
-        What an earlier run left past this point is dropped: log lines, so that the file never holds a step twice, and
-        checkpoints, which rotation would keep in place of this run's, and "latest" resume.
+        History lines of an earlier run past this point are dropped, so the file never holds a step twice.
         """
         if self.is_main:
-            for path in checkpoints(self.output_dir):
-                if _number(path) > self.step:
-                    _remove(path)
             write_log(self.output_dir, self.history)
         self._tell("train_begin", self.step)
         due = False  # a checkpoint
@@ -193,7 +189,8 @@ class TrainingRun:
         self._tell("log", line)
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoint-{step}`, all processes taking part, and drop the oldest over `save_total_limit`."""
+        """Write `checkpoint-{step}`, all processes taking part, and drop the oldest over `save_total_limit`; and those that an
+        earlier run left past this step, which would be kept in place of this run's, and resumed as the latest."""
         final = self.output_dir / f"{CHECKPOINT_PREFIX}{self.step}"
         temporary = self.output_dir / f".{final.name}.tmp"
         if self.is_main:
@@ -207,7 +204,9 @@ class TrainingRun:
             (temporary / "trainer_state.json").write_text(json.dumps(saved))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            for old in checkpoints(self.output_dir)[: -self.args.save_total_limit]:
+            found = checkpoints(self.output_dir)
+            past = [path for path in found if _number(path) > self.step]
+            for old in [*found[: len(found) - len(past)][: -self.args.save_total_limit], *past]:
                 _remove(old)
         self.accelerator.wait_for_everyone()
         self._tell("save", final)

@@ -65,7 +65,10 @@ class FrechetConfig(OnlineConfig):
     )
     eval_batches: int = field(default=4, metadata={"help": "Rollouts in one judgement, per sampler."})
     patience: int | None = field(
-        default=20, metadata={"help": "Stop when the selection figure has not improved for so many steps."}
+        default=20,
+        metadata={
+            "help": "Stop when the selection figure (eval_steps, or select_by of the trainer) has not improved for so many steps."
+        },
     )
 
     def __post_init__(self):

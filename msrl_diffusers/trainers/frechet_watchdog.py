@@ -34,14 +34,14 @@ class FrechetWatchdog:
         """The distance of samples `[N, C, D, H, W]` in [-1, 1] with class labels `[N]`.
 
         Raises:
-            InputError: a class with fewer than two samples, of which there is no covariance.
+            InputError: a class with fewer than two features (one sample of a 3D extractor), of which there is no covariance.
         """
         features, class_labels = extract_features(self.extractor, samples).cpu(), class_labels.cpu()
         distances = []
         for label, name in self.real.id2label.items():
             real, generated = self._features[self.real.class_labels == label], features[class_labels == label]
             count = min(len(real), len(generated))
-            if count < 2:
+            if count * features.shape[2] < 2:  # slices count
                 raise InputError(
                     f"A Frechet distance needs two samples and two real volumes of every class; of {name!r} there are "
                     f"{len(generated)} and {len(real)}: make rollouts larger."

@@ -65,13 +65,14 @@ class TextToImageTrainer:
         # the scheduler of a pipeline that is used as it is may be a sampler without get_velocity
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.unet.requires_grad_(True)
+        pipeline.text_encoder.requires_grad_(args.train_text_encoder)
+        check_precision(pipeline.unet, args.mixed_precision, args.use_lora)
+        if args.train_text_encoder:
+            check_precision(pipeline.text_encoder, args.mixed_precision)
         if args.use_lora:
             add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or ATTENTION, args.seed)
         if args.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
-        pipeline.text_encoder.requires_grad_(args.train_text_encoder)
-        for network in (pipeline.unet, *([pipeline.text_encoder] if args.train_text_encoder else [])):
-            check_precision(network, args.mixed_precision)
 
     def train(self) -> dict[str, float]:
         """Run the training; returns the last logged figures."""

@@ -52,19 +52,20 @@ def add_lora(
     cast_training_params(denoiser, torch.float32)
 
 
-def check_precision(network: torch.nn.Module, mixed_precision: str) -> None:
-    """Raise InputError unless what is trained of a network is in float32, and all of it can compute with float32 inputs."""
+def check_precision(network: torch.nn.Module, mixed_precision: str, use_lora: bool = False) -> None:
+    """Raise InputError unless what is trained of a network is in float32 (with `use_lora` an adapter, which will be), and all of
+    it can compute with float32 inputs."""
     trained = {value.dtype for value in network.parameters() if value.requires_grad} - {torch.float32}
-    if trained:
+    if trained and not use_lora:
         raise InputError(
-            f"The weights to be trained are {trained.pop()}, in which small updates are lost: load the pipeline in float32, and "
-            "set mixed_precision; or train an adapter by use_lora."
+            f"The weights of {type(network).__name__} are {trained.pop()}, in which small updates are lost: load the pipeline in "
+            "float32, and set mixed_precision; or train an adapter alone, by use_lora."
         )
     half = {value.dtype for value in network.parameters()} & {torch.float16, torch.bfloat16}
     if half and resolve_precision(mixed_precision, process_state().device) == "no":
         raise InputError(
-            f"The denoiser is {half.pop()}, and its latents are float32 in training: set mixed_precision (bf16 or fp16), or load "
-            "the pipeline in float32."
+            f"{type(network).__name__} is {half.pop()}, and its inputs are float32 in training: set mixed_precision (bf16 or fp16), "
+            "or load the pipeline in float32."
         )
 
 
@@ -79,6 +80,7 @@ def tunable_policy(pipeline, args: OnlineConfig) -> DenoisingPolicy:
             is in a precision that can't be trained.
     """
     if args.use_lora:
+        check_precision(pipeline.unet, args.mixed_precision, use_lora=True)  # a refused pipeline stays as it was
         add_lora(pipeline.unet, args.lora_rank, args.lora_target_modules or LORA_TARGETS, args.seed)
     elif names := carried_adapters(pipeline.unet):
         if not carries_fresh_adapters(pipeline.unet):
