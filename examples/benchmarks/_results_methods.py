@@ -203,7 +203,7 @@ def lower_line(content: dict, name: str) -> str:
     first = next(iter(content["variants"].values()))
     kid = ", ".join(f"{value:+.4f}" for value in first["kid"]["judge"]["standard"]["values"])
     return (
-        f"- That pipeline tuned by several methods ([page]({name}.md)); nearer to the real volumes by the judge: "
+        f"- A further pipeline of the same config tuned by several methods ([page]({name}.md)); nearer to the real volumes by the judge: "
         f"{', '.join(parts)}. The judge's KID of the pretrained model is {kid} by seed, where 0 is no difference: with "
         f"{content['n']['all']} volumes on each side there is no gap that it could see closed."
     )
