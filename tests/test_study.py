@@ -1,6 +1,5 @@
 import json
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,23 +24,20 @@ from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
-from msrl_diffusers.files import write_json
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
-from msrl_diffusers.study import report as report_module
 from msrl_diffusers.study.artifacts import (
     load_model,
     load_pipeline,
     load_reported,
     load_reward_models,
     load_split,
-    stages_left_out,
 )
 from msrl_diffusers.study.baseline import Yardstick, load_baseline
 from msrl_diffusers.study.chain import fingerprint, stages_up_to
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.release import write_release
-from msrl_diffusers.study.report import gap_closed, git_commit, markdown, stage_records
+from msrl_diffusers.study.report import gap_closed, markdown
 from msrl_diffusers.study.stages import load_arm
 
 
@@ -180,27 +176,6 @@ def test_the_report_says_where_its_numbers_come_from(report):
     # two rollouts of eight samples: four steps each, then four passes over two trained steps
     assert report["unet_forwards"] == 2 * (8 * 4 + 8 * 2 * 4)
     assert report["ppo"]["rollouts"] == 2
-
-
-def test_a_report_leaves_out_what_an_earlier_study_in_its_folder_did(tmp_path):
-    for name in ("prepare", "ppo", "nft", "downstream"):
-        write_json(tmp_path / name / "stage.json", {"seconds": 1})
-    kept = stage_records(tmp_path, stages_left_out(StudyConfig(method="nft")))
-    assert list(kept) == ["nft", "prepare"]
-
-
-def test_the_commit_is_of_the_code_and_not_of_what_it_was_installed_into(monkeypatch, tmp_path):
-    """A virtual environment lies in somebody's own repository, which does not keep it."""
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    name = ["-c", "user.name=A", "-c", "user.email=a@b"]
-    subprocess.run(["git", "-C", str(tmp_path), *name, "commit", "-q", "--allow-empty", "-m", "Begin"], check=True)
-    code = tmp_path / ".venv" / "report.py"
-    code.parent.mkdir()
-    code.touch()
-    monkeypatch.setattr(report_module, "__file__", str(code))
-    assert git_commit() is None
-    subprocess.run(["git", "-C", str(code.parent), "add", code.name], check=True)
-    assert len(git_commit().rstrip("+")) == 40
 
 
 def test_the_page_holds_the_numbers_of_the_json(finished, report):
@@ -443,12 +418,6 @@ def test_a_split_that_later_stages_can_not_use_is_refused_at_once(change, senten
         run_study(config, ["prepare"])
     heldout.save(tmp_path / "cache" / "heldout.safetensors")
     assert run_study(config, ["prepare"])["heldout"] == {"HGG": 2, "LGG": 2}
-
-
-def test_gap_closed():
-    fids = {"standard": {"all": 10.0}, "limit": {"all": 6.0}, "rl": {"all": 7.0}}
-    assert gap_closed(fids) == pytest.approx(0.75)
-    assert gap_closed({**fids, "limit": {"all": 10.0}}) is None
 
 
 def test_reward_models_are_ready_to_score(finished):

@@ -139,6 +139,11 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     ]
 
 
+def has_classes(label_column: str | None, label_bins: LabelBins | None, may_have: bool) -> bool:
+    """Whether a table's volumes have classes: unless `none` was said, if a column or bins were named, or there is what may be one."""
+    return label_column != NO_CLASSES and bool(label_column or label_bins or may_have)
+
+
 def class_names(values: Sequence[str | None], label_bins: LabelBins | None, column: str) -> list[str]:
     """The classes of a column: the bins in their order, or the values that occur, sorted."""
     if label_bins is None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..errors import InputError
 from .cases import (
-    NO_CLASSES,
     ONE_CLASS,
     SPLITS,
     Case,
@@ -17,6 +16,7 @@ from .cases import (
     class_names,
     class_of,
     distinct_names,
+    has_classes,
 )
 from .folders import entries
 
@@ -35,8 +35,9 @@ def scan(
 
     `image` of an entry is a path, or a list of paths that become channels, named by `modality` of the list. Paths start
     at the folder of the list. A `label` that is the path of an image is the segmentation (dropped where there is no such
-    file). An entry may be the path alone, as those of the Decathlon for testing are. `session` is read where it exists; without a subject the file's name
-    stands for it, and for the session of a subject with several images where there is no `session`.
+    file). An entry may be the path alone, as those of the Decathlon for testing are. `session` is read where
+    it exists; without a subject the file's name stands for it, and for the session of a subject with several images where there is
+    no `session`.
 
     Args:
         data_dir: the JSON file, or a folder with `dataset.json` or a single JSON file.
@@ -53,7 +54,7 @@ def scan(
     content = _read(path)
     names = content.get("modality") if isinstance(content.get("modality"), dict) else {}
     listing, found = Listing(), []
-    has_classes = label_column != NO_CLASSES and bool(label_column or label_bins or _may_have_classes(content))
+    with_classes = has_classes(label_column, label_bins, _may_have_classes(content))
     label_column = label_column or "label"
     for key, split in SPLITS.items():
         for number, entry in enumerate(content.get(key, [])):
@@ -61,7 +62,7 @@ def scan(
             try:
                 if not isinstance(entry, dict):
                     raise InputError(f"{place} is {entry!r}, neither a path nor an object with keys.")
-                label = _label(entry.get(label_column), label_bins, label_column, place) if has_classes else ONE_CLASS
+                label = _label(entry.get(label_column), label_bins, label_column, place) if with_classes else ONE_CLASS
                 if label is None:
                     continue
                 images = _images(entry.get("image"), names, path.parent, place)

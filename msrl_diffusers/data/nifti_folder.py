@@ -17,6 +17,7 @@ from .cases import (
     class_names,
     class_of,
     distinct_names,
+    has_classes,
 )
 from .folders import image_columns, read_table
 
@@ -52,9 +53,9 @@ def scan(
     if not kinds:
         raise InputError(f"{table_path} has no column file_name (nor <modality>_file_name); it has {columns}.")
     others = set(columns) - {*kinds.values(), "seg_file_name", subject_column or "subject_id", "session", "split"}
-    has_classes = label_column != NO_CLASSES and bool(label_column or label_bins or others)
+    with_classes = has_classes(label_column, label_bins, bool(others))
     label_column = label_column or "label"
-    if has_classes and label_column not in columns:
+    if with_classes and label_column not in columns:
         raise InputError(
             f"{table_path} has no column {label_column!r}; it has {columns}: name that of the classes by label_column, or say "
             f"{NO_CLASSES} for one class of all."
@@ -67,7 +68,7 @@ def scan(
     for number, (row, name) in enumerate(zip(rows, names, strict=True), start=2):
         place = f"{table_path}, line {number}"
         try:
-            label = class_of(row[label_column], label_bins, label_column, place) if has_classes else ONE_CLASS
+            label = class_of(row[label_column], label_bins, label_column, place) if with_classes else ONE_CLASS
         except InputError as error:
             listing.reject(place, str(error))
             continue
