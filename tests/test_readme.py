@@ -20,6 +20,7 @@ def test_results_are_those_of_the_json_files(monkeypatch):
     assert script["updated"](readme) == readme, "run python examples/benchmarks/results_page.py"
     assert script["page"]() == page, "run python examples/benchmarks/results_page.py"
     assert "| what was tuned, and how |" in readme
+    assert "| method: trainer | take it when |" in readme
     assert "| seed | extractor |" in page
 
 

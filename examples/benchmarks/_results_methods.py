@@ -18,6 +18,13 @@ METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, with only two looks at the label distance)",
     "frechet": "real volumes are at hand: rewards lend their features only",
 }
+TRAINERS = {  # with the name that train_rl.py takes
+    "ppo": "`ppo`: `DiffusionPPOTrainer`",
+    "ppo_window": "`ppo`: `DiffusionPPOTrainer`",
+    "nft": "`nft`: `DiffusionNFTTrainer` ([arXiv 2509.16117](https://arxiv.org/abs/2509.16117))",
+    "draft_cheap": "`draft`: `RewardBackpropTrainer` (DRaFT-K, DRaFT-LV, ReFL)",
+    "frechet": "`frechet`: `FrechetTrainer` ([arXiv 2604.28190](https://arxiv.org/abs/2604.28190))",
+}
 RECIPES = {  # of benchmarks/recipes.py
     "paper": "the published recipe; the weights of the highest held-out reward",
     "early_stop": "label distance stops the run and picks the weights (`select_by: -label_fid`, `patience`)",
@@ -64,7 +71,7 @@ def method_lines(content: dict, memory: dict) -> list[str]:
             f"{row['ms_ssim_over_real']['mean']:.2f}",
             " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
             f"{row['unet_forwards']['mean']:,.0f}",
-            f"{memory['results'][name]['peak_memory'] / 2**30:.1f} GiB",
+            _memory(memory, name),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [
@@ -74,6 +81,32 @@ def method_lines(content: dict, memory: dict) -> list[str]:
         f"- {perfect_sampler(first)}",
         *(_accuracy_line(name, row["downstream"]) for name, row in rows.items() if row["downstream"]),
     ]
+
+
+def trainer_lines(content: dict, memory: dict) -> list[str]:
+    """The README's table: which trainer to take when, what it closed of the gap, what it costs in forwards and in memory."""
+    rows = {name: content["variants"][name] for name in METHODS if name in content["variants"]}
+    forwards = {name: row["unet_forwards"]["mean"] for name, row in rows.items()}
+    lines = [
+        "| method: trainer | take it when | gap closed, judge | forwards of the denoiser, of PPO's | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = [
+            TRAINERS[name], METHODS[name], _closed(row["gap_closed"]["judge"]), f"{forwards[name] / forwards['ppo']:.2f}", _memory(memory, name)
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"One pipeline of phantoms tuned by each, seeds {_seeds_of(rows)}, in brackets the 95 % interval over them; memory is what tuning "
+        f"takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
+        "([all figures](examples/results/README.md#the-same-pipeline-by-other-methods)).",
+    ]
+
+
+def _memory(memory: dict, name: str) -> str:
+    return f"{memory['results'][name]['peak_memory'] / 2**30:.1f} GiB"
 
 
 def _beside_ppo(shares: dict) -> str:

@@ -1,23 +1,22 @@
-"""The page of results, and the README's summary of it, from the JSON files under examples/results; no number in them is typed.
+"""The page of results, and the README's lines of them, from the JSON files under examples/results; no number in them is typed.
 
     python examples/benchmarks/results_page.py
 
-Writes examples/results/README.md, and what stands between the two marks in README.md. A test holds that they agree with the
-files.
+Writes examples/results/README.md, and what stands between marks in README.md: the summary, and the table of methods. A test holds
+that they agree with the files.
 """
 
 import json
 from pathlib import Path
 
 from _results_images import race_lines, story_lines
-from _results_methods import lower_line, method_lines, recipe_lines, refusal_line
+from _results_methods import lower_line, method_lines, recipe_lines, refusal_line, trainer_lines
 from _results_summary import summary_lines
 from _results_volumes import STUDIES, agreement_lines, paper_lines, study_lines
 
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
-START, END = "<!-- results: begin, by examples/benchmarks/results_page.py -->", "<!-- results: end -->"
 TITLE = """# Results
 
 Made by `examples/benchmarks/results_page.py` from the JSON files in this folder, which say with which seeds, numbers of
@@ -33,20 +32,27 @@ def main() -> None:
 
 
 def updated(readme: str) -> str:
-    """The README's text with its summary made anew."""
-    before, rest = readme.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{summary()}\n{END}{after}"
+    """The README's text with what stands between its marks made anew."""
+    for name, lines in {"results": summary(), "methods": methods()}.items():
+        start, end = f"<!-- {name}: begin, by examples/benchmarks/results_page.py -->", f"<!-- {name}: end -->"
+        before, rest = readme.split(start)
+        _, after = rest.split(end)
+        readme = "\n".join([before + start, *lines, end + after])
+    return readme
 
 
-def summary() -> str:
-    """The lines between the marks."""
-    found = summary_lines(
+def summary() -> list[str]:
+    """What the studies say, in one table and some sentences."""
+    return summary_lines(
         reports_of("phantoms-demo-seed*.json"), read("objectives-phantoms.json"), read("recipes-phantoms.json"),
         read("study-phantoms-32/tables.json"), read("class-agreement.json"), read("objectives-ixi.json"),
         reports_of("dermoscopy-seed*.json"),
     )  # fmt: skip
-    return "\n".join(found)
+
+
+def methods() -> list[str]:
+    """Which trainer to take when, and what it costs."""
+    return trainer_lines(read("objectives-phantoms.json"), read("method-memory.json"))
 
 
 def page() -> str:
