@@ -135,8 +135,8 @@ def test_what_jobs_are_refused(monkeypatch, tmp_path):
     config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
     with pytest.raises(InputError, match="--jobs needs --seeds"):
         StudyArguments(jobs=2)
-    with pytest.raises(InputError, match=r"--stages downstream: nothing to run; the stages of this study are \['prep"):
-        run_command(["--output_dir", str(tmp_path), "--stages", "downstream"])
+    with pytest.raises(InputError, match=r"--stages downstream: not in this study, whose stages are \['prepare', 'ext"):
+        run_command(["--output_dir", str(tmp_path), "--stages", "prepare,downstream"])
     with pytest.raises(InputError, match="jobs must be"):
         StudyArguments(seeds=[0], jobs=0)
     killed = Future()

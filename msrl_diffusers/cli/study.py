@@ -66,10 +66,8 @@ def run(arguments: Sequence[str]) -> None:
             sys.stdout.write(f"tables: {Path(config.output_dir) / 'tables.md'}\n")
         return
     stages = args.stages.split(",") if args.stages else None
-    if stages and not set(stages) & set(enabled_stages(config)) and set(stages) <= set(STAGES):
-        raise InputError(
-            f"--stages {args.stages}: nothing to run; the stages of this study are {enabled_stages(config)}."
-        )
+    if absent := [stage for stage in stages or () if stage in STAGES and stage not in enabled_stages(config)]:
+        raise InputError(f"--stages {','.join(absent)}: not in this study, whose stages are {enabled_stages(config)}.")
     run_study(config, stages)
     if not process_state().is_main_process:
         return
