@@ -135,7 +135,9 @@ def test_what_jobs_are_refused(monkeypatch, tmp_path):
     config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
     with pytest.raises(InputError, match="--jobs needs --seeds"):
         StudyArguments(jobs=2)
-    with pytest.raises(InputError, match=r"--stages downstream: not in this study, whose stages are \['prepare', 'ext"):
+    with pytest.raises(
+        InputError, match=r"--stages downstream: not in this study, whose stages are \['prepare', 'ext"
+    ):
         run_command(["--output_dir", str(tmp_path), "--stages", "prepare,downstream"])
     with pytest.raises(InputError, match="jobs must be"):
         StudyArguments(seeds=[0], jobs=0)

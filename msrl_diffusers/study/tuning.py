@@ -16,6 +16,7 @@ from ..processes import process_state
 from ..rewards import LearnedReward
 from ..rollouts import Rollout
 from ..seeding import fold_seed
+from ..trainers.costs import cost_of_prediction
 from ..trainers.frechet_trainer import FrechetTrainer
 from ..trainers.frechet_watchdog import FrechetWatchdog
 from ..trainers.nft_trainer import DiffusionNFTTrainer
@@ -110,7 +111,7 @@ def _watch_forwards(config: StudyConfig, train: VolumeDataset) -> int:
     if watched is None:
         return 0
     sampler = best_sampler(config)
-    return len(watched) * sampler["num_inference_steps"] * (1 if sampler["guidance_scale"] == 1.0 else 2)
+    return len(watched) * sampler["num_inference_steps"] * cost_of_prediction(sampler["guidance_scale"])
 
 
 def _ppo(config, pipeline, rewards, extractor, train, args, shared):

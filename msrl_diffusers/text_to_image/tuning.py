@@ -14,6 +14,7 @@ from ..processes import process_state
 from ..rewards.base import Reward, WeightedSum
 from ..rollouts import Rollout, StepTable, sample_rollout
 from ..seeding import generator_for, sample_generators
+from ..trainers.costs import cost_of_prediction
 from ..trainers.lora import merge_lora, save_lora
 from ..trainers.ppo_config import DiffusionPPOConfig
 from ..trainers.ppo_trainer import DiffusionPPOTrainer
@@ -55,7 +56,7 @@ class HeldoutReward:
     @property
     def unet_forwards(self) -> int:
         """Denoiser forwards that one look takes."""
-        return len(self.prompts) * self.args.num_inference_steps * (1 if self.args.guidance_scale == 1.0 else 2)
+        return len(self.prompts) * self.args.num_inference_steps * cost_of_prediction(self.args.guidance_scale)
 
     def __call__(self, rollout: Rollout) -> float:
         args, policy = self.args, self.trainer.policy

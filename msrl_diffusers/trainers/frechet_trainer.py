@@ -30,13 +30,14 @@ from ..seeding import batch_indices, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
+from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .denoising_loss import denoising_target
 from .feature_population import FeatureQueue, Features, RealSide, Representations
 from .frechet_config import FrechetConfig
 from .gradient_steps import GradientSteps
 from .leash import WATCHED_SHARE
 from .scoring import Scoring
-from .tuned_weights import COST_OF_BACKWARD, TunedWeights, only_denoiser_trained, tunable_policy
+from .tuned_weights import TunedWeights, only_denoiser_trained, tunable_policy
 from .watchdogs import Watch, Watchdog, draw_samples
 
 
@@ -383,8 +384,7 @@ class FrechetTrainer:
 
     @property
     def _cost(self) -> int:
-        """Forwards of the denoiser in one prediction."""
-        return 1 if self.args.guidance_scale == 1.0 else 2
+        return cost_of_prediction(self.args.guidance_scale)
 
     @property
     def _cost_of_gradient(self) -> int:

@@ -45,11 +45,12 @@ from ..seeding import generator_for, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
+from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .final_sampler import FinalSampler
 from .leash import WATCHED_SHARE, MovingReference
 from .nft_config import DiffusionNFTConfig
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import COST_OF_BACKWARD, TunedWeights, tunable_policy
+from .tuned_weights import TunedWeights, tunable_policy
 from .watchdogs import Watch, Watchdog, check_patience, draw_samples
 
 
@@ -165,7 +166,7 @@ class DiffusionNFTTrainer:
                 parts.append(part.to("cpu") if args.offload_rollouts else part)
                 all_numbers += numbers
             scores = scoring.collect(scored)
-        cost = 1 if args.guidance_scale == 1.0 else 2
+        cost = cost_of_prediction(args.guidance_scale)
         self.unet_forwards += args.samples_per_rollout * run.accelerator.num_processes * len(self.sampler) * cost
         return Rollout.cat(parts), all_numbers, scores
 

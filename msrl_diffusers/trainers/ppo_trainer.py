@@ -31,11 +31,12 @@ from ..seeding import generator_for, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
+from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .leash import WATCHED_SHARE, Leash
 from .ppo_config import DiffusionPPOConfig
 from .refresh import RewardRefresh
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import COST_OF_BACKWARD, TunedWeights, tunable_policy
+from .tuned_weights import TunedWeights, tunable_policy
 from .uncertainty import check_can_be_unsure
 from .watchdogs import Watch, Watchdog, check_patience, draw_samples
 
@@ -173,9 +174,9 @@ class DiffusionPPOTrainer:
                 scored.append(submit(part.samples, rows))
                 parts.append(part.to("cpu") if args.offload_rollouts else part)
             scores = scoring.collect(scored)
-        forwards = len(table) * self._cost(args.guidance_scale)
+        forwards = len(table) * cost_of_prediction(args.guidance_scale)
         if args.train_guidance_scale != args.guidance_scale:
-            forwards += len(table.stochastic) * self._cost(args.train_guidance_scale)
+            forwards += len(table.stochastic) * cost_of_prediction(args.train_guidance_scale)
         self.unet_forwards += args.samples_per_rollout * run.accelerator.num_processes * forwards
         return Rollout.cat(parts), scores
 
@@ -217,7 +218,9 @@ class DiffusionPPOTrainer:
                     run.record(**{f"ppo/{name}": value for name, value in stats.items()}, **{"ppo/loss": loss})
                     more = args.gradient_checkpointing + int(leash.moving is not None)
                     passes = len(batch) * (1 + COST_OF_BACKWARD + more) + measured
-                    self.unet_forwards += passes * accelerator.num_processes * self._cost(args.train_guidance_scale)
+                    self.unet_forwards += (
+                        passes * accelerator.num_processes * cost_of_prediction(args.train_guidance_scale)
+                    )
             weights.end_update()
 
     def _loss(
@@ -260,8 +263,3 @@ class DiffusionPPOTrainer:
                 f"{self._clip_range:.2g}): sampling and training disagree. Usual causes: dropout, batch normalization, "
                 "half precision or compilation on one path only, or a changed scheduler."
             )
-
-    @staticmethod
-    def _cost(guidance_scale: float) -> int:
-        """Forwards of the denoiser in one prediction."""
-        return 1 if guidance_scale == 1.0 else 2

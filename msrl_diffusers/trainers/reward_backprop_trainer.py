@@ -32,13 +32,14 @@ from ..seeding import generator_for, sample_generators
 from .base import TrainingRun
 from .callbacks import Callbacks
 from .conditions import Conditions
+from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .gradient_steps import GradientSteps
 from .leash import WATCHED_SHARE
 from .lora import save_lora
 from .reward_backprop_config import RewardBackpropConfig
 from .reward_backprop_variants import VARIANTS, Drawn
 from .scoring import Scores, Scoring, join_rewards
-from .tuned_weights import COST_OF_BACKWARD, TunedWeights, only_denoiser_trained, tunable_policy
+from .tuned_weights import TunedWeights, only_denoiser_trained, tunable_policy
 from .watchdogs import Watch, Watchdog, check_patience, draw_samples
 
 
@@ -269,7 +270,7 @@ class RewardBackpropTrainer:
             run.stop(f"the divergence from the pretrained model passed kl_budget={self.args.kl_budget}")
 
     def _count(self, run: TrainingRun, predictions: int) -> None:
-        cost = 1 if self.args.guidance_scale == 1.0 else 2
+        cost = cost_of_prediction(self.args.guidance_scale)
         self.unet_forwards += predictions * run.accelerator.num_processes * cost
 
 

@@ -27,7 +27,6 @@ from .weight_average import WeightAverage
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
 BEST_WEIGHTS = "best.safetensors"
 REMEDY = "keep it by fuse_lora(), then unload_lora_weights(), before you train"
-COST_OF_BACKWARD = 2  # in forwards
 
 
 def add_lora(
