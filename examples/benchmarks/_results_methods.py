@@ -34,8 +34,8 @@ RECIPES = {  # of benchmarks/recipes.py
     "refresh": "every third rollout is labelled and added to the reward data (`refresh`)",
     "marginal_labels": "a volume's own share of the distance is mixed into its label (`marginal_labels`)",
     "ensemble": "five heads, mean less spread (`num_heads`, `spread_penalty`)",
-    "adaptive_kl": "KL towards a target, with a budget (`kl_mode`, `kl_budget`)",
-    "gated_kl": "only the samples rewards disagree on are held (`kl_gate_quantile`)",
+    "adaptive_kl": "KL towards a target, with a budget (`kl_mode: adaptive`, `kl_target`, `kl_budget`)",
+    "gated_kl": "a stronger KL term, on the samples alone that rewards disagree on (`kl_coef: 1.0`, `kl_gate_quantile: 0.7`)",
     "moving_reference": "the reference moves every fourth rollout (`reference_update_steps`)",
     "hard_data": "degraded volumes as further reward data (`degraded_anchors`)",
     "policy_anchors": "samples of an earlier policy as further reward data (`policy_anchors`)",
@@ -148,7 +148,7 @@ def recipe_lines(content: dict, name: str) -> list[str]:
     lines = [
         f"PPO from the same pipeline with reward models of its own in every seed, by the published recipe, with each remedy alone, and by the "
         f"default recipe (`make demo` and the study run eight rollouts of it, without its floors): {content['n']['all']} volumes on each side, means over "
-        f"{len(rows['paper']['seeds'])} seeds ({', '.join(content['devices_of_runs'])}; [page]({name}.md)). "
+        f"{len(rows['paper']['seeds'])} seeds ({', '.join(content['devices_of_runs']).replace('cpu', 'CPU')}; [page]({name}.md)). "
         f"Below zero: farther from the real volumes than before tuning.",
         "",
         "| recipe | what it is | gap closed, judge | gap closed, second judge | gap closed, label | MS-SSIM over real | copies | reward gained | kept after rollouts, of |",
@@ -160,7 +160,7 @@ def recipe_lines(content: dict, name: str) -> list[str]:
             *(_closed(row["gap_closed"][role]) for role in ROLES),
             f"{row['ms_ssim_over_real']['mean']:.2f}",
             " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
-            f"{row['reward_gain']['mean']:+.1f}",
+            _gain(row),
             ", ".join(f"{kept} of {all}" for kept, all in zip(row["kept_after"], row["rollouts"], strict=True)),
         ]
         number = len(row["seeds"])
@@ -177,9 +177,9 @@ def recipe_lines(content: dict, name: str) -> list[str]:
         f"lowest after {listed(turning)} of {rows['paper']['rollouts'][0]} rollouts, by seed. After it the reward that is trained on still "
         f"rises in {rising('mean', curves['paper'])}, and so does that of a model which only watches in "
         f"{rising('heldout', curves['paper'])}.",
-        "- What helps is to pick the weights by the label distance, which is free at any time. Nearer to the real volumes by the judge end "
-        f"{_nearer('early_stop', rows)}, {_nearer('default', rows)}, {_nearer('paper', rows)}.",
-        "- It is no alarm that stops a run in time: along the runs of both recipes the label distance is lowest at a later point of the curve than "
+        f"- What helps is not to go as far. Nearer to the real volumes by the judge in every seed end {_that_help(rows)}; paper, with a reward "
+        f"gained of {_gain(rows['paper'])}, in {_nearer(rows['paper'])}.",
+        "- The label distance, which is free at any time, picks the weights; it is no alarm that stops a run in time: along the runs of both recipes the label distance is lowest at a later point of the curve than "
         f"the judge's in {later} of {len(places)}, at an earlier one in {earlier}. Where the runs of the default recipe end (not at the weights "
         f"that are kept), the judge's distance is above its start in {_worse_at_the_end(curves['default'])}.",
         "",
@@ -187,10 +187,26 @@ def recipe_lines(content: dict, name: str) -> list[str]:
     ]
 
 
-def _nearer(variant: str, rows: dict) -> str:
-    before, after = (rows[variant]["fid"]["judge"][arm]["values"] for arm in ("standard", "rl"))
-    nearer = sum(new < old for new, old in zip(after, before, strict=True))
-    return f"{variant} in {nearer} of {len(after)} seeds"
+def that_help(rows: dict) -> dict:
+    """The recipes that end nearer to the real volumes by the judge in every seed."""
+    return {name: rows[name] for name in RECIPES if name in rows and not _seeds_farther(rows[name])}
+
+
+def _that_help(rows: dict) -> str:
+    return listed([f"{name} ({_gain(row)}, {len(row['seeds'])} seeds)" for name, row in that_help(rows).items()])
+
+
+def _gain(row: dict) -> str:
+    return f"{row['reward_gain']['mean']:+.1f}"
+
+
+def _nearer(row: dict) -> str:
+    return f"{len(row['seeds']) - _seeds_farther(row)} of {len(row['seeds'])} seeds"
+
+
+def _seeds_farther(row: dict) -> int:
+    before, after = (row["fid"]["judge"][arm]["values"] for arm in ("standard", "rl"))
+    return sum(new >= old for new, old in zip(after, before, strict=True))
 
 
 def lowest(points: list, role: str) -> int:
