@@ -293,8 +293,10 @@ def test_findings_of_a_downstream_study(finished):
     assert by_claim["pretraining on RL-tuned volumes raises it more than on standard ones"] is False
 
 
-def test_the_page_of_results_says_what_the_tables_say(tables):
-    script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "benchmarks" / "_results_volumes.py"))
+def test_the_page_of_results_says_what_the_tables_say(tables, monkeypatch):
+    benchmarks = Path(__file__).parents[1] / "examples" / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    script = runpy.run_path(str(benchmarks / "_results_volumes.py"))
     lines = script["paper_lines"](tables, "study-phantoms-32")
     fid = tables["ablations"]["reward_3d_only"]["fid_judge"]
     assert any(line.startswith(f"| RL, reward 3d only | {fid['mean']:.3f} +- {fid['sd']:.3f} |") for line in lines)

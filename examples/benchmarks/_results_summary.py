@@ -2,8 +2,9 @@
 
 from statistics import fmean
 
-from _results_methods import listed, lowest, perfect_sampler, rising, that_help
-from _results_volumes import mean_and_sd
+from _results_methods import perfect_sampler
+from _results_recipes import lowest, rising, that_help
+from _results_words import closed, listed, mean_and_sd
 
 from msrl_diffusers.study.tables import summary, verdict
 
@@ -75,12 +76,7 @@ def _of_reports(reports: list[dict]) -> dict:
 def _row(title: str, row: dict) -> str:
     fids = [mean_and_sd(row["fid"]["judge"][arm], 3) for arm in ("standard", "rl")]
     cells = [title, ", ".join(map(str, row["seeds"])), " -> ".join(fids)]
-    return "| " + " | ".join(cells + [_percent(row["gap_closed"][role]) for role in JUDGES]) + " |"
-
-
-def _percent(figure: dict) -> str:
-    low, high = figure["interval"]
-    return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
+    return "| " + " | ".join(cells + [closed(row["gap_closed"][role]) for role in JUDGES]) + " |"
 
 
 def _demo_line(reports: list[dict], agreement: dict) -> str:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from _results_words import mean_and_sd
+
 from msrl_diffusers.study.tables import REAL, STANDARD
 
 
@@ -158,11 +160,6 @@ def agreement_lines(content: dict) -> list[str]:
         ]
         lines.append(f"| {name.replace('-', ', ').replace('seed', 'seed ')} | " + " | ".join(cells) + " |")
     return lines
-
-
-def mean_and_sd(figure: dict | None, digits: int) -> str:
-    """Mean and deviation over seeds."""
-    return "" if figure is None else f"{figure['mean']:.{digits}f} +- {figure['sd']:.{digits}f}"
 
 
 def kept_rollouts(report: dict) -> int:

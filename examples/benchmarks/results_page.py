@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 from _results_images import race_lines, story_lines
-from _results_methods import lower_line, method_lines, recipe_lines, refusal_line, trainer_lines
+from _results_methods import lower_line, method_lines, trainer_lines
+from _results_recipes import recipe_lines, refusal_line
 from _results_summary import summary_lines
 from _results_volumes import STUDIES, agreement_lines, paper_lines, study_lines
 

@@ -1,0 +1,20 @@
+"""Figures and lists in words, as the page of results and the README print them."""
+
+
+def mean_and_sd(figure: dict | None, digits: int) -> str:
+    """Mean and deviation over seeds."""
+    return "" if figure is None else f"{figure['mean']:.{digits}f} +- {figure['sd']:.{digits}f}"
+
+
+def listed(values: list) -> str:
+    """At least one value, as in "a, b and c"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def closed(figure: dict | None) -> str:
+    """A share of a gap that was closed, with its interval over seeds."""
+    if figure is None:
+        return "no gap"
+    low, high = figure["interval"]
+    return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
