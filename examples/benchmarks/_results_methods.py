@@ -31,7 +31,7 @@ TRAINERS = {  # with the name that train_rl.py takes
 def method_lines(content: dict, memory: dict) -> list[str]:
     """One table, a row per method: what it closes of the gap, what it costs, and when to take it; what the methods say together.
     `memory` is what `method_memory.py` wrote."""
-    rows = {name: content["variants"][name] for name in METHODS if name in content["variants"]}
+    rows = _rows(content)
     first = next(iter(rows.values()))
     lines = [
         f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(rows)}); one set "
@@ -69,7 +69,7 @@ def method_lines(content: dict, memory: dict) -> list[str]:
 
 def trainer_lines(content: dict, memory: dict) -> list[str]:
     """The README's table: which trainer to take when, what it closed of the gap, what it costs in forwards and in memory."""
-    rows = {name: content["variants"][name] for name in METHODS if name in content["variants"]}
+    rows = _rows(content)
     forwards = {name: row["unet_forwards"]["mean"] for name, row in rows.items()}
     lines = [
         "| method: trainer | take it when | gap closed, judge | forwards of the denoiser, of PPO's | memory |",
@@ -87,6 +87,10 @@ def trainer_lines(content: dict, memory: dict) -> list[str]:
         f"takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
         "([all figures](examples/results/README.md#the-same-pipeline-by-other-methods)).",
     ]
+
+
+def _rows(content: dict) -> dict:
+    return {name: content["variants"][name] for name in METHODS if name in content["variants"]}
 
 
 def _memory(memory: dict, name: str) -> str:

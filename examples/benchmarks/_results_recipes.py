@@ -59,8 +59,10 @@ def recipe_lines(content: dict, name: str) -> list[str]:
         f"rises in {rising('mean', curves['paper'])}, and so does that of a model which only watches in "
         f"{rising('heldout', curves['paper'])}.",
         f"- What helps is not to go as far. Nearer to the real volumes by the judge in every seed end {_that_help(rows)}; paper, with a reward "
-        f"gained of {_gain(rows['paper'])}, in {_nearer(rows['paper'])}.",
-        "- The label distance, which is free at any time, picks the weights; it is no alarm that stops a run in time: along the runs of both recipes the label distance is lowest at a later point of the curve than "
+        f"gained of {_gain(rows['paper'])}, in {_nearer(rows['paper'])}. The judge itself, on these seeds, told them apart: which of them is best "
+        "other seeds would have to show.",
+        "- The label distance, which takes only samples, picks weights well; it is no alarm that stops a run in time: along the runs of both "
+        "recipes it is lowest at a later point of the curve than "
         f"the judge's in {later} of {len(places)}, at an earlier one in {earlier}. Where the runs of the default recipe end (not at the weights "
         f"that are kept), the judge's distance is above its start in {_worse_at_the_end(curves['default'])}.",
         "",
@@ -74,7 +76,9 @@ def that_help(rows: dict) -> dict:
 
 
 def _that_help(rows: dict) -> str:
-    return listed([f"{name} ({_gain(row)}, {len(row['seeds'])} seeds)" for name, row in that_help(rows).items()])
+    return listed(
+        [f"{name} ({_gain(row)}, {len(row['seeds'])} seeds)" for name, row in that_help(rows).items()] or ["none"]
+    )
 
 
 def _gain(row: dict) -> str:

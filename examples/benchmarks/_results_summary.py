@@ -104,8 +104,8 @@ def _recipe_line(content: dict) -> str:
     return (
         f"- Over-optimization: by the published recipe the judge's distance turns after {listed(turning)} of {paper['rollouts'][0]} rollouts, "
         f"by seed; after it the reward that is trained on rises in {rising('mean', paper['curves'])}, and so does that of a model which only "
-        f"watches in {rising('heldout', paper['curves'])}. What helps is not to go as far, by weights that the label distance picks, which costs "
-        f"nothing, or by a stronger KL term where rewards disagree: {listed(list(that_help(content['variants'])))} end nearer to the real volumes in "
+        f"watches in {rising('heldout', paper['curves'])}. What helps is not to go as far, by weights that the label distance picks, which takes "
+        f"only samples, or by a stronger KL term where rewards disagree: {listed(list(that_help(content['variants'])) or ['none'])} end nearer to the real volumes in "
         f"every seed. The label distance is no alarm that stops a run in time ([curves]({PAGE}#rewards-under-optimization))."
     )
 

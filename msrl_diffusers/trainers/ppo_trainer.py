@@ -218,9 +218,8 @@ class DiffusionPPOTrainer:
                     run.record(**{f"ppo/{name}": value for name, value in stats.items()}, **{"ppo/loss": loss})
                     more = args.gradient_checkpointing + int(leash.moving is not None)
                     passes = len(batch) * (1 + COST_OF_BACKWARD + more) + measured
-                    self.unet_forwards += (
-                        passes * accelerator.num_processes * cost_of_prediction(args.train_guidance_scale)
-                    )
+                    cost = cost_of_prediction(args.train_guidance_scale)
+                    self.unet_forwards += passes * accelerator.num_processes * cost
             weights.end_update()
 
     def _loss(
