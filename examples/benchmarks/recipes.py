@@ -60,6 +60,7 @@ VARIANTS = {
     "paper": {},
     "default": merged(DEFAULT, FLOORS),
     "unchecked": merged(DEFAULT, NO_CURVE),  # started whatever its rewards are worth
+    "gated_default": merged(DEFAULT, REMEDIES["gated_kl"], FLOORS, NO_CURVE),
     **{name: merged(changes, NO_CURVE) for name, changes in REMEDIES.items()},
     "policy_anchors": earlier_policy,
 }
