@@ -7,6 +7,7 @@
 - `draft`: gradients of learned rewards through the decoder and the last denoising steps.
 - `frechet`: the Frechet distance as the loss, in features of the label extractor, and of reward models where `frechet_features`
   names them.
+- `ddo`: discriminative self-play: real volumes against its own samples, without rewards or features.
 
 Every field of the method's config is an option and overrides the config's section of that name. Earlier stages run first;
 one that is done is skipped, a killed one resumes when the same command is given again.

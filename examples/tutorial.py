@@ -231,4 +231,4 @@ print(
 #
 # - Longer, with a report: `make demo`. Your own volumes: `msrl prepare`, then `examples/train_ppo.py`; README.md has the commands.
 # - Another reward is any function of volumes and labels: `DiffusionPPOTrainer(pipe, [my_function], config)`.
-# - Other methods on the same rewards: `DiffusionNFTTrainer`, `RewardBackpropTrainer`; without rewards: `FrechetTrainer`.
+# - Other methods on the same rewards: `DiffusionNFTTrainer`, `RewardBackpropTrainer`; without rewards: `FrechetTrainer`, `DDOTrainer`.

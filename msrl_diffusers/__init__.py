@@ -94,6 +94,8 @@ _LAZY = {
     "LatentDiffusionTrainer": "trainers.diffusion_trainer",
     "DiffusionNFTConfig": "trainers.nft_config",
     "DiffusionNFTTrainer": "trainers.nft_trainer",
+    "DDOConfig": "trainers.ddo_config",
+    "DDOTrainer": "trainers.ddo_trainer",
     "FrechetConfig": "trainers.frechet_config",
     "FrechetTrainer": "trainers.frechet_trainer",
     "FrechetWatchdog": "trainers.frechet_watchdog",

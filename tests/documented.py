@@ -314,7 +314,7 @@ def _small(study: Mapping) -> dict:
             small[name] = value | {key: own[key] for key in ("num_heads", "spread_penalty") if key in (own or {})}
         elif name != "downstream" or own:  # a study without it has no such stage
             small[name] = {**(own or {}), **value}
-    for method in ("nft", "draft", "frechet"):
+    for method in ("nft", "draft", "frechet", "ddo"):
         if method in study:
             small[method] = {**study[method], **ROLLOUT, **(FRECHET if method == "frechet" else {})}
     if "evaluation_per_class" in study:

@@ -332,7 +332,7 @@ def seeds_and_ablations(stage: Stage) -> None:
 
 
 @scene(
-    *(f"python examples/train_rl.py --method {method} --config STUDY.yaml" for method in ("ppo", "nft", "draft", "frechet")),
+    *(f"python examples/train_rl.py --method {method} --config STUDY.yaml" for method in ("ppo", "nft", "draft", "frechet", "ddo")),
     here=True, slow=False,
 )  # fmt: skip
 def methods(stage: Stage) -> None:

@@ -131,7 +131,7 @@ def test_sections_are_checked(section):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "magic"}, r"method must be one of \['ppo', 'nft', 'draft', 'frechet'\], got 'magic'"),
+        ({"method": "magic"}, r"method must be one of \['ppo', 'nft', 'draft', 'frechet', 'ddo'\], got 'magic'"),
         (
             {"frechet_features": ["judge"]},
             r"frechet_features must be of \['label', 'volume', 'slice'\], got \['judge'\]",
@@ -172,6 +172,7 @@ def test_sections_are_checked(section):
         ({"refresh": {"every": 0}}, "every must be positive, got 0"),
         ({"draft": {"use_lora": True, "fuse_lora": False}}, "fuse_lora must be true in a study"),
         ({"nft": {"sampler": "DPMSolverMultistepScheduler"}}, "'nft': sampler must be unset in a study"),
+        ({"ddo": {"sampler": "DPMSolverMultistepScheduler"}}, "'ddo': sampler must be unset in a study"),
         ({"unet": {"in_channels": 16}}, "'unet': in_channels follows from the data and the autoencoder; remove it"),
         ({"rewards": {"seed": 3}}, "'rewards': its seeds follow from the study's; remove seed here"),
     ],

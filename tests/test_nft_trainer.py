@@ -257,7 +257,7 @@ def test_prompts_epsilon_prediction_and_another_sampler(tmp_path):
     assert differing(copied(pipeline.unet), copied(tiny_stable_diffusion().unet))
     # noise alone says nothing about a clean sample
     grid = FinalSampler(trainer.policy, config(tmp_path, num_inference_steps=10)).timesteps
-    few = FinalSampler(trainer.policy, config(tmp_path, num_inference_steps=10, min_signal=0.3)).timesteps
+    few = FinalSampler(trainer.policy, config(tmp_path, num_inference_steps=10), min_signal=0.3).timesteps
     assert 0 < len(few) < len(grid)
     assert few.tolist() == grid[-len(few) :].tolist()
 

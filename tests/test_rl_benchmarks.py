@@ -266,7 +266,7 @@ def test_recipes_run_and_resume(benchmarks, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
     config = base_config(
-        tmp_path, nft=METHOD, draft=METHOD,
+        tmp_path, nft=METHOD, draft=METHOD, ddo=METHOD,
         frechet={**METHOD, "queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]},
     )  # fmt: skip
     output = tmp_path / "objectives.json"
@@ -274,10 +274,11 @@ def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
     content = json.loads(output.read_text())
     names = [
         "ppo", "ppo_3d_only", "ppo_window", "nft", "awm", "draft", "draft_cheap", "draft_lv", "refl", "frechet", "frechet_50", "frechet_label",
+        "ddo",
     ]  # fmt: skip
     assert list(content["variants"]) == names
     assert {name: row["method"] for name, row in content["variants"].items() if name == row["method"]}.keys() == {
-        "ppo", "nft", "draft", "frechet",
+        "ppo", "nft", "draft", "frechet", "ddo",
     }  # fmt: skip
     assert set(content["share_of_ppo"]) == set(names) - {"ppo"}
     assert json.loads(capsys.readouterr().out) == content["share_of_ppo"]

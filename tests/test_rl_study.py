@@ -359,6 +359,7 @@ def test_a_study_by_another_method(method, release, tmp_path):
         "nft": {},
         "draft": {},
         "frechet": {"queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [0.0]},
+        "ddo": {},
     }
     config = StudyConfig(
         **released_study(tmp_path, release, method=method, num_curve_points=2, curve_per_class=3, evaluation_per_class=3,
@@ -370,7 +371,7 @@ def test_a_study_by_another_method(method, release, tmp_path):
     assert report["n"] == {"all": 6, "HGG": 3, "LGG": 3}
     assert report[method]["rollouts"] == 2
     assert report["unet_forwards"] == report[method]["unet_forwards"] > 0
-    assert report["samplers"]["rollout"]["eta"] == {"nft": 0.0, "draft": 1.0, "frechet": 0.0}[method]
+    assert report["samplers"]["rollout"]["eta"] == {"nft": 0.0, "draft": 1.0, "frechet": 0.0, "ddo": 0.0}[method]
     assert report["samplers"]["stochastic"] == {**report["samplers"]["rollout"], "eta": 1.0}
     assert "rl @ stochastic" in report["fid_by_sampler"]["judge"]
     assert report["curve"]["points"][-1]["rollout"] == 2

@@ -18,6 +18,7 @@ METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "nft": "any reward, and final samples only",
     "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, with only two looks at the label distance)",
     "frechet": "real volumes are at hand: rewards lend their features only",
+    "ddo": "the same, and no network but the denoiser is to say what counts: real volumes against own samples",
 }
 TRAINERS = {  # with the name that train_rl.py takes
     "ppo": "`ppo`: `DiffusionPPOTrainer`",
@@ -25,6 +26,7 @@ TRAINERS = {  # with the name that train_rl.py takes
     "nft": "`nft`: `DiffusionNFTTrainer` ([arXiv 2509.16117](https://arxiv.org/abs/2509.16117))",
     "draft_cheap": "`draft`: `RewardBackpropTrainer` (DRaFT-K, DRaFT-LV, ReFL)",
     "frechet": "`frechet`: `FrechetTrainer` ([arXiv 2604.28190](https://arxiv.org/abs/2604.28190))",
+    "ddo": "`ddo`: `DDOTrainer` ([arXiv 2503.01103](https://arxiv.org/abs/2503.01103))",
 }
 
 

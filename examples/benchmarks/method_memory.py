@@ -25,7 +25,7 @@ from msrl_diffusers.study.report import git_commit, versions
 from msrl_diffusers.study.variants import changed_config
 
 
-METHODS = ("ppo", "ppo_window", "nft", "draft_cheap", "frechet")
+METHODS = ("ppo", "ppo_window", "nft", "draft_cheap", "frechet", "ddo")
 
 
 def config_of(name: str, folder: Path) -> StudyConfig:

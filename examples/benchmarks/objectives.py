@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict] = {
     "frechet": {"method": "frechet"},
     "frechet_50": {"method": "frechet", "frechet": {"num_inference_steps": 50, "gradient_steps": 10}},
     "frechet_label": {"method": "frechet", "frechet_features": ["label"]},
+    "ddo": {"method": "ddo"},
 }
 BY_SAMPLER = {
     f"judge distance, {sampler} sampler": lambda row, sampler=sampler: shown(

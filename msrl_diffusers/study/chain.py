@@ -15,7 +15,7 @@ from .curve import measure_curve
 from .evaluate import evaluate
 from .report import report
 from .reward_data import score_trajectories, train_rewards
-from .sections import TRAINER_CONFIGS
+from .sections import TRAINER_CONFIGS, WITHOUT_REWARDS
 from .tuning import tune
 from .validity import measure_validity
 
@@ -81,7 +81,7 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
     refresh = ("refresh", *labels) if config.refreshes else ()
     reward_data = ("trajectories", "score") if config.refreshes else ()
     checked = ("validity",) if config.validity_floors else ()  # else it is measured, and holds nothing up
-    floors = ("validity_floors",) if config.validity_floors and method != "frechet" else ()  # which uses no reward
+    floors = ("validity_floors",) if config.validity_floors and method not in WITHOUT_REWARDS else ()
     curve = ("curve",) if config.num_curve_points else ()
     watch = config.changed("watch_per_class")  # at the sampler that stage samplers chose
     watched = ("samplers",) if watch else ()

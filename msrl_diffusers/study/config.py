@@ -109,12 +109,14 @@ class StudyConfig:
     diffusion: dict = field(default_factory=dict, metadata={"help": "Fields of LatentDiffusionConfig."})
     rewards: dict = field(default_factory=dict, metadata={"help": "Fields of RewardConfig."})
     method: str = field(
-        default="ppo", metadata={"help": "How the policy is tuned: ppo, nft, draft or frechet, each with its section."}
+        default="ppo",
+        metadata={"help": "How the policy is tuned: ppo, nft, draft, frechet or ddo, each with its section."},
     )
     ppo: dict = field(default_factory=dict, metadata={"help": "Fields of DiffusionPPOConfig."})
     nft: dict = field(default_factory=dict, metadata={"help": "Fields of DiffusionNFTConfig."})
     draft: dict = field(default_factory=dict, metadata={"help": "Fields of RewardBackpropConfig."})
     frechet: dict = field(default_factory=dict, metadata={"help": "Fields of FrechetConfig."})
+    ddo: dict = field(default_factory=dict, metadata={"help": "Fields of DDOConfig."})
     frechet_features: list[str] = field(
         default_factory=lambda: ["label"],
         metadata={

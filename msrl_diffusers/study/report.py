@@ -30,6 +30,7 @@ EXTRACTORS = {
 }
 METHOD_NAMES = {
     "ppo": "PPO", "nft": "DiffusionNFT", "draft": "Reward backpropagation", "frechet": "Frechet distance as the loss",
+    "ddo": "Discriminative self-play",
 }  # fmt: skip
 
 

@@ -24,10 +24,11 @@ def check_reward_options(config) -> None:
         raise InputError(
             "Section 'draft': fuse_lora must be true in a study, which saves and evaluates whole pipelines."
         )
-    if config.nft.get("sampler") not in (None, "DDIMScheduler"):
-        raise InputError(
-            "Section 'nft': sampler must be unset in a study, which samples by DDIM wherever it compares with the rollouts."
-        )
+    for method in ("nft", "ddo"):
+        if getattr(config, method).get("sampler") not in (None, "DDIMScheduler"):
+            raise InputError(
+                f"Section {method!r}: sampler must be unset in a study, which samples by DDIM wherever it compares with the rollouts."
+            )
     given = [name for name in ("degraded_anchors", "policy_anchors") if getattr(config, name)]
     if config.conditional_rewards:
         given.append("conditional_rewards")

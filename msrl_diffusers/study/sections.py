@@ -12,6 +12,7 @@ from ..models.reward_models import SliceRewardModel, VolumeRewardModel
 from ..models.unet_3d import UNet3DModel
 from ..trainers.base_config import TrainingConfig
 from ..trainers.classifier_config import ClassifierConfig
+from ..trainers.ddo_config import DDOConfig
 from ..trainers.diffusion_config import LatentDiffusionConfig
 from ..trainers.feature_config import FeatureConfig
 from ..trainers.frechet_config import FrechetConfig
@@ -29,8 +30,10 @@ METHOD_CONFIGS: dict[str, type[TrainingConfig]] = {
     "nft": DiffusionNFTConfig,
     "draft": RewardBackpropConfig,
     "frechet": FrechetConfig,
+    "ddo": DDOConfig,
 }
 METHODS = tuple(METHOD_CONFIGS)
+WITHOUT_REWARDS = ("frechet", "ddo")  # learned rewards only watch
 TRAINER_CONFIGS: dict[str, type[TrainingConfig]] = {
     "extractors": FeatureConfig,
     "vqgan": VQGANConfig,

@@ -17,6 +17,7 @@ from ..rewards import LearnedReward
 from ..rollouts import Rollout
 from ..seeding import fold_seed
 from ..trainers.costs import cost_of_prediction
+from ..trainers.ddo_trainer import DDOTrainer
 from ..trainers.frechet_trainer import FrechetTrainer
 from ..trainers.frechet_watchdog import FrechetWatchdog
 from ..trainers.nft_trainer import DiffusionNFTTrainer
@@ -27,6 +28,7 @@ from ..trainers.snapshots import SnapshotCallback
 from .artifacts import best_sampler, load_extractors, load_pipeline, load_reward_models, load_split
 from .config import StudyConfig
 from .reward_data import reward_data, reward_seed, reward_sets
+from .sections import WITHOUT_REWARDS
 from .stages import sample_with
 
 
@@ -34,13 +36,13 @@ TRAINED_ON = ("volume", "slice")  # the third reward model only watches
 
 
 def tune(config: StudyConfig) -> dict:
-    """The pipeline tuned by `config.method` on the two rewards, or on the Frechet distance; watched by the held-out reward and
-    the label FID, one of which picks the weights that are kept (with `frechet.eval_steps` fresh samples do). The judge has no part in it.
+    """The pipeline tuned by `config.method` on the two rewards, on the Frechet distance or by self-play; watched by the held-out
+    reward and the label FID, one of which picks the weights that are kept (with `frechet.eval_steps` fresh samples do). The judge has no part in it.
 
     Raises:
         InputError: rewards below `validity_floors`.
     """
-    if config.validity_floors and config.method != "frechet":  # which uses no reward
+    if config.validity_floors and config.method not in WITHOUT_REWARDS:
         record = Path(config.output_dir) / "validity" / "stage.json"
         figures = json.loads(record.read_text())["result"]
         check_validity({role: figures[role] for role in TRAINED_ON}, config.validity_floors)
@@ -147,4 +149,8 @@ def _frechet(config, pipeline, rewards, extractor, train, args, shared):
     return FrechetTrainer(pipeline, {name: known[name] for name in config.frechet_features}, train, args, **shared)
 
 
-_MAKERS = {"ppo": _ppo, "nft": _nft, "draft": _draft, "frechet": _frechet}
+def _ddo(config, pipeline, rewards, extractor, train, args, shared):
+    return DDOTrainer(pipeline, train, args, **shared)
+
+
+_MAKERS = {"ppo": _ppo, "nft": _nft, "draft": _draft, "frechet": _frechet, "ddo": _ddo}

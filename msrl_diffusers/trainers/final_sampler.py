@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..pipelines.schedulers import set_timesteps, step_arguments
 from ..policies import DenoisingPolicy
 from ..rollouts import Rollout, StepTable, condition_numbers
+from .ddo_config import DDOConfig
 from .nft_config import DiffusionNFTConfig
 
 
@@ -21,7 +22,8 @@ class FinalSampler:
 
     Args:
         policy: the policy.
-        args: settings; `sampler`, `num_inference_steps`, `eta` and `min_signal` are used.
+        args: settings; `sampler`, `num_inference_steps` and `eta` are used.
+        min_signal: epsilon prediction: steps with less signal, sqrt(alpha_prod), are left out of `timesteps`.
 
     Attributes:
         timesteps (`Tensor [T]`): the noise levels of the sampler's grid that can be trained, from noise on, int64.
@@ -32,7 +34,7 @@ class FinalSampler:
         InputError: no sampler of that name, one for other noise, one that has no `eta`, or a grid of noise alone.
     """
 
-    def __init__(self, policy: DenoisingPolicy, args: DiffusionNFTConfig):
+    def __init__(self, policy: DenoisingPolicy, args: DiffusionNFTConfig | DDOConfig, min_signal: float = 0.0):
         self.policy, self.args = policy, args
         own = policy.sampler
         kind = type(own) if args.sampler is None else getattr(diffusers, args.sampler, None)
@@ -50,9 +52,9 @@ class FinalSampler:
         grid = self._all.round().long().unique().flip(0)
         alpha_prods = own.alphas_cumprod.double().cpu()[grid]
         if own.config.prediction_type == "epsilon":  # of noise alone no clean sample can be computed
-            kept = alpha_prods.sqrt() >= args.min_signal
+            kept = alpha_prods.sqrt() >= min_signal
             if not kept.any():
-                raise InputError(f"No step of the sampler has min_signal={args.min_signal}; lower it.")
+                raise InputError(f"No step of the sampler has min_signal={min_signal}; lower it.")
             grid, alpha_prods = grid[kept], alpha_prods[kept]
         self.timesteps, self.alpha_prods = grid, alpha_prods
         middle = self._all[len(self._all) // 2].reshape(1)

@@ -95,10 +95,7 @@ class FrechetConfig(OnlineConfig):
             raise InputError(
                 f"FrechetConfig: extractor_weights must be 0 or more, not all 0, got {self.extractor_weights}."
             )
-        if self.reward_weights is not None or self.reward_batch_size is not None or self.async_rewards:
-            raise InputError(
-                "FrechetConfig: there are no rewards; unset reward_weights, reward_batch_size, async_rewards."
-            )
+        self.refuse_rewards()
         self.check_divisible(1)
 
     @property

@@ -104,7 +104,7 @@ class DiffusionNFTTrainer:
         self.callbacks = callbacks
         self.unet_forwards = 0
         self.policy = tunable_policy(pipeline, args)
-        self.sampler = FinalSampler(self.policy, args)
+        self.sampler = FinalSampler(self.policy, args, args.min_signal)
 
     def train(self) -> dict[str, float]:
         """Run the training; the pipeline holds the chosen weights afterwards. Returns the figures of the rollout they were

@@ -96,6 +96,13 @@ class OnlineConfig(TrainingConfig):
                 f"batches of train_batch_size={self.train_batch_size}; make the product divisible."
             )
 
+    def refuse_rewards(self) -> None:
+        """Raise InputError for options of rewards, in a config whose trainer has none."""
+        if self.reward_weights is not None or self.reward_batch_size is not None or self.async_rewards:
+            raise InputError(
+                f"{type(self).__name__}: there are no rewards; unset reward_weights, reward_batch_size, async_rewards."
+            )
+
     @property
     def etas(self) -> list[float]:
         """Noise of the samplers that rollouts come from; of one sampler here."""
