@@ -13,9 +13,9 @@ class DDOConfig(OnlineConfig):
     max_steps: int = field(
         default=4, metadata={"help": "Number of rounds of self-play, each with samples of its own."}
     )
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     ema_decay: float | None = field(
-        default=0.9, metadata={"help": "Keep an exponential average of the weights, and end with it."}
+        default=0.95, metadata={"help": "Keep an exponential average of the weights, and end with it."}
     )
 
     # rollouts
