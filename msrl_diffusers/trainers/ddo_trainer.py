@@ -147,9 +147,7 @@ class DDOTrainer:
     def _partners(self, batch: Rollout, numbers: Sequence[int], *key: int) -> torch.Tensor:
         """Latents of real volumes `[B, C, *S]`, each of the class of the sample beside it."""
         rows = []
-        for number, label in zip(
-            numbers, batch.conditions.tolist(), strict=True
-        ):  # conditions that are labels number themselves
+        for number, label in zip(numbers, batch.conditions.tolist(), strict=True):
             of_class = (self.real.class_labels == label).nonzero()[:, 0]
             generator = generator_for(self.args.seed, "partner", *key, number)
             rows.append(of_class[torch.randint(len(of_class), (1,), generator=generator)])
@@ -173,37 +171,33 @@ class DDOTrainer:
         """The updates of a round; gradients are accumulated over pairs x noise levels. Returns figures, and the mean denoising
         error of each sample `[B]`."""
         args, accelerator, noted = self.args, run.accelerator, defaultdict(list)
-        errors = torch.zeros(len(rollout), device=run.device)
-        looks = args.num_epochs * args.num_train_timesteps_per_sample
-        for epoch in range(args.num_epochs):
-            for update, rows_of_update in enumerate(torch.arange(len(rollout)).chunk(args.num_updates)):
-                run.doing(f"update {epoch * args.num_updates + update + 1} of {args.num_epochs * args.num_updates}")
-                for batch_number, rows in enumerate(rows_of_update.split(args.train_batch_size)):
-                    batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
-                    # without a budget the divergence is only watched, on a few samples: it costs a forward
-                    watched = -(-len(batch) // WATCHED_SHARE) if epoch == update == batch_number == 0 else 0
-                    measured = len(batch) if args.kl_budget is not None else watched
-                    batch_numbers = [numbers[row] for row in rows.tolist()]
-                    real = self._partners(batch, batch_numbers, step, epoch).to(run.device)
-                    for draw in range(args.num_train_timesteps_per_sample):
-                        timesteps, noise = self._draw(batch_numbers, draw, step, epoch)
-                        with accelerator.accumulate(weights.denoiser):
-                            loss, stats, own_errors = self._loss(
-                                run, batch, real, timesteps.to(run.device), noise.to(run.device), measured
-                            )
-                            norm = weights.backward(loss)
-                        if norm is not None:
-                            run.record(**{"ddo/grad_norm": norm})
-                            if (
-                                not torch.isfinite(norm) and accelerator.scaler is None
-                            ):  # a scaler leaves such an update out
-                                run.stop("the gradient is not finite")
-                        errors[rows.to(run.device)] += own_errors.float() / looks
-                        for name, value in {"loss": loss, **stats}.items():
-                            noted[name].append(value.detach().float())
-                        passes = 2 * (1 + COST_OF_BACKWARD + args.gradient_checkpointing + 1)  # a pair; the reference
-                        self.unet_forwards += (len(batch) * passes + measured) * accelerator.num_processes
-                weights.end_update()
+        errors, draws = torch.zeros(len(rollout), device=run.device), args.num_train_timesteps_per_sample
+        updates = torch.arange(len(rollout)).chunk(args.num_updates) * args.num_epochs
+        for update, rows_of_update in enumerate(updates):
+            run.doing(f"update {update + 1} of {len(updates)}")
+            epoch = update // args.num_updates
+            for rows in rows_of_update.split(args.train_batch_size):
+                batch = rollout.select(rows.to(rollout.latents.device)).to(run.device)
+                batch_numbers = [numbers[row] for row in rows.tolist()]
+                # without a budget the divergence is only watched, on a few samples: it costs a forward
+                watched = 0 if "kl" in noted else -(-len(batch) // WATCHED_SHARE)
+                measured = watched if args.kl_budget is None else len(batch)
+                real = self._partners(batch, batch_numbers, step, epoch).to(run.device)
+                for draw in range(draws):
+                    timesteps, noise = (part.to(run.device) for part in self._draw(batch_numbers, draw, step, epoch))
+                    with accelerator.accumulate(weights.denoiser):
+                        loss, stats, own_errors = self._loss(run, batch, real, timesteps, noise, measured)
+                        norm = weights.backward(loss)
+                    if norm is not None:
+                        run.record(**{"ddo/grad_norm": norm})
+                        if not torch.isfinite(norm) and accelerator.scaler is None:  # it leaves such an update out
+                            run.stop("the gradient is not finite")
+                    errors[rows.to(run.device)] += own_errors.float() / (args.num_epochs * draws)
+                    for name, value in {"loss": loss, **stats}.items():
+                        noted[name].append(value.detach().float())
+                    passes = 2 * (1 + COST_OF_BACKWARD + args.gradient_checkpointing + 1)  # a pair; the reference
+                    self.unet_forwards += (len(batch) * passes + measured) * accelerator.num_processes
+            weights.end_update()
         return noted, errors
 
     def _loss(
@@ -221,10 +215,8 @@ class DDOTrainer:
         clean = torch.cat([real, batch.latents[:, -1]])
         timesteps, noise = torch.cat([timesteps, timesteps]), torch.cat([noise, noise])
         conditioning = Conditioning.cat([batch.conditioning, batch.conditioning])
-        noisy, target = (
-            scheduler.add_noise(clean, noise, timesteps),
-            denoising_target(scheduler, clean, noise, timesteps),
-        )
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        target = denoising_target(scheduler, clean, noise, timesteps)
         own = slice(len(batch), len(batch) + measured)
         with run.accelerator.autocast():
             output = policy.predict(noisy, timesteps, conditioning, 1.0)
