@@ -83,6 +83,9 @@ def test_two_processes_give_the_figures_and_gradients_of_one(lora, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     figures = {name for name in read_log(one)[0] if name.startswith("ddo/")} | {"watch/bright"}
     assert {"ddo/loss", "ddo/kl", "ddo/grad_norm", "ddo/accuracy"} <= figures
+    figures.remove(
+        "ddo/accuracy"
+    )  # in the first update of a round, where ratios are one, rounding says which is higher
     assert_same_figures(one, two, figures, abs=1e-4)
     assert_same_gradients(one, two)
 

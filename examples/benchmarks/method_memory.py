@@ -2,7 +2,7 @@
 
     python examples/benchmarks/method_memory.py --output examples/results/method-memory.json
 
-Two rollouts of every method, each in a fresh process. `peak_memory`, in bytes: what the process held at most beyond what it held
+Two rollouts of every method, each in a fresh process; what the file has of methods that are not measured now stays. `peak_memory`, in bytes: what the process held at most beyond what it held
 after its imports (on Linux); on a GPU the most that was allocated there.
 """
 
@@ -17,6 +17,7 @@ from _runs import merged
 from objectives import CONFIG, VARIANTS
 from tqdm import tqdm
 
+from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.files import write_json
 from msrl_diffusers.processes import device_name, keep_freed_memory, peak_memory, use_whole_cpu
 from msrl_diffusers.study import StudyConfig, run_study
@@ -45,6 +46,20 @@ def measure(name: str, folder: Path) -> int:
     return result["peak_memory"] or peak_memory() - before
 
 
+def earlier(path: Path) -> dict:
+    """The results that an earlier run wrote.
+
+    Raises:
+        InputError: they are of another device.
+    """
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text())
+    if content["device"] != device_name():
+        raise InputError(f"{path} is of another device ({content['device']}); give another file, or remove this one.")
+    return content["results"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -60,12 +75,13 @@ def main() -> None:
             run_study(config_of(name, Path(folder)), ["prepare"])
             command = [sys.executable, __file__, "--child", name, folder]
             lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-            results[name] = {"peak_memory": json.loads(lines[-1])}
-    content = {
-        "config": CONFIG.name, "device": device_name(), "results": results, "versions": versions(), "commit": git_commit(),
-    }  # fmt: skip
-    write_json(args.output, content)
+            results[name] = {"peak_memory": json.loads(lines[-1]), "commit": git_commit()}
+    results = {**earlier(args.output), **results}
+    write_json(
+        args.output, {"config": CONFIG.name, "device": device_name(), "results": results, "versions": versions()}
+    )
 
 
 if __name__ == "__main__":
-    main()
+    with sentence_instead_of_traceback():
+        main()
