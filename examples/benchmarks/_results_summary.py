@@ -31,6 +31,7 @@ def summary_lines(
             for name, title in {
                 "draft_cheap": "gradients of the rewards (DRaFT-1)",
                 "frechet": "the Frechet distance as the loss",
+                "ddo": "real volumes told from its own samples",
             }.items()
         ),
         *(
