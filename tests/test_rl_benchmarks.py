@@ -289,6 +289,19 @@ def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
     assert output.with_suffix(".png").stat().st_size > 5000
 
 
+def test_memory_that_was_measured_earlier_stays(benchmarks, tmp_path):
+    import method_memory
+
+    path = tmp_path / "memory.json"
+    assert method_memory.earlier(path) == {}
+    rows = {"ppo": {"peak_memory": 1, "commit": "abc"}}
+    path.write_text(json.dumps({"device": "cpu", "results": rows}))
+    assert method_memory.earlier(path) == rows
+    path.write_text(json.dumps({"device": "another", "results": rows}))
+    with pytest.raises(InputError, match=r"is of another device \(another\); give another file"):
+        method_memory.earlier(path)
+
+
 def test_the_ceiling_of_reward_models(benchmarks, tmp_path, monkeypatch, capsys):
     """reward_ceiling.py stops before any tuning, and goes on where it was."""
     config = base_config(tmp_path, validity_floors={"auc": 0.0})

@@ -41,7 +41,8 @@ def method_lines(content: dict, memory: dict) -> list[str]:
         "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen; KID is "
         "the kernel distance, unbiased at any number of volumes. Settings were chosen on other seeds and without the judges, with one "
         "exception: draft_cheap looked at the label distance once at first, and its second look was added when the judges' figures of runs "
-        "with one look, of two of those other seeds, were known. *Copies*: samples that the audit flags. Forwards of the "
+        "with one look, of two of those other seeds, were known. Of ddo a first setting was given up when the label distance of a run "
+        "with seed 3 rose again. *Copies*: samples that the audit flags. Forwards of the "
         f"denoiser include those of watching; memory is what tuning takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
         "([distances](objectives-phantoms.md), [memory](method-memory.json)).",
         "",
