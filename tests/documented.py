@@ -299,6 +299,7 @@ ROLLOUT = {
     "rollout_batch_size": 4, "num_rollout_batches": 2, "train_batch_size": 4, "num_inference_steps": 4,
     "report_to": "none",
 }  # fmt: skip
+DDO = {"num_updates": 1}
 FRECHET = {"queue_batches": 2, "num_rollout_batches": 1, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]}
 
 
@@ -316,7 +317,7 @@ def _small(study: Mapping) -> dict:
             small[name] = {**(own or {}), **value}
     for method in ("nft", "draft", "frechet", "ddo"):
         if method in study:
-            small[method] = {**study[method], **ROLLOUT, **(FRECHET if method == "frechet" else {})}
+            small[method] = {**study[method], **ROLLOUT, **{"frechet": FRECHET, "ddo": DDO}.get(method, {})}
     if "evaluation_per_class" in study:
         small["evaluation_per_class"] = tiny["num_per_class"]
     if "refresh" in study:

@@ -21,7 +21,7 @@ def config(output_dir, **settings):
         **{
             "output_dir": str(output_dir), "report_to": "none", "max_steps": 2, "learning_rate": 1e-3, "ema_decay": None,
             "rollout_batch_size": 4, "num_rollout_batches": 2, "train_batch_size": 4, "num_inference_steps": 3,
-            "num_train_timesteps_per_sample": 2, "beta": 0.002, **settings,
+            "num_train_timesteps_per_sample": 2, "num_updates": 1, "num_epochs": 1, "beta": 0.002, **settings,
         }
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def test_samples_move_towards_the_real_volumes(tmp_path):
     )
     distances = [line["watch/distance"] for line in log]
     assert distances[-1] < 0.7 * distances[0], distances
-    assert log[0]["ddo/accuracy"] > 0.6  # they are told apart at once, and still after the reference has followed
+    assert log[0]["ddo/accuracy"] > 0.6  # they can be told apart
     assert set(differing(before, copied(pipeline.unet))) == {name for name, _ in pipeline.unet.named_parameters()}
     assert differing(vqvae, copied(pipeline.vqvae)) == []
     assert not pipeline.unet.training
@@ -108,9 +108,14 @@ def test_partners_are_of_the_class_and_depend_on_the_sample_alone(tmp_path):
 
 
 def test_classes_that_are_not_all_of_the_real_ones(tmp_path):
-    _, trainer, log = train(tmp_path, train_conditions=["LGG"], max_steps=1)
-    assert trainer.real.classes == [1]
-    assert log[0]["ddo/loss"] > 0
+    rollouts = []
+    _, trainer, _ = train(
+        tmp_path, train_conditions=["LGG"], max_steps=1, watchdogs={"seen": lambda one: rollouts.append(one) or 0.0}
+    )
+    assert rollouts[0].conditions.tolist() == [1] * 8
+    trainer._latents = torch.arange(12.0)[:, None]  # which volume it is
+    partners = trainer._partners(rollouts[0], list(range(8)), 0, 0)[:, 0].long()
+    assert (REAL.class_labels[partners] == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_recipes_run_and_resume(benchmarks, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
     config = base_config(
-        tmp_path, nft=METHOD, draft=METHOD, ddo=METHOD,
+        tmp_path, nft=METHOD, draft=METHOD, ddo={**METHOD, "num_updates": 1},
         frechet={**METHOD, "queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]},
     )  # fmt: skip
     output = tmp_path / "objectives.json"

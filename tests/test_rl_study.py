@@ -359,7 +359,7 @@ def test_a_study_by_another_method(method, release, tmp_path):
         "nft": {},
         "draft": {},
         "frechet": {"queue_batches": 2, "eval_steps": 1, "eval_batches": 1, "samplers": [0.0]},
-        "ddo": {},
+        "ddo": {"num_updates": 1},
     }
     config = StudyConfig(
         **released_study(tmp_path, release, method=method, num_curve_points=2, curve_per_class=3, evaluation_per_class=3,

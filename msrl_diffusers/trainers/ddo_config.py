@@ -11,7 +11,7 @@ class DDOConfig(OnlineConfig):
     """Settings of `DDOTrainer`. One step is a round: one rollout and its updates; batch sizes are per process."""
 
     max_steps: int = field(
-        default=4, metadata={"help": "Number of rounds of self-play, each with samples of its own."}
+        default=6, metadata={"help": "Number of rounds of self-play, each with samples of its own."}
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     ema_decay: float | None = field(
@@ -19,6 +19,8 @@ class DDOConfig(OnlineConfig):
     )
 
     # rollouts
+    num_rollout_batches: int = field(default=8, metadata={"help": "Batches of samples in one rollout."})
+    num_inference_steps: int = field(default=30, metadata={"help": "Denoising steps of a rollout."})
     eta: float = field(default=0.0, metadata={"help": "Noise of the DDIM steps; 0 is the ODE."})
     sampler: str | None = field(
         default=None,
@@ -26,9 +28,9 @@ class DDOConfig(OnlineConfig):
     )
 
     # updates
-    num_updates: int = field(default=1, metadata={"help": "Optimizer updates in one pass over a rollout."})
+    num_updates: int = field(default=4, metadata={"help": "Optimizer updates in one pass over a rollout."})
     num_epochs: int = field(
-        default=1, metadata={"help": "Passes over a rollout, each beside other real volumes, with other noise."}
+        default=4, metadata={"help": "Passes over a rollout, each beside other real volumes, with other noise."}
     )
     num_train_timesteps_per_sample: int = field(
         default=1, metadata={"help": "Noise levels at which each pair of a real volume and a sample is trained."}

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
-from accelerate import DistributedType
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import TrainerCallback
 
@@ -29,9 +28,9 @@ from .conditions import Conditions
 from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .ddo_config import DDOConfig
 from .denoising_loss import denoising_target
-from .feature_population import RealSide
 from .final_sampler import FinalSampler
-from .leash import WATCHED_SHARE, MovingReference
+from .leash import WATCHED_SHARE, MovingReference, settle_updates
+from .real_side import RealSide
 from .scoring import Scores, Scoring
 from .tuned_weights import TunedWeights, only_denoiser_trained, tunable_policy
 from .watchdogs import Watch, Watchdog, check_patience, draw_samples
@@ -78,6 +77,7 @@ class DDOTrainer:
             raise InputError(f"{type(pipeline).__name__} encodes no volumes, and DDOTrainer learns from encoded ones.")
         self.conditions, self.callbacks = Conditions.of(pipeline, train_conditions, train_dataset), callbacks
         self.real = RealSide.of(real_volumes, pipeline, self.conditions, class_wise=True)
+        self._of_class = {label: (self.real.class_labels == label).nonzero()[:, 0] for label in self.real.classes}
         check_patience(args.patience, select_by)
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.unet_forwards = 0
@@ -91,8 +91,6 @@ class DDOTrainer:
         micro_batches = args.samples_per_rollout // args.train_batch_size // args.num_updates
         passes = micro_batches * args.num_train_timesteps_per_sample
         run = TrainingRun(args, "ddo", gradient_accumulation_steps=passes)
-        if run.accelerator.distributed_type == DistributedType.FSDP:
-            raise InputError("The reference of a round needs whole weights: train without FSDP.")
         self.pipeline.to(run.device)
         run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None
         weights = TunedWeights(run, self.pipeline, self.policy, args.max_steps * args.num_epochs * args.num_updates)
@@ -112,7 +110,7 @@ class DDOTrainer:
                     weights.save_best()
                 noted, errors = self._update(run, weights, rollout, numbers, step)
                 draw_samples(run, rollout.samples, errors, step)
-                self._settle(run, noted)
+                settle_updates(run, "ddo", noted)
                 run.record(epoch=step + 1)
                 run.state["unet_forwards"] = self.unet_forwards
         weights.finish(best="best_step" in run.state)
@@ -148,7 +146,7 @@ class DDOTrainer:
         """Latents of real volumes `[B, C, *S]`, each of the class of the sample beside it."""
         rows = []
         for number, label in zip(numbers, batch.conditions.tolist(), strict=True):
-            of_class = (self.real.class_labels == label).nonzero()[:, 0]
+            of_class = self._of_class[label]
             generator = generator_for(self.args.seed, "partner", *key, number)
             rows.append(of_class[torch.randint(len(of_class), (1,), generator=generator)])
         return self._latents[torch.cat(rows)]
@@ -233,11 +231,3 @@ class DDOTrainer:
         if measured:
             stats["kl"] = prediction_divergence(output[own], pretrained).mean()
         return loss, stats, own_error
-
-    def _settle(self, run: TrainingRun, noted: Mapping[str, list[torch.Tensor]]) -> None:
-        """Log the means of what was noted in the updates, over all processes, and stop the run over its budget."""
-        means = torch.stack([torch.stack(values).mean() for values in noted.values()])
-        figures = dict(zip(noted, run.accelerator.reduce(means, "mean").tolist(), strict=True))
-        run.record(**{f"ddo/{name}": value for name, value in figures.items()})
-        if self.args.kl_budget is not None and figures["kl"] > self.args.kl_budget:
-            run.stop(f"the divergence from the reference passed kl_budget={self.args.kl_budget}")

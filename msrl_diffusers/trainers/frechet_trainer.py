@@ -32,10 +32,11 @@ from .callbacks import Callbacks
 from .conditions import Conditions
 from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .denoising_loss import denoising_target
-from .feature_population import FeatureQueue, Features, RealSide, Representations
+from .feature_population import FeatureQueue, Features, Representations
 from .frechet_config import FrechetConfig
 from .gradient_steps import GradientSteps
 from .leash import WATCHED_SHARE
+from .real_side import RealSide
 from .scoring import Scoring
 from .tuned_weights import TunedWeights, only_denoiser_trained, tunable_policy
 from .watchdogs import Watch, Watchdog, draw_samples

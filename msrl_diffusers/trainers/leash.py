@@ -1,6 +1,6 @@
 """Leash: the divergence from reference policies, as a penalty that holds a policy and as a figure that is reported."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -37,7 +37,7 @@ class Leash:
         self.run, self.args = run, run.args
         self.moving: MovingReference | None = None
         if self.args.reference_update_steps is not None:
-            self.moving = MovingReference(run, weights, policy)
+            self.moving = MovingReference(run, weights, policy, "unset reference_update_steps")
             run.accelerator.register_for_checkpointing(self.moving)
         self._held: torch.Tensor | None = None
         self._noted: list[torch.Tensor] = []
@@ -94,13 +94,30 @@ class Leash:
             self.moving.follow()
 
 
+def settle_updates(run: TrainingRun, prefix: str, noted: Mapping[str, list[torch.Tensor]]) -> None:
+    """Log the means of what was `noted` in the updates after a rollout, over all processes, and stop the run where `kl`, the
+    divergence from the pretrained policy, is over its budget."""
+    means = torch.stack([torch.stack(values).mean() for values in noted.values()])
+    figures = dict(zip(noted, run.accelerator.reduce(means, "mean").tolist(), strict=True))
+    run.record(**{f"{prefix}/{name}": value for name, value in figures.items()})
+    if run.args.kl_budget is not None and figures["kl"] > run.args.kl_budget:
+        run.stop(f"the divergence from the reference passed kl_budget={run.args.kl_budget}")
+
+
 class MovingReference:
     """The trained weights as they were some rollouts ago. The penalty towards them slows a policy down without tying it to the
-    pretrained one for ever (GARDO, arXiv 2512.24138)."""
+    pretrained one for ever (GARDO, arXiv 2512.24138).
 
-    def __init__(self, run: TrainingRun, weights: TunedWeights, policy: DenoisingPolicy):
+    Raises:
+        InputError: sharded weights (FSDP); `remedy` is what to do then, if not to train without it.
+    """
+
+    def __init__(self, run: TrainingRun, weights: TunedWeights, policy: DenoisingPolicy, remedy: str = ""):
         if run.accelerator.distributed_type == DistributedType.FSDP:
-            raise InputError("A reference that moves needs whole weights; unset reference_update_steps with FSDP.")
+            without = "train without FSDP"
+            raise InputError(
+                f"A reference that moves needs whole weights: {f'{remedy}, or {without}' if remedy else without}."
+            )
         self._run, self._policy, self._trained = run, policy, weights.trainable
         self._weights = {name: value.detach().clone() for name, value in self._trained.items()}
 

@@ -24,11 +24,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from accelerate import DistributedType
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import TrainerCallback
 
-from ..errors import InputError
 from ..functional.forward_process import (
     add_noise,
     awm_loss,
@@ -47,7 +45,7 @@ from .callbacks import Callbacks
 from .conditions import Conditions
 from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .final_sampler import FinalSampler
-from .leash import WATCHED_SHARE, MovingReference
+from .leash import WATCHED_SHARE, MovingReference, settle_updates
 from .nft_config import DiffusionNFTConfig
 from .scoring import Scores, Scoring, join_rewards
 from .tuned_weights import TunedWeights, tunable_policy
@@ -136,7 +134,7 @@ class DiffusionNFTTrainer:
                     weights.save_best()
                 draw_samples(run, rollout.samples, rewards, step)
 
-            self._settle(run, self._update(run, weights, rollout, numbers, step))
+            settle_updates(run, "nft", self._update(run, weights, rollout, numbers, step))
             if self._old is not None:
                 decay = old_policy_decay(step, args.old_decay_start, args.old_decay_rate, args.old_decay_max)
                 self._old.follow(decay)
@@ -249,14 +247,6 @@ class DiffusionNFTTrainer:
             loss = loss + args.kl_coef * stats["kl"]
         return loss, stats
 
-    def _settle(self, run: TrainingRun, noted: Mapping[str, list[torch.Tensor]]) -> None:
-        """Log the means of what was noted in the updates, over all processes, and stop the run over its budget."""
-        means = torch.stack([torch.stack(values).mean() for values in noted.values()])
-        figures = dict(zip(noted, run.accelerator.reduce(means, "mean").tolist(), strict=True))
-        run.record(**{f"nft/{name}": value for name, value in figures.items()})
-        if self.args.kl_budget is not None and figures["kl"] > self.args.kl_budget:
-            run.stop(f"the divergence from the reference passed kl_budget={self.args.kl_budget}")
-
     def _check_old(self, stats: Scores) -> None:
         deviation, error = (stats.get(name, torch.zeros(())).item() for name in ("deviation", "positive_error"))
         if deviation > MOST_DEVIATION * error:
@@ -276,11 +266,7 @@ class OldPolicy(MovingReference):
     """
 
     def __init__(self, run: TrainingRun, weights: TunedWeights, policy: DenoisingPolicy):
-        if run.accelerator.distributed_type == DistributedType.FSDP:
-            raise InputError(
-                "The old policy needs whole weights; without FSDP, or with objective=awm and old_kl_coef=0."
-            )
-        super().__init__(run, weights, policy)
+        super().__init__(run, weights, policy, "take objective=awm and old_kl_coef=0")
         run.accelerator.register_for_checkpointing(self)
 
     @torch.no_grad()
