@@ -300,7 +300,14 @@ ROLLOUT = {
     "report_to": "none",
 }  # fmt: skip
 DDO = {"num_updates": 1}
-FRECHET = {"queue_batches": 2, "num_rollout_batches": 1, "eval_steps": 1, "eval_batches": 1, "samplers": [1.0]}
+FRECHET = {
+    "gradient_steps": 2,
+    "queue_batches": 2,
+    "num_rollout_batches": 1,
+    "eval_steps": 1,
+    "eval_batches": 1,
+    "samplers": [1.0],
+}
 
 
 def _small(study: Mapping) -> dict:
