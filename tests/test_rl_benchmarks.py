@@ -232,11 +232,11 @@ def test_recipes_run_and_resume(benchmarks, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results" / "recipes.json"
     arguments = [
         "--config", config, "--output", str(output), "--seeds", "0", "1",
-        "--variants", "paper", "default", "refresh", "gated_kl", "hard_data", "policy_anchors",
+        "--variants", "paper", "default", "refresh", "gated_kl", "hard_data", "moving_reference", "policy_anchors",
     ]  # fmt: skip
     run("recipes.py", *arguments, monkeypatch=monkeypatch)
     content = json.loads(output.read_text())
-    assert list(content["variants"]) == arguments[-6:]
+    assert list(content["variants"]) == arguments[-7:]
     for name, row in content["variants"].items():
         assert sorted([*row["seeds"], *map(int, row["refused"])]) == [0, 1], name
         assert all("a policy would game it" in sentence for sentence in row["refused"].values())
