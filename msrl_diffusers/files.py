@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,13 +23,31 @@ def write_json(path: str | Path, content) -> None:
 
 
 def folder_mark(folder: str | Path) -> str:
-    """Hash of the names, sizes and first 256 KiB of the files of a folder."""
+    """Hash of the names, sizes and first 256 KiB of the files of a folder, those behind links to folders too."""
     folder = Path(folder).absolute()  # a relative path may mean another one by the next call
+    return files_mark(sorted(_files_below(folder, frozenset())), folder)
+
+
+def files_mark(paths: Iterable[Path], folder: Path) -> str:
+    """Hash of the names, as seen from `folder`, sizes and first 256 KiB of files."""
     files = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in paths:
         stat = path.stat()
-        files.append((f"{path.relative_to(folder)} {stat.st_size}\n", path, stat.st_mtime_ns))
+        files.append((f"{os.path.relpath(path, folder)} {stat.st_size}\n", path, stat.st_mtime_ns))
     return _mark(tuple(files), 1 << 18)
+
+
+def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The files of a folder and those below, of folders that can be read; `above` are the folders on the way, to which a link
+    may lead back."""
+    here = folder.resolve()
+    if here in above or not os.access(folder, os.R_OK | os.X_OK):
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files_below(path, above | {here})
+        elif path.is_file():
+            yield path
 
 
 def file_mark(path: str | Path) -> str:
@@ -45,6 +64,9 @@ def _mark(files: tuple[tuple[str, Path, int], ...], num_bytes: int) -> str:
     digest = hashlib.sha256()
     for title, path, _ in files:
         digest.update(title.encode())
-        with path.open("rb") as file:
-            digest.update(file.read(num_bytes))
+        try:
+            with path.open("rb") as file:
+                digest.update(file.read(num_bytes))
+        except PermissionError:
+            digest.update(b"not readable")  # whoever needs the file says so
     return digest.hexdigest()[:16]

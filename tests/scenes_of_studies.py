@@ -44,14 +44,14 @@ def make_demo(stage: Stage) -> None:
     assert (stage.folder / "outputs/demo/report.md").is_file()
 
 
-@scene("make demo SEED=1")
+@scene("make demo SEED=1 DEMO_DIR=outputs/demo-1")
 def make_demo_with_another_seed(stage: Stage) -> None:
     stage.link_environment()
     stage.make_release_small()
     stage.make_study_small("examples/configs/phantoms/demo.yaml")
     stage.carry_out()
-    assert (stage.folder / "outputs/demo/report.md").is_file()
-    assert json.loads((stage.folder / "outputs/demo/report.json").read_text())["seed"] == 1
+    assert (stage.folder / "outputs/demo-1/report.md").is_file()
+    assert json.loads((stage.folder / "outputs/demo-1/report.json").read_text())["seed"] == 1
 
 
 @scene("make test", slow=False)

@@ -122,3 +122,16 @@ def test_bids_input_errors(tmp_path):
     (tmp_path / "participants.tsv").write_text("participant_id,diagnosis\nsub-01,a\n")
     with pytest.raises(InputError, match="needs rows with a tab-separated column participant_id"):
         list_cases("bids", tmp_path)
+
+
+def test_bids_rows_of_sessions_in_the_table_of_participants(tmp_path):
+    write_bids(tmp_path, diagnoses=["?", "?", "?"], sessions=["ses-1", "ses-2"])
+    rows = [["participant_id", "session_id", "diagnosis"], ["sub-01", "ses-1", "a"], ["sub-01", "2", "b"]]
+    rows += [["sub-02", "ses-1", "a"], ["sub-02", "", "b"], ["sub-03", "", "a"], ["sub-03", "", "b"]]
+    write_csv(tmp_path / "participants.tsv", rows, "\t")
+    listing = list_cases("bids", tmp_path)
+    assert labels(listing) == {"sub-01_ses-1": "a", "sub-01_ses-2": "b", "sub-02_ses-1": "a", "sub-02_ses-2": "b"}
+    assert reasons(listing)["ses-1"] == (
+        f"{tmp_path}/sub-03/ses-1: participants.tsv has several rows for it, with 'diagnosis' ['a', 'b']; keep one, or move them "
+        "to the subject's sessions.tsv."
+    )

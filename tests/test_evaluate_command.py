@@ -188,6 +188,7 @@ def test_a_pipeline_is_not_sampled_in_vain(sets, tmp_path, monkeypatch):
             [sets["train"], str(tmp_path / "pipeline"), "--num_inference_steps", "0"],
             "num_inference_steps must be positive, got 0",
         ),
+        ([sets["train"], str(tmp_path / "pipeline"), "--eta", "1.2"], r"eta is 0 to 1, got 1\.2"),
     ):
         with pytest.raises(InputError, match=message):
             evaluated(tmp_path / "out", *options)
@@ -228,3 +229,10 @@ def test_too_few_volumes_are_refused(sets):
         compare_sets(open_source(sets["train"]), few, load_extractor("random"))
     with pytest.raises(InputError, match="num_volumes must be at least 1"):
         sample_volumes(tiny_pipeline(), 0)
+
+
+def test_too_few_to_extrapolate_is_said_before_what_is_slow(sets, monkeypatch):
+    monkeypatch.setattr("msrl_diffusers.evaluation.comparison.bootstrap_frechet", None)
+    extractor = load_extractor(str(EXTRACTOR.parent / "extractor_judge"))
+    with pytest.raises(InputError, match="16 volumes are too few"):
+        compare_sets(open_source(sets["train"]), open_source(sets["sharp"]), extractor, infinity=True)

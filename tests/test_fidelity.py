@@ -155,6 +155,15 @@ def test_bootstrap_of_the_kernel_distance():
         bootstrap_kernel(real, {"same": same[:59]})
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_bootstrap_of_the_kernel_distance_of_few_volumes(count):
+    """A draw of one volume alone has no pairs."""
+    replicates = bootstrap_kernel(gaussian(count, 0), {"same": gaussian(count, 1)}, draws=200)["same"]
+    assert replicates.isfinite().all()
+    with pytest.raises(ValueError, match="two volumes or more"):
+        bootstrap_kernel(gaussian(1, 0), {"same": gaussian(1, 1)})
+
+
 @pytest.mark.parametrize("count", [12, 1100])  # 1024 rows are taken at once
 def test_resampled_doubles_do_not_raise_the_kernel_distance(count):
     """Against the distances of all pairs of one draw with its doubles left out."""

@@ -4,9 +4,12 @@ import hashlib
 import os
 import shutil
 
+import pytest
+from layouts import write_datalist
 from tiny import settings_with, tiny_phantoms
 
 from msrl_diffusers import StudyConfig, write_phantoms
+from msrl_diffusers.errors import InputError
 from msrl_diffusers.files import file_mark, folder_mark
 from msrl_diffusers.study import STAGES
 from msrl_diffusers.study.chain import fingerprint, study_chain
@@ -49,6 +52,36 @@ def test_a_fingerprint_follows_the_files_it_is_given(tmp_path):
         (tmp_path / "data" / "metadata.csv").read_text().replace("HGG", "LGG", 1)
     )
     assert fingerprint(config, "prepare") != before
+
+
+def test_the_mark_of_a_folder_knows_what_lies_behind_links(tmp_path):
+    for name in ("data", "store"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "data" / "sub-01").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "back").symlink_to(tmp_path / "data")
+    before = folder_mark(tmp_path / "data")
+    (tmp_path / "store" / "image.nii").write_bytes(b"1")
+    assert folder_mark(tmp_path / "data") != before
+
+
+def test_a_fingerprint_follows_the_images_of_a_list(tmp_path):
+    path = write_datalist(tmp_path / "lists")
+    for place in (path, path.parent):
+        config = settings_with(tmp_path, dataset="datalist", data_dir=str(place))
+        before = fingerprint(config, "prepare")
+        image = next((path.parent / "imagesTr").iterdir())
+        image.write_bytes(image.read_bytes() + b"more")
+        assert fingerprint(config, "prepare") != before
+
+
+def test_outputs_in_the_folder_of_a_data_set_are_refused(tmp_path):
+    write_phantoms(tmp_path / "data", 2, image_size=16)
+    settings = {"dataset": "nifti_folder", "data_dir": str(tmp_path / "data")}
+    with pytest.raises(
+        InputError, match=r"output_dir=.*study lies in data_dir=.*data; give a folder outside the data set"
+    ):
+        StudyConfig(**settings, output_dir=str(tmp_path / "data" / "study"))
+    assert StudyConfig(**settings, output_dir=str(tmp_path / "data-study")).data_dir
 
 
 def test_the_mark_of_given_files_is_theirs_and_they_are_read_once(tmp_path):

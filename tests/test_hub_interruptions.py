@@ -14,7 +14,7 @@ from msrl_diffusers import (
 )
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.hub import push_folder
-from msrl_diffusers.hub.push import TRIES
+from msrl_diffusers.hub.client import TRIES
 
 
 # Warnings are errors here; these are of diffusers and huggingface_hub about each other.

@@ -41,7 +41,7 @@ def test_private_unless_said_otherwise(hub, folder, capsys):
 def test_a_public_repository_is_not_pushed_to_by_accident(monkeypatch, folder, tmp_path):
     with HubServer(public=("somebody/seen",)) as hub:
         hub.connect(monkeypatch, tmp_path / "cache")
-        with pytest.raises(InputError, match="somebody/seen exists and is public; say --public"):
+        with pytest.raises(InputError, match="somebody/seen exists and is public; say so"):
             push_folder(folder, "somebody/seen")
         assert commits(hub, "somebody/seen") == 0
         push_folder(folder, "somebody/seen", private=False)

@@ -22,6 +22,7 @@ from msrl_diffusers import (
     UNet3DModel,
 )
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.models.adapters import carried_adapters
 from msrl_diffusers.trainers.tuned_weights import LORA_TARGETS, add_lora, tunable_policy
 
 
@@ -429,8 +430,22 @@ def test_an_adapter_that_has_learned_nothing_may_be_trained(pipeline):
     assert trained
     assert all(".lora_" in name for name in trained)
     with pytest.raises(InputError, match=r"^The denoiser carries the LoRA adapter default, and a second would"):
-        add_lora(pipeline.unet, rank=2)
+        add_lora(pipeline.unet, rank=3)
+    add_lora(pipeline.unet, rank=2, seed=1)  # the same one, drawn again
+    trained = [name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad]
     with torch.no_grad():
         dict(pipeline.unet.named_parameters())[trained[-1]].fill_(0.1)  # a single B of many
     with pytest.raises(InputError, match=r"which the reference that training is held to would lack"):
         tunable_policy(pipeline, DiffusionPPOConfig(output_dir="unused", report_to="none"))
+
+
+def test_a_trainer_that_was_refused_may_be_made_again(tmp_path):
+    pipeline = tiny_pipeline()
+    settings = {"output_dir": str(tmp_path), "report_to": "none", "use_lora": True}
+    wrong = DiffusionNFTConfig(**settings, sampler="DPMSolverMultistepScheduler", eta=1.0)
+    with pytest.raises(InputError, match="has no eta"):
+        DiffusionNFTTrainer(pipeline, [Brightness()], wrong)
+    DiffusionNFTTrainer(
+        pipeline, [Brightness()], DiffusionNFTConfig(**settings, sampler="DPMSolverMultistepScheduler")
+    )
+    assert carried_adapters(pipeline.unet) == "default"

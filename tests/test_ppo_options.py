@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -26,8 +27,10 @@ from msrl_diffusers.policies import make_policy
 from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trainers.base import checkpoints, read_log
+from msrl_diffusers.trainers.conditions import Conditions
 from msrl_diffusers.trainers.watchdogs import (
     Watch,
+    draw_samples,
     high_frequency_share,
     prediction_norm,
     reward_disagreement,
@@ -98,6 +101,23 @@ def test_the_adaptive_coefficient_follows_its_target(tmp_path):
     train(tmp_path / "parts", max_steps=2, **settings)
     _, _, resumed = train(tmp_path / "parts", max_steps=4, resume_from_checkpoint="latest", **settings)
     assert [line["ppo/kl_coef"] for line in resumed] == [line["ppo/kl_coef"] for line in log]
+
+
+def test_a_fixed_coefficient_is_that_of_the_config_after_a_resume_too(tmp_path):
+    train(tmp_path, max_steps=1, kl_coef=0.0, save_steps=1)
+    _, _, log = train(tmp_path, max_steps=2, kl_coef=0.5, resume_from_checkpoint="latest")
+    assert [line["ppo/kl_coef"] for line in log] == [0.0, 0.5]
+
+
+def test_smaller_micro_batches_after_a_resume(tmp_path):
+    """An update stays one of a whole rollout, as it was before, and checkpoints go on being written."""
+    settings = {"max_steps": 3, "save_steps": 1, "save_total_limit": 9}
+    whole, _, _ = train(tmp_path / "whole", **settings)
+    train(tmp_path / "parts", **{**settings, "max_steps": 1})
+    parts, _, _ = train(tmp_path / "parts", **settings, train_batch_size=2, resume_from_checkpoint="latest")
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == [f"checkpoint-{step}" for step in (1, 2, 3)]
+    for name, value in copied(whole.unet).items():
+        torch.testing.assert_close(parts.unet.state_dict()[name], value, atol=1e-4, rtol=0)
 
 
 def test_a_large_coefficient_holds_the_policy_at_the_reference(tmp_path):
@@ -251,6 +271,16 @@ def test_a_watchdog_s_limits_stop_the_run(tmp_path):
         config(tmp_path, watch_limits={"diversity": 3})
 
 
+def test_a_run_that_ended_early_resumes_to_its_end(tmp_path, caplog):
+    settings = {"max_steps": 4, "kl_budget": 1e-12, "save_steps": 1}
+    pipeline, _, log = train(tmp_path, **settings)
+    assert len(log) == 1
+    again, _, resumed = train(tmp_path, **settings, resume_from_checkpoint="latest")
+    assert resumed == log
+    assert differing(copied(pipeline.unet), copied(again.unet)) == []
+    assert "is where the run ended early (the KL divergence passed kl_budget=1e-12)" in caplog.text
+
+
 def test_watchdogs_look_now_and_then_at_the_weights_that_would_be_kept(tmp_path):
     pipeline, looks = tiny_pipeline(), []
 
@@ -333,6 +363,25 @@ def test_pictures_of_samples(make, tmp_path):
     assert b"samples" in events.read_bytes()
 
 
+def test_pictures_for_trackers_that_know_no_formats(tmp_path):
+    """All but tensorboard's hand what they do not know on to their services, which refuse it."""
+    logged = []
+
+    class Tracker:
+        name = "wandb"
+
+        def log_images(self, values, step=None, **kwargs):
+            logged.append((values["samples"].shape, step, kwargs))
+
+    run = SimpleNamespace(
+        args=SimpleNamespace(log_samples_steps=1), is_main=True, output_dir=tmp_path,
+        accelerator=SimpleNamespace(trackers=[Tracker()]),
+    )  # fmt: skip
+    draw_samples(run, torch.zeros(2, 1, 8, 8, 8), torch.zeros(2), 0)
+    ((shape, step, kwargs),) = logged
+    assert (len(shape), shape[0], shape[-1], step, kwargs) == (4, 1, 3, 0, {})
+
+
 # --------------------------------------------------------------------------------------------------------- conditions
 
 
@@ -362,3 +411,13 @@ def test_conditions_that_are_refused(tmp_path):
     for arguments, message in cases:
         with pytest.raises(InputError, match=message):
             DiffusionPPOTrainer(tiny_stable_diffusion(), Brightness(), DiffusionPPOConfig(str(tmp_path)), **arguments)
+
+
+def test_class_labels_of_numpy_and_torch_are_class_labels():
+    pipeline = tiny_pipeline()
+    as_numpy = Dataset.from_dict({"label": [1, 0, 1]}).with_format("numpy")
+    assert Conditions.of(pipeline, None, as_numpy).values == [1, 0, 1]
+    for given in (np.unique([1, 1]), torch.tensor([1]), [np.int64(1)], [torch.tensor(1)], ["LGG"]):
+        (value,) = Conditions.of(pipeline, given, None).values
+        assert value == 1
+        assert type(value) is int

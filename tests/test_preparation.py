@@ -142,6 +142,21 @@ def test_voxels_below_the_background_do_not_move_it():
     assert (volume - plain).abs().max() <= 1
 
 
+def test_a_shift_of_all_intensities_changes_nothing():
+    """The background of a masked image stays -1, whatever its value is: means of equal numbers need not be that number."""
+    generator = np.random.default_rng(0)
+    data = np.zeros((48, 48, 48), dtype=np.float32)
+    data[12:36, 12:36, 12:36] = generator.uniform(0.2, 1.0, (24, 24, 24))
+    data[12, 12:36, 12:36] = -0.05  # as splines leave it: some voxels below the background
+    processor = VolumeProcessor(16, 96.0)  # means of 27 voxels
+    plain, limits = processor.preprocess_with_geometry(nib.Nifti1Image(data, np.diag([2, 2, 2, 1])))
+    shifted = nib.Nifti1Image(data + np.float32(0.53), np.diag([2, 2, 2, 1]))
+    volume, its_limits = processor.preprocess_with_geometry(shifted)
+    assert (volume == -1).float().mean() == (plain == -1).float().mean() > 0.5
+    torch.testing.assert_close(volume, plain, atol=1e-5, rtol=0)
+    assert np.array(its_limits.intensities) == pytest.approx(np.array(limits.intensities) + 0.53, abs=1e-5)
+
+
 def test_z_scores_keep_the_darker_half_of_the_brain():
     """Background exactly 0, brain of mean 0: many voxels below the background are tissue."""
     data = np.zeros((40, 40, 40), np.float32)

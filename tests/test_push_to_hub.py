@@ -52,3 +52,37 @@ def test_the_tuned_pipeline_is_pushed(tmp_path):
     assert set(pulled) == set(before)  # the adapter is part of the weights
     assert any(not torch.equal(pulled[name], before[name]) for name in before)
     assert "README.md" in repository["files"]
+
+
+def push_run(hub, folder) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        env=hub.environment(folder / "cache"),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_who_may_not_push_learns_it_before_the_training(tmp_path):
+    with HubServer() as hub:
+        hub.fail("POST", "/api/repos/create", status=403)
+        done = push_run(hub, tmp_path)
+    assert done.returncode == 1
+    assert "The Hub does not let this token write to somebody/tuned (403)" in done.stderr
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_push_that_fails_leaves_the_tuned_pipeline(tmp_path):
+    with HubServer() as hub:
+        hub.fail("POST", "/commit/", status=403)
+        done = push_run(hub, tmp_path)
+    assert done.returncode == 1
+    sentence = (
+        f"The tuned pipeline is in {tmp_path}/pipeline, and could not be pushed. The Hub does not let this token write"
+    )
+    assert sentence in done.stderr
+    tuned, before = (
+        MedVolumePipeline.from_pretrained(tmp_path / "pipeline").unet.state_dict(),
+        tiny_pipeline().unet.state_dict(),
+    )
+    assert any(not torch.equal(tuned[name], before[name]) for name in before)

@@ -1,7 +1,12 @@
 """The trainer of reward models: splits by subject, ensembles, weights, refreshed data."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from launching import finish
+from safetensors.torch import load_file
 from tiny import copied, differing
 from trainers_scene import build, scored_volumes
 
@@ -257,3 +262,19 @@ def test_any_network_may_be_a_reward_model(tmp_path):
     args = RewardConfig(output_dir=str(tmp_path), report_to="none", max_steps=2, train_batch_size=4)
     figures = RewardTrainer(network, args, scored_volumes()).train()
     assert set(figures) == {f"{part}_{name}" for part in ("train", "validation") for name in ("loss", "spearman")}
+
+
+def test_a_network_whose_config_is_no_mapping_may_be_a_reward_model(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16**3, 1), torch.nn.Flatten(0))
+    network.config = SimpleNamespace(num_labels=2)  # as those of transformers
+    args = RewardConfig(output_dir=str(tmp_path), report_to="none", max_steps=1, train_batch_size=4)
+    assert "train_loss" in RewardTrainer(network, args, scored_volumes()).train()
+
+
+@pytest.mark.slow
+def test_processes_end_with_one_reward_model(tmp_path):
+    """Its running statistics too, which every process takes of its own part of the batches."""
+    finish(Path(__file__).parent / "reward_run.py", tmp_path, processes=2)
+    ranks = [load_file(tmp_path / f"model-{rank}.safetensors") for rank in (0, 1)]
+    assert any("running_mean" in name for name in ranks[0])
+    assert differing(*ranks) == []

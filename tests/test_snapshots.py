@@ -60,6 +60,12 @@ def test_weights_are_due_after_equal_numbers_of_rollouts(tmp_path):
     assert [snapshot.rollout for snapshot in found] == [1, 5, 10, 15, 20]
 
 
+def test_a_new_run_in_a_used_folder_spaces_its_own(tmp_path):
+    near = [0.001 * step for step in range(1, 21)]
+    run(tmp_path / "used", [10.0 * step for step in range(1, 21)])
+    assert run(tmp_path / "used", near) == run(tmp_path / "fresh", near)
+
+
 @pytest.mark.parametrize("max_steps", [10_000, 80])
 @pytest.mark.parametrize("killed_after", [1, 7, 30, 64])
 def test_a_resumed_run_keeps_what_an_unbroken_one_does(killed_after, max_steps, tmp_path):

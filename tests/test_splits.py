@@ -46,6 +46,16 @@ def test_a_subject_with_volumes_of_two_classes_stays_on_one_side():
     assert not set(train.subject_ids) & set(heldout.subject_ids)
 
 
+def test_a_class_that_comes_first_for_nobody_goes_along():
+    """Sessions before and after treatment: every subject has both classes, and counts for the first."""
+    subjects = [f"s{number // 2}" for number in range(20)]
+    values = torch.zeros(20, 1, 2, 2, 2, dtype=torch.float16)
+    volumes = VolumeDataset(values, torch.tensor([0, 1] * 10), subjects, {0: "before", 1: "after"}, (1.0, 1.0, 1.0))
+    train, heldout = split_by_subject(volumes, 0.3)
+    assert train.class_counts() == {"before": 7, "after": 7}
+    assert heldout.class_counts() == {"before": 3, "after": 3}
+
+
 def test_too_few_subjects_raise():
     with pytest.raises(InputError, match="Class 'b' has 1 subjects, too few for a hold-out of 50%"):
         split_by_subject(dataset((6, 1)), 0.5)

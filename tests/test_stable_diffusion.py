@@ -53,6 +53,19 @@ def test_the_trainer_takes_it_as_it_is(tmp_path, use_lora):
     assert type(pipeline).from_pretrained(tmp_path / "pipeline") is not None
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_samples_are_in_float32_whatever_the_autoencoder_is_in(half):
+    policy = make_policy(tiny_stable_diffusion())
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    whole = policy.decode(latents)
+    with torch.autocast("cpu", half):
+        assert policy.decode(latents).dtype == torch.float32
+    policy.pipeline.vae.to(half)
+    samples = policy.decode(latents)
+    assert samples.dtype == torch.float32
+    assert (samples - whole).abs().max() < 0.1
+
+
 def test_prompts_must_be_given(tmp_path):
     with pytest.raises(
         InputError, match="StableDiffusionPipeline has no classes; give its prompts as train_conditions"

@@ -88,3 +88,14 @@ def test_a_frechet_watchdog_compares_as_many_of_every_class():
     assert watchdog.distance(samples, labels) == pytest.approx(sum(by_hand) / 2)
     with pytest.raises(InputError, match=r"of 'LGG' there are 0 and 4: make rollouts larger"):
         watchdog.distance(samples[3:], labels[3:])
+
+
+def test_a_label_distance_is_of_the_classes_that_there_are_real_volumes_of():
+    extractor, real = SliceFeatureExtractor(block_out_channels=(8, 8), num_features=3, num_slices=3), tiny_phantoms(6)
+    of_one = real.select((real.class_labels == 1).nonzero()[:, 0])
+    samples, labels = of_one.pixel_values.float(), of_one.class_labels
+    with pytest.raises(
+        InputError, match="of 'HGG' there are 0 and 6: make rollouts larger, or leave out real volumes of a class"
+    ):
+        FrechetWatchdog(extractor, real).distance(samples, labels)
+    assert FrechetWatchdog(extractor, of_one).distance(samples, labels) == pytest.approx(0, abs=1e-4)

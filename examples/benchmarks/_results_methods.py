@@ -16,7 +16,7 @@ METHODS = {  # of benchmarks/objectives.py; others stand on its page alone
     "ppo": "any reward, a black box too; the published method",
     "ppo_window": "the same, and forwards are dear: noise in four of the steps, closed-form KL mask (`sde_window`, `policy_loss: kl_mask`)",
     "nft": "any reward, and final samples only",
-    "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, with only two looks at the label distance)",
+    "draft_cheap": "rewards are differentiable, and little time (DRaFT-1, with only two looks at the label distance: `watch_steps: 7`, `watch_per_class: 32`)",
     "frechet": "real volumes are at hand: rewards lend their features only",
     "ddo": "the same, and no network but the denoiser is to say what counts: real volumes against own samples",
 }

@@ -37,6 +37,8 @@ class SetArguments:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be positive, got {value}.")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"eta is 0 to 1, got {self.eta}.")
 
 
 def open_set(place: str, args: SetArguments) -> VolumeSource:

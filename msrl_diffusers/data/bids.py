@@ -1,6 +1,7 @@
 """bids: a data set in the Brain Imaging Data Structure, with classes from `participants.tsv` or sessions files."""
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def scan(
     """The sessions of a BIDS data set that have the wanted images in `anat`.
 
     Of several runs or acquisitions the first in the order of names is taken. A value in `sub-x/sub-x_sessions.tsv` goes
-    before the one in `participants.tsv`.
+    before the one in `participants.tsv`, where a row with a `session_id` is of that session.
 
     Args:
         data_dir: folder with `participants.tsv` and `sub-*`.
@@ -35,7 +36,7 @@ def scan(
         raise InputError("A BIDS data set needs at least one modality, such as T1w.")
     table_path = data_dir / "participants.tsv"
     participants = _read_participants(table_path)
-    columns = {column for row in participants.values() for column in row}
+    columns = {column for rows in participants.values() for row in rows for column in row}
     listing, values, found = Listing(), [], set()
     for folder in subfolders(data_dir, listing):
         if not folder.name.startswith("sub-"):
@@ -54,7 +55,7 @@ def scan(
                     raise InputError(f"{folder} is not in {table_path}; add it there or drop the folder.")
                 value = sessions.get(part.name, {}).get(label_column)
                 if not class_is_given(value):
-                    value = participants[folder.name].get(label_column)
+                    value = _value_of(participants[folder.name], part, label_column)
                 if not class_is_given(value):
                     raise InputError(f"{part}: column {label_column!r} is empty for it.")
                 label = class_of(value, label_bins, label_column, part)
@@ -74,13 +75,38 @@ def scan(
     return listing
 
 
-def _read_participants(table_path: Path) -> dict[str, dict[str, str]]:
+def _read_participants(table_path: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of every subject: one, but some tables have one per session."""
     if not os.path.isfile(table_path):
         raise InputError(f"{table_path.parent} has no participants.tsv; give the top folder of a BIDS data set.")
     rows = read_table(table_path, "\t")
     if not rows or "participant_id" not in rows[0]:
         raise InputError(f"{table_path} needs rows with a tab-separated column participant_id.")
-    return {f"sub-{row['participant_id'].removeprefix('sub-')}": row for row in rows if row["participant_id"]}
+    participants = defaultdict(list)
+    for row in rows:
+        if row["participant_id"]:
+            participants[f"sub-{row['participant_id'].removeprefix('sub-')}"].append(row)
+    return dict(participants)
+
+
+def _value_of(rows: list[dict[str, str]], part: Path, label_column: str) -> str | None:
+    """What a subject's rows say of a session's folder, or of its own: those that name this session, else those that name none,
+    else all of them where the folder is no session's.
+
+    Raises:
+        InputError: they say different things.
+    """
+    of_session = [
+        row for row in rows if row.get("session_id") and f"ses-{row['session_id'].removeprefix('ses-')}" == part.name
+    ]
+    of_all = [row for row in rows if not row.get("session_id") or not part.name.startswith("ses-")]
+    values = {row.get(label_column) for row in of_session or of_all}
+    if len(values) > 1:
+        raise InputError(
+            f"{part}: participants.tsv has several rows for it, with {label_column!r} {sorted(map(str, values))}; keep one, or move "
+            "them to the subject's sessions.tsv."
+        )
+    return values.pop() if values else None
 
 
 def _read_sessions(folder: Path) -> dict[str, dict[str, str]]:

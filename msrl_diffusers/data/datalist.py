@@ -92,6 +92,23 @@ def scan(
     return listing
 
 
+def files_of_datalist(data_dir: str | Path) -> list[Path]:
+    """The list, and those files it names as images that exist.
+
+    Raises:
+        InputError: as `datalist_cases`, of the list.
+    """
+    path = _find_list(Path(data_dir).absolute())
+    content = _read(path)
+    images = [
+        entry.get("image") if isinstance(entry, dict) else entry for key in SPLITS for entry in content.get(key, [])
+    ]
+    named = {
+        name for image in images for name in (image if isinstance(image, list) else [image]) if isinstance(name, str)
+    }
+    return [path, *sorted(path.parent / name for name in named if os.path.isfile(path.parent / name))]
+
+
 def _find_list(data_dir: Path) -> Path:
     if os.path.isfile(data_dir):
         return data_dir

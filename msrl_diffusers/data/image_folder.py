@@ -1,10 +1,9 @@
 """ImageDataset: 2D images in memory with attributes and prompts, and the image folders they are read from."""
 
-import glob
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -251,11 +250,9 @@ def load_image_folder(
     )
     images = torch.empty((len(described), 3, image_size, image_size), dtype=torch.uint8)
     attributes, prompts, subjects = [], [], []
-    for name, image in tqdm(_images_of(folder), total=len(described), desc="images", disable=None):
-        if name not in described:  # of another diagnosis
-            continue
-        values, subject = described.pop(name)
-        images[len(subjects)] = torch.from_numpy(square_image(image, image_size, str(folder / name)))
+    for name, (values, subject) in tqdm(described.items(), desc="images", disable=None):
+        path = str(folder / name)
+        images[len(subjects)] = torch.from_numpy(square_image({"path": path}, image_size, path))
         attributes.append([values[attribute] for attribute in builder.attribute_names])
         prompts.append(builder.describe(values))
         subjects.append(subject)
@@ -295,24 +292,6 @@ def square_image(source: Image.Image | Mapping, image_size: int, name: str) -> n
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
-def _images_of(folder: Path) -> Iterator[tuple[str, dict]]:
-    """`(file_name, {"path", "bytes"})` of the rows of `metadata.csv`, as `datasets` finds them; nothing is decoded, and
-    nothing copied into a cache, which would outlive a change of the table."""
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    table = glob.escape(str(folder / "metadata.csv"))  # it names the images; a table in a folder below is not asked
-    try:
-        rows = load_dataset("imagefolder", data_files={"train": table}, split="train", streaming=True)
-        for row in rows.cast_column("image", ImageFeature(decode=False)):
-            yield _relative(row["image"]["path"], folder), row["image"]
-    except (OSError, ValueError, DatasetsError) as error:
-        raise InputError(
-            f"{folder / 'metadata.csv'} can't be read by datasets ({_one_line(error)}); save it as UTF-8."
-        ) from error
-
-
 def _describe_rows(
     table: Path,
     builder: PromptBuilder,
@@ -334,8 +313,8 @@ def _describe_rows(
     if "file_name" not in columns:
         raise InputError(f"{table} has no column file_name; it has {columns}.")
     artifacts = {name: _artifact_column(table, columns, name, artifact_columns) for name in builder.artifacts}
-    names = {_key(code): name for code, name in {**DIAGNOSIS_CODES, **diagnosis_names}.items()}
-    names = {**{_key(name): name for name in builder.diagnoses}, **names}
+    known = {**DIAGNOSIS_CODES, **{name: name for name in builder.diagnoses}, **diagnosis_names}
+    names = {_key(code): name for code, name in known.items()}
     one_hot = {column: names[_key(column)] for column in columns if names.get(_key(column)) in builder.diagnoses}
     if diagnosis_column not in columns and set(one_hot.values()) != set(builder.diagnoses):
         raise InputError(

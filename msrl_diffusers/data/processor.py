@@ -90,9 +90,11 @@ class VolumeProcessor:
         start = [(side.start + side.stop) // 2 - edge // 2 for side, edge in zip(box, cube, strict=True)]
         channels, intensities = [], []
         for array, background in zip(arrays, backgrounds, strict=True):
-            scaled, limits = _scale(self._resize(_crop(array, start, cube, background)), background, self.percentiles)
+            # means of equal values are those values to the last bit only if they are 0
+            above_background = _crop(array, start, cube, background) - np.float32(background)
+            scaled, limits = _scale(self._resize(above_background), 0.0, self.percentiles)
             channels.append(scaled)
-            intensities.append(limits)
+            intensities.append([limit + background for limit in limits])
         scale = np.array(cube) / self.image_size
         to_source = np.diag([*scale, 1.0])  # voxel centres: (i + 1/2) * scale - 1/2
         to_source[:3, 3] = np.array(start) + scale / 2 - 0.5

@@ -90,6 +90,8 @@ def split_fraction(
         raise InputError(f"holdout_fraction must lie between 0 and 1, got {holdout_fraction}.")
     counts = {}
     for label, members in _subjects_by_class(subjects, labels).items():
+        if not members:  # volumes of this class are of subjects that count for another, and go along with these
+            continue
         heldout = round(len(members) * holdout_fraction)
         if not 0 < heldout < len(members):
             raise InputError(

@@ -17,6 +17,7 @@ from .fidelity import (
     frechet_distance,
     frechet_infinity,
     kernel_distance,
+    smallest_subset,
 )
 from .sources import VolumeSource, check_comparable
 from .statistics import compare_statistics, set_statistics
@@ -65,6 +66,8 @@ def compare_sets(
     features = {
         name: source_features(extractor, source, batch_size) for name, source in (*references.items(), ("generated", generated))
     }  # fmt: skip
+    if infinity:  # before all that is slower
+        smallest_subset(min(len(features["real"]), len(features["generated"])), *features["real"].shape[2:])
     draw = {"draws": bootstrap_draws, "seed": seed}
     content = {"by_class": {}, **_distances(features["real"], features["generated"], infinity=infinity, **draw)}
     for name in sorted(set(real.class_names or ()) & set(generated.class_names or ())):

@@ -94,15 +94,10 @@ def frechet_infinity(
         ValueError: sets of different size.
         InputError: fewer than twice as many volumes as the smallest subset needs.
     """
-    count, slices, num_features = len(real), real.shape[2], real.shape[3]
+    count = len(real)
     if len(fake) != count:
         raise ValueError(f"A Frechet distance compares sets of equal size, got {count} and {len(fake)} volumes.")
-    smallest = max(2, -(-count // 4), num_features // slices + 1)
-    if count < 2 * smallest:
-        raise InputError(
-            f"{count} volumes are too few to extrapolate the distance of {num_features} features, {slices} slices each; "
-            f"give {2 * smallest} or more, or use KID."
-        )
+    smallest = smallest_subset(count, real.shape[2], real.shape[3])
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.linspace(smallest, count, num_sizes).round().long().unique().tolist()
     inverses, distances = [], []
@@ -118,6 +113,21 @@ def frechet_infinity(
         "sizes": sizes,
         "distances": torch.tensor(distances).view(len(sizes), draws).mean(dim=1).tolist(),
     }
+
+
+def smallest_subset(count: int, slices: int, num_features: int) -> int:
+    """The size of the smallest subset of `count` volumes that `frechet_infinity` takes the distance of.
+
+    Raises:
+        InputError: too few volumes for two such subsets.
+    """
+    smallest = max(2, -(-count // 4), num_features // slices + 1)
+    if count < 2 * smallest:
+        raise InputError(
+            f"{count} volumes are too few to extrapolate the distance of {num_features} features, {slices} slices each; "
+            f"give {2 * smallest} or more, or use KID."
+        )
+    return smallest
 
 
 def bootstrap_frechet(
@@ -165,18 +175,22 @@ def bootstrap_kernel(
     twice is never compared with itself.
 
     Raises:
-        ValueError: sets of different size.
+        ValueError: sets of different size, or of fewer than two volumes.
     """
+    if len(real) < 2:
+        raise ValueError("A kernel distance needs two volumes or more.")
     for fake in arms.values():
         if len(fake) != len(real):
             raise ValueError(
                 f"A bootstrap in pairs needs sets of equal size, got {len(real)} and {len(fake)} volumes."
             )
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.stack([
-        torch.randint(len(real), (len(real),), generator=generator).bincount(minlength=len(real))
-        for _ in range(2 * draws)
-    ]).double()  # fmt: skip
+
+    def draw() -> torch.Tensor:
+        drawn = torch.randint(len(real), (len(real),), generator=generator).bincount(minlength=len(real))
+        return drawn if drawn.max() < len(real) else draw()  # one volume alone makes no pair
+
+    weights = torch.stack([draw() for _ in range(2 * draws)]).double()
     real_weights, arm_weights = weights[::2], weights[1::2]
     return {
         name: torch.stack([

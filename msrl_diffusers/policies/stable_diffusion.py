@@ -34,4 +34,5 @@ class StableDiffusionPolicy(UNetPolicy):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
-        return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+        latents = (latents / vae.config.scaling_factor).to(vae.dtype)
+        return vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)

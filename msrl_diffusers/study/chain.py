@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..chains import Chain, Stage, finished_fingerprint
-from ..files import file_mark, folder_mark
+from ..data.datalist import files_of_datalist
+from ..files import file_mark, files_mark, folder_mark
 from ..trainers.base_config import BOOKKEEPING
 from . import stages
 from .artifacts import stages_left_out
@@ -151,6 +152,9 @@ def _settings(config: StudyConfig) -> dict:
     settings["classifiers"] = bool(config.downstream)
     for folder in ("data_dir", "pretrained"):
         settings[folder] = settings[folder] and _mark(settings[folder])
+    if config.dataset == "datalist":  # its images may lie anywhere
+        first, *images = files_of_datalist(config.data_dir)
+        settings["data_dir"] = files_mark([first, *images], first.parent)
     for sets in ("synthetic_arms", "policy_anchors", "unseen_sets"):
         settings[sets] = {name: _mark(path) for name, path in getattr(config, sets).items()}
     return settings

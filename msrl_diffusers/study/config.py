@@ -6,7 +6,14 @@ from pathlib import Path
 from ..data.cases import LOADERS
 from ..errors import InputError
 from ..precision import PRECISIONS
-from ..trainers.base_config import TrainingConfig, check_choice, check_positive, check_types, resumed
+from ..trainers.base_config import (
+    TrainingConfig,
+    check_choice,
+    check_outputs_apart,
+    check_positive,
+    check_types,
+    resumed,
+)
 from ..trajectories import RECONSTRUCTION_GRID
 from .reward_options import check_reward_options
 from .sections import (
@@ -232,6 +239,7 @@ class StudyConfig:
                 raise InputError(f"StudyConfig: {name} must be 0 or more, got {getattr(self, name)}.")
         if self.dataset != "phantoms" and not self.data_dir:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
+        check_outputs_apart(self)
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
             raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
         for name in ("max_steps", "downstream_per_class"):
@@ -278,9 +286,9 @@ class StudyConfig:
             raise InputError(f"A sampler has num_inference_steps, eta and perhaps guidance_scale, got {sampler}.")
         steps, eta, guidance = sampler["num_inference_steps"], sampler["eta"], sampler.get("guidance_scale", 1.0)
         numbers = isinstance(steps, int) and isinstance(eta, int | float) and isinstance(guidance, int | float)
-        if not numbers or not 1 <= steps <= longest or not eta >= 0:
+        if not numbers or not 1 <= steps <= longest or not 0 <= eta <= 1:
             raise InputError(
-                f"A sampler has 1 to {longest} num_inference_steps, and numbers as eta (0 or more) and guidance_scale, got {sampler}."
+                f"A sampler has 1 to {longest} num_inference_steps, and numbers as eta (0 to 1) and guidance_scale, got {sampler}."
             )
         if guidance != 1.0 and not self.pretrained and not self.trainer_config("diffusion").class_dropout:
             raise InputError(

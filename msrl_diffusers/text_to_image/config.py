@@ -16,7 +16,15 @@ from ..models.image_classifiers import ARCHITECTURES
 from ..precision import PRECISIONS
 from ..trainers.attribute_config import AttributeConfig
 from ..trainers.autoencoder_kl_config import AutoencoderKLConfig
-from ..trainers.base_config import BOOKKEEPING, TrainingConfig, check_choice, check_positive, check_types, resumed
+from ..trainers.base_config import (
+    BOOKKEEPING,
+    TrainingConfig,
+    check_choice,
+    check_outputs_apart,
+    check_positive,
+    check_types,
+    resumed,
+)
 from ..trainers.ppo_config import DiffusionPPOConfig
 from ..trainers.text_to_image_config import TextToImageConfig
 
@@ -184,6 +192,7 @@ class TextToImageStudyConfig:
         for name in ("holdout_fraction", "judge_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
+        check_outputs_apart(self)
         self._check_prompts()
         self._check_networks()
         for stage in TRAINER_CONFIGS:

@@ -1,6 +1,7 @@
 """TrainingRun: what every trainer needs around its loop."""
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -24,7 +25,10 @@ from .base_config import TrainingConfig
 from .callbacks import Callbacks
 
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINT_PREFIX = "checkpoint-"
+ASKED = "a callback asked for it"  # why a run was stopped that may go on
 
 
 class TrainingRun:
@@ -118,8 +122,14 @@ class TrainingRun:
         if not (path / "trainer_state.json").is_file():
             raise InputError(f"{path} is not a checkpoint of this trainer; give 'latest' or a checkpoint-N folder.")
         self.accelerator.load_state(str(path))
+        # checkpoints lie between updates; counted on, micro-batches of another size would put updates out of step with rollouts
+        self.accelerator.step = 0
         saved = json.loads((path / "trainer_state.json").read_text())
-        self.step, self.state = saved["step"], saved["state"]
+        self.step, self.state, self.stopped = saved["step"], saved["state"], saved.get("stopped")
+        if self.stopped and self.is_main:
+            logger.warning(
+                "%s is where the run ended early (%s): nothing more is trained from it.", path, self.stopped
+            )
         self._pending.update(saved["pending"])  # figures since the last log line
         self.resumed_from = path.parent
         self.history = read_log(self.resumed_from, up_to=self.step)
@@ -144,7 +154,7 @@ class TrainingRun:
                 self.progress.update()
                 self._tell("step_end", self.step)
                 if self.callbacks and self.callbacks.wants_stop:
-                    self.stop("a callback asked for it")
+                    self.stop(ASKED)
                 self._flush()
                 asked = bool(self.callbacks and self.callbacks.take_save_request())
                 due = due or asked or bool(self.args.save_steps and self.step % self.args.save_steps == 0)
@@ -200,7 +210,8 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             pending = {name: [float(value) for value in values] for name, values in self._pending.items()}
-            saved = {"step": self.step, "state": self.state, "pending": pending}
+            stopped = None if self.stopped == ASKED else self.stopped
+            saved = {"step": self.step, "state": self.state, "pending": pending, "stopped": stopped}
             (temporary / "trainer_state.json").write_text(json.dumps(saved))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)

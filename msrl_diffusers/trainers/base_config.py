@@ -4,6 +4,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
@@ -105,6 +106,14 @@ def check_choice(config, name: str, choices: tuple) -> None:
     if getattr(config, name) not in choices:
         raise InputError(
             f"{type(config).__name__}: {name} must be one of {list(choices)}, got {getattr(config, name)!r}."
+        )
+
+
+def check_outputs_apart(config) -> None:
+    """Raise InputError if `output_dir` lies in the folder `data_dir`, of which all files say whether a stage is out of date."""
+    if config.data_dir and Path(config.output_dir).resolve().is_relative_to(Path(config.data_dir).resolve()):
+        raise InputError(
+            f"output_dir={config.output_dir} lies in data_dir={config.data_dir}; give a folder outside the data set."
         )
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import InputError
 
 
@@ -37,9 +35,7 @@ class Conditions:
             rows = [dict(row) for row in train_dataset]
             values = [row.pop(names[0]) for row in rows]
         elif train_conditions is not None:
-            values = (
-                train_conditions.tolist() if isinstance(train_conditions, torch.Tensor) else list(train_conditions)
-            )
+            values = list(train_conditions)
             rows = [{}] * len(values)
         elif hasattr(pipeline, "id2label"):
             values, rows = list(pipeline.id2label), [{}] * len(pipeline.id2label)
@@ -47,6 +43,7 @@ class Conditions:
             raise InputError(f"{type(pipeline).__name__} has no classes; give its prompts as train_conditions.")
         if not values:
             raise InputError("There are no conditions to train on.")
+        values = [value.item() if hasattr(value, "item") else value for value in values]  # numbers of numpy and torch
         labels = {name: label for label, name in getattr(pipeline, "id2label", {}).items()}
         return cls([labels.get(value, value) for value in values], rows)
 

@@ -19,7 +19,7 @@ class FrechetWatchdog:
     Args:
         extractor: network of the features, as `evaluation.features.extract_features` takes it; on the device of the samples, and
             not the one that judges in the end.
-        real: the volumes, of the pipeline's classes.
+        real: the volumes, of the classes that are tuned.
     """
 
     def __init__(self, extractor: torch.nn.Module, real: VolumeDataset):
@@ -38,13 +38,13 @@ class FrechetWatchdog:
         """
         features, class_labels = extract_features(self.extractor, samples).cpu(), class_labels.cpu()
         distances = []
-        for label, name in self.real.id2label.items():
+        for label in self.real.class_labels.unique().tolist():
             real, generated = self._features[self.real.class_labels == label], features[class_labels == label]
             count = min(len(real), len(generated))
             if count * features.shape[2] < 2:  # slices count
                 raise InputError(
-                    f"A Frechet distance needs two samples and two real volumes of every class; of {name!r} there are "
-                    f"{len(generated)} and {len(real)}: make rollouts larger."
+                    f"A Frechet distance needs two samples and two real volumes of every class; of {self.real.id2label[label]!r} there "
+                    f"are {len(generated)} and {len(real)}: make rollouts larger, or leave out real volumes of a class that is not tuned."
                 )
             distances.append(frechet_distance(real[:count], generated[:count]))
         return sum(distances) / len(distances)

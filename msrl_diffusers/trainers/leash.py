@@ -23,7 +23,7 @@ WATCHED_SHARE = 8  # of how many samples of a batch one is compared with the ref
 class Leash:
     """What a `DiffusionPPOConfig` says about the KL divergence: its weight, whom it holds, what to, and when the run ends.
 
-    The weight (`run.state["kl_coef"]`) and a reference that moves survive a resume: make it before `run.resume()`.
+    An adapted weight (`run.state["kl_coef"]`) and a reference that moves survive a resume: make it before `run.resume()`.
 
     Args:
         run: the training; its `args` are a `DiffusionPPOConfig`.
@@ -44,7 +44,9 @@ class Leash:
 
     @property
     def coef(self) -> float:
-        """The weight of the penalty."""
+        """The weight of the penalty; one that is adapted goes on from a checkpoint's, a fixed one is what the config says."""
+        if self.args.kl_mode == "fixed":
+            return self.args.kl_coef
         return self.run.state.setdefault("kl_coef", self.args.kl_coef)
 
     @property

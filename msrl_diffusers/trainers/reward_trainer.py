@@ -4,11 +4,12 @@ Volumes are split by source subject: a noised reconstruction keeps its subject's
 the model recognise subjects. The figure to watch is the rank correlation on subjects it never saw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast
 from torch import nn
 from torchmetrics.functional.regression import spearman_corrcoef
 
@@ -161,7 +162,8 @@ class RewardTrainer:
                     f"All {len(additional)} additional volumes are of validation subjects; add volumes of others."
                 )
             self.train_dataset = ScoredVolumes.cat([self.train_dataset, added])
-        config = getattr(model, "config", {})
+        config = getattr(model, "config", None)
+        config = config if isinstance(config, Mapping) else {}  # those of transformers are no mappings
         self.num_heads, self.spread_penalty = config.get("num_heads", 1), config.get("spread_penalty", 0.0)
         self.weights = self._loss_weights()
 
@@ -196,6 +198,8 @@ class RewardTrainer:
             run.record(loss=loss)
         run.finish()
         self.model = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+        for buffer in self.model.buffers():  # running statistics are of each process' own batches since the last step
+            broadcast(buffer)
         if frozen:
             self.model.requires_grad_(False)
         return self.evaluate()

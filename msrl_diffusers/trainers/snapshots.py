@@ -57,7 +57,7 @@ class SnapshotCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Take up the snapshots of a run that is resumed; later ones are of a part that is done again."""
         self._interval = max(1, state.max_steps // self.num_points)
-        self.spacing, found = _read(self.folder)
+        self.spacing, found = _read(self.folder) if state.global_step else (SMALLEST_SPACING, [])
         self.snapshots = [snapshot for snapshot in found if snapshot.rollout <= state.global_step]
         if state.is_world_process_zero:
             self._write()

@@ -2,17 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import DistributedType
 from diffusers.training_utils import cast_training_params
+from huggingface_hub import HfApi
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError
+from ..hub.client import in_one_sentence, prepare_repository
 from ..models.adapters import carried_adapters, carries_fresh_adapters
 from ..policies import DenoisingPolicy, make_policy
 from ..precision import resolve_precision
@@ -35,20 +37,30 @@ def add_lora(
     """Freeze `denoiser` and inject a LoRA adapter (arXiv 2106.09685) of scale 1, the only part that is trained then; in float32,
     whatever the denoiser is in. Its initial weights follow from `seed` alone.
 
-    A policy looks for the adapter when it is made, so this comes before `make_policy`.
+    A policy looks for the adapter when it is made, so this comes before `make_policy`. The same one that has learned nothing
+    yet, as a trainer that was refused leaves it, is replaced.
 
     Raises:
-        InputError: an adapter is in it already.
+        InputError: another adapter is in it, or one that has learned.
     """
+    wanted = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules))
     names = carried_adapters(denoiser)
-    if names:
+    if names and carries_fresh_adapters(denoiser) and _is_alike(denoiser.peft_config, wanted):
+        denoiser.unload_lora()
+    elif names:
         raise InputError(f"The denoiser carries the LoRA adapter {names}, and a second would train on top; {REMEDY}.")
     denoiser.requires_grad_(False)
     device = next(denoiser.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(fold_seed(seed, "lora"))
-        denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules)))
+        denoiser.add_adapter(wanted)
     cast_training_params(denoiser, torch.float32)
+
+
+def _is_alike(carried: Mapping[str, LoraConfig], wanted: LoraConfig) -> bool:
+    """Whether there is one adapter, as `add_lora` makes it, of this size and in these layers."""
+    kinds = [(found.r, found.lora_alpha, set(found.target_modules)) for found in carried.values()]
+    return kinds == [(wanted.r, wanted.lora_alpha, set(wanted.target_modules))]
 
 
 def check_precision(network: torch.nn.Module, mixed_precision: str, use_lora: bool = False) -> None:
@@ -134,7 +146,7 @@ class TunedWeights:
         trainable: the trained parameters by name.
 
     Raises:
-        InputError: LoRA or an average where the weights are sharded (FSDP).
+        InputError: LoRA or an average where the weights are sharded (FSDP), or a repository that can't be written to.
     """
 
     def __init__(self, run: TrainingRun, pipeline, policy: DenoisingPolicy, num_updates: int):
@@ -143,6 +155,7 @@ class TunedWeights:
         self._sharded = run.accelerator.distributed_type == DistributedType.FSDP
         if self._sharded and (args.use_lora or args.ema_decay is not None):
             raise InputError("With FSDP all weights are trained, without averages: unset use_lora and ema_decay.")
+        self._repository = self._prepare_repository()
         denoiser = pipeline.unet
         if not self._sharded:  # FSDP wants them contiguous
             denoiser = in_fast_memory_format(denoiser, args.mixed_precision)
@@ -248,8 +261,28 @@ class TunedWeights:
             merge_lora(unet)
         self.pipeline.unet = self.policy.denoiser = unet.requires_grad_(True).eval()
 
+    def _prepare_repository(self) -> str | None:
+        """The repository for the tuned pipeline, if the config asks for one. It is made before the training: who may not write
+        there learns it then."""
+        if not (self.args.push_to_hub and self.run.is_main):
+            return None
+        name = self.args.hub_model_id or self.run.output_dir.resolve().name
+        with in_one_sentence(name, None):
+            return prepare_repository(HfApi(), name, self.args.hub_private_repo, None)[0]
+
     def push_to_hub(self) -> None:
-        """Push the pipeline to its repository on the Hub, if the config asks for it; after `finish`."""
-        if self.args.push_to_hub and self.run.is_main:
-            repository = self.args.hub_model_id or self.run.output_dir.resolve().name
-            self.pipeline.push_to_hub(repository, private=self.args.hub_private_repo)
+        """Push the pipeline to its repository on the Hub, if the config asks for it; after `finish`. It is in `output_dir/pipeline`
+        too: a push may fail.
+
+        Raises:
+            InputError: the Hub refuses it or is out of reach.
+        """
+        if self._repository is None:
+            return
+        folder = self.run.output_dir / "pipeline"
+        self.pipeline.save_pretrained(folder)
+        try:
+            with in_one_sentence(self._repository, None):
+                self.pipeline.push_to_hub(self._repository, private=self.args.hub_private_repo)
+        except InputError as error:
+            raise InputError(f"The tuned pipeline is in {folder}, and could not be pushed. {error}") from error

@@ -133,7 +133,9 @@ def draw_samples(run: TrainingRun, samples: torch.Tensor, rewards: torch.Tensor,
     picture = plot_samples(samples, titles, run.output_dir / "samples" / f"rollout-{step:05d}.png")
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": picture[None]}, step=step, dataformats="NHWC")
+            # others expect this order, and hand arguments that they do not know on to their service
+            order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": picture[None]}, step=step, **order)
 
 
 def _diversity_everywhere(run: TrainingRun, rollout: Rollout) -> float:
