@@ -17,6 +17,7 @@ from statistics import fmean
 from _runs import COLUMNS, earlier_results, gathered, parse_benchmark, reports_of, shown, table, write_results
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from recipes import REMEDIES
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
 
@@ -26,6 +27,10 @@ VARIANTS: dict[str, dict] = {
     "ppo": {},  # the recipe of the base
     "ppo_3d_only": {"ppo": {"reward_weights": [1.0, 0.0]}},
     "ppo_window": {"ppo": {"sde_window": 4, "policy_loss": "kl_mask", "timestep_fraction": 1.0}},
+    "ppo_gated": {"ppo": REMEDIES["gated_kl"]["ppo"]},
+    "ppo_adaptive": {"ppo": REMEDIES["adaptive_kl"]["ppo"]},
+    "ppo_antithetic": {"ppo": REMEDIES["antithetic"]["ppo"]},
+    "ppo_large": {"ppo": REMEDIES["large_rollouts"]["ppo"]},
     "nft": {"method": "nft"},
     "awm": {"method": "nft", "nft": {"objective": "awm", "num_updates": 1}},
     "draft": {"method": "draft"},
