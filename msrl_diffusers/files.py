@@ -23,9 +23,10 @@ def write_json(path: str | Path, content) -> None:
 
 
 def folder_mark(folder: str | Path) -> str:
-    """Hash of the names, sizes and first 256 KiB of the files of a folder, those behind links to folders too."""
+    """Hash of the names, sizes and first 256 KiB of the files of a folder, those behind links to folders too. Cards and other
+    README.md do not count: no result depends on them."""
     folder = Path(folder).absolute()  # a relative path may mean another one by the next call
-    return files_mark(sorted(_files_below(folder, frozenset())), folder)
+    return files_mark(sorted(path for path in _files_below(folder, frozenset()) if path.name != "README.md"), folder)
 
 
 def files_mark(paths: Iterable[Path], folder: Path) -> str:
@@ -44,9 +45,9 @@ def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
     if here in above or not os.access(folder, os.R_OK | os.X_OK):
         return
     for path in folder.iterdir():
-        if path.is_dir():
+        if os.path.isdir(path):  # of a link into a closed folder Path.is_dir raises
             yield from _files_below(path, above | {here})
-        elif path.is_file():
+        elif os.path.isfile(path):
             yield path
 
 

@@ -66,7 +66,7 @@ def test_bids_labels_of_sessions(tmp_path):
     listing = list_cases("bids", tmp_path)
     assert labels(listing) == {"sub-01_ses-1": "a", "sub-01_ses-2": "b", "sub-02_ses-1": "b", "sub-02_ses-2": "b"}
     assert reasons(listing) == {
-        name: f"{tmp_path}/sub-03/{name}: column 'diagnosis' is empty for it." for name in ("ses-1", "ses-2")
+        name: f"{tmp_path}/sub-03/{name}: column 'diagnosis' has nothing for it." for name in ("ses-1", "ses-2")
     }
 
 
@@ -93,7 +93,7 @@ def test_bids_leaves_out_what_is_incomplete(tmp_path, monkeypatch):
     assert reasons(listing) == {
         "sub-02": f"{tmp_path}/sub-02 has no T1w image, anat/sub-02_*T1w.nii.gz.",
         "sub-03": f"{tmp_path}/sub-03 is not in {table}; add it there or drop the folder.",
-        "sub-04": f"{tmp_path}/sub-04: column 'diagnosis' is empty for it.",
+        "sub-04": f"{tmp_path}/sub-04: column 'diagnosis' has nothing for it.",
         "sub-05": f"{annexed} is no file; if it is a link of DataLad, run 'datalad get'.",
         "sub-06": f"{tmp_path}/sub-06/anat can't be opened: Permission denied; check its permissions.",
         "sub-08": f"{tmp_path}/sub-08 is a link that leads nowhere or in a circle; copy what it stands for.",
@@ -124,10 +124,24 @@ def test_bids_input_errors(tmp_path):
         list_cases("bids", tmp_path)
 
 
+@pytest.mark.parametrize("session", ["n/a", "", "1", "ses-1", "ses-01"])
+def test_bids_the_only_row_of_a_subject_is_of_all_its_sessions(tmp_path, session):
+    write_bids(tmp_path, diagnoses=["?"], sessions=["ses-01", "ses-02"])
+    rows = [["participant_id", "session_id", "diagnosis"], ["sub-01", session, "a"]]
+    write_csv(tmp_path / "participants.tsv", rows, "\t")
+    assert labels(list_cases("bids", tmp_path)) == {"sub-01_ses-01": "a", "sub-01_ses-02": "a"}
+
+
 def test_bids_rows_of_sessions_in_the_table_of_participants(tmp_path):
     write_bids(tmp_path, diagnoses=["?", "?", "?"], sessions=["ses-1", "ses-2"])
     rows = [["participant_id", "session_id", "diagnosis"], ["sub-01", "ses-1", "a"], ["sub-01", "2", "b"]]
-    rows += [["sub-02", "ses-1", "a"], ["sub-02", "", "b"], ["sub-03", "", "a"], ["sub-03", "", "b"]]
+    rows += [
+        ["sub-02", "ses-1", "a"],
+        ["sub-02", "n/a", "b"],
+        ["sub-02", "ses-2", "n/a"],
+        ["sub-03", "", "a"],
+        ["sub-03", "", "b"],
+    ]
     write_csv(tmp_path / "participants.tsv", rows, "\t")
     listing = list_cases("bids", tmp_path)
     assert labels(listing) == {"sub-01_ses-1": "a", "sub-01_ses-2": "b", "sub-02_ses-1": "a", "sub-02_ses-2": "b"}

@@ -72,6 +72,7 @@ def test_an_unknown_precision_is_refused(config_class):
         (DiffusionPPOConfig, {"log_prob_reduction": "max"}, r"log_prob_reduction must be one of \['mean', 'sum'\]"),
         (DiffusionPPOConfig, {"timestep_fraction": 1.5}, r"timestep_fraction must lie in \(0, 1\], got 1.5"),
         (DiffusionPPOConfig, {"eta": 0.0}, "eta must be positive, got 0.0"),
+        (DiffusionPPOConfig, {"eta": 1.2}, r"eta is 0 to 1, got 1\.2"),
         (DiffusionPPOConfig, {"gradient_accumulation_steps": 2}, "leave it at 1"),
         (DiffusionPPOConfig, {"kl_coef": -0.1}, "kl_coef must be 0 or more, got -0.1"),
         (DiffusionPPOConfig, {"kl_mode": "adaptive", "kl_coef": 0.0}, "kl_coef must be positive, got 0.0"),

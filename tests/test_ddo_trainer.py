@@ -197,7 +197,7 @@ def test_what_must_not_change_the_result(tmp_path):
     [
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
         ({"alpha": -1.0}, "alpha must be 0 or more, got -1.0"),
-        ({"eta": float("nan")}, "eta must be 0 or more, got nan"),
+        ({"eta": float("nan")}, "eta is 0 to 1, got nan"),
         ({"num_epochs": 0}, "num_epochs must be positive, got 0"),
         ({"kl_budget": 0.0}, "kl_budget must be positive"),
         ({"num_updates": 3}, "8 samples per rollout .* into 3 updates"),

@@ -77,11 +77,12 @@ def test_a_fingerprint_follows_the_images_of_a_list(tmp_path):
 def test_outputs_in_the_folder_of_a_data_set_are_refused(tmp_path):
     write_phantoms(tmp_path / "data", 2, image_size=16)
     settings = {"dataset": "nifti_folder", "data_dir": str(tmp_path / "data")}
-    with pytest.raises(
-        InputError, match=r"output_dir=.*study lies in data_dir=.*data; give a folder outside the data set"
-    ):
+    with pytest.raises(InputError, match=r"output_dir=.*study lies in data_dir=.*data; give a folder outside it"):
         StudyConfig(**settings, output_dir=str(tmp_path / "data" / "study"))
     assert StudyConfig(**settings, output_dir=str(tmp_path / "data-study")).data_dir
+    (tmp_path / "release").mkdir()
+    with pytest.raises(InputError, match=r"release/tuned lies in pretrained=.*release; give a folder outside it"):
+        StudyConfig(output_dir=str(tmp_path / "release/tuned"), pretrained=str(tmp_path / "release"))
 
 
 def test_the_mark_of_given_files_is_theirs_and_they_are_read_once(tmp_path):
@@ -91,6 +92,8 @@ def test_the_mark_of_given_files_is_theirs_and_they_are_read_once(tmp_path):
     parts = b"a/b 5\n12345c 300000\n" + b"c" * (1 << 18)
     assert folder_mark(tmp_path) == hashlib.sha256(parts).hexdigest()[:16]
     assert file_mark(tmp_path / "c") == hashlib.sha256(b"300000" + b"c" * 300_000).hexdigest()[:16]
+    (tmp_path / "README.md").write_text("A card, rendered anew.")
+    assert folder_mark(tmp_path) == hashlib.sha256(parts).hexdigest()[:16]
     before, times = folder_mark(tmp_path), (tmp_path / "a" / "b").stat()
     (tmp_path / "a" / "b").write_bytes(b"54321")
     os.utime(tmp_path / "a" / "b", ns=(times.st_atime_ns, times.st_mtime_ns))

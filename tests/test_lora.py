@@ -445,6 +445,7 @@ def test_a_trainer_that_was_refused_may_be_made_again(tmp_path):
     wrong = DiffusionNFTConfig(**settings, sampler="DPMSolverMultistepScheduler", eta=1.0)
     with pytest.raises(InputError, match="has no eta"):
         DiffusionNFTTrainer(pipeline, [Brightness()], wrong)
+    assert not carried_adapters(pipeline.unet)
     DiffusionNFTTrainer(
         pipeline, [Brightness()], DiffusionNFTConfig(**settings, sampler="DPMSolverMultistepScheduler")
     )

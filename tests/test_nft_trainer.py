@@ -284,7 +284,7 @@ def test_what_must_not_change_the_result(tmp_path):
         ({"objective": "dpo"}, r"objective must be one of \['nft', 'awm'\], got 'dpo'"),
         ({"weighting": "cosine"}, "weighting must be one of"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
-        ({"eta": -1.0}, "eta must be 0 or more, got -1.0"),
+        ({"eta": -1.0}, r"eta is 0 to 1, got -1\.0"),
         ({"kl_coef": float("nan")}, "kl_coef must be 0 or more, got nan"),
         ({"kl_budget": 0.0}, "kl_budget must be positive"),
         ({"old_decay_max": 1.0}, r"old_decay_max must lie in \[0, 1\), got 1.0"),

@@ -279,6 +279,8 @@ def test_a_run_that_ended_early_resumes_to_its_end(tmp_path, caplog):
     assert resumed == log
     assert differing(copied(pipeline.unet), copied(again.unet)) == []
     assert "is where the run ended early (the KL divergence passed kl_budget=1e-12)" in caplog.text
+    settings["kl_budget"] = None
+    assert len(train(tmp_path, **settings, resume_from_checkpoint="latest")[2]) == 4
 
 
 def test_watchdogs_look_now_and_then_at_the_weights_that_would_be_kept(tmp_path):

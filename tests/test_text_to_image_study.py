@@ -297,6 +297,7 @@ def test_given_models_are_used_and_not_trained(finished, tmp_path):
         ({"rare_attributes": []}, "Section 'augmentation' needs rare_attributes"),
         ({"rare_share": 0.0}, "rare_share must lie in"),
         ({"sampler": {"steps": 3}}, "Section 'sampler' has the unknown field 'steps'"),
+        ({"sampler": {"eta": 1.5}}, r"Section 'sampler': eta is 0 to 1, got 1\.5"),
         ({"classifier_models": {"critic": {}}}, "unknown role 'critic'; roles are .*'augmentation'"),
         ({"classifier_models": {"augmentation": RESNET}}, "'classifier_models' needs reward: {architecture: one of"),
         ({"classifier_models": dict.fromkeys(CLASSIFIERS, RESNET)}, "'classifier_models' needs augmentation: "),

@@ -57,7 +57,7 @@ def scan(
                 if not class_is_given(value):
                     value = _value_of(participants[folder.name], part, label_column)
                 if not class_is_given(value):
-                    raise InputError(f"{part}: column {label_column!r} is empty for it.")
+                    raise InputError(f"{part}: column {label_column!r} has nothing for it.")
                 label = class_of(value, label_bins, label_column, part)
                 if label is None:
                     continue
@@ -90,17 +90,16 @@ def _read_participants(table_path: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def _value_of(rows: list[dict[str, str]], part: Path, label_column: str) -> str | None:
-    """What a subject's rows say of a session's folder, or of its own: those that name this session, else those that name none,
-    else all of them where the folder is no session's.
+    """What a subject's rows say of a session's folder, or of its own: its only row, whatever session that is of; of several
+    those that name this session, else those that name none, else all of them where the folder is no session's.
 
     Raises:
         InputError: they say different things.
     """
-    of_session = [
-        row for row in rows if row.get("session_id") and f"ses-{row['session_id'].removeprefix('ses-')}" == part.name
-    ]
-    of_all = [row for row in rows if not row.get("session_id") or not part.name.startswith("ses-")]
-    values = {row.get(label_column) for row in of_session or of_all}
+    told = [row for row in rows if class_is_given(row.get(label_column))]
+    of_session = [row for row in told if _session_of(row) == part.name]
+    of_all = [row for row in told if _session_of(row) is None or not part.name.startswith("ses-")]
+    values = {row[label_column] for row in (told if len(rows) == 1 else of_session or of_all)}
     if len(values) > 1:
         raise InputError(
             f"{part}: participants.tsv has several rows for it, with {label_column!r} {sorted(map(str, values))}; keep one, or move "
@@ -109,10 +108,16 @@ def _value_of(rows: list[dict[str, str]], part: Path, label_column: str) -> str 
     return values.pop() if values else None
 
 
-def _read_sessions(folder: Path) -> dict[str, dict[str, str]]:
+def _session_of(row: dict[str, str]) -> str | None:
+    """The folder of the session that a row names; None if it names none (BIDS writes n/a)."""
+    name = row.get("session_id")
+    return f"ses-{name.removeprefix('ses-')}" if class_is_given(name) else None
+
+
+def _read_sessions(folder: Path) -> dict[str | None, dict[str, str]]:
     path = folder / f"{folder.name}_sessions.tsv"
     rows = read_table(path, "\t") if os.path.isfile(path) else []
-    return {f"ses-{row['session_id'].removeprefix('ses-')}": row for row in rows if row.get("session_id")}
+    return {_session_of(row): row for row in rows}
 
 
 def _session_folders(folder: Path, listing: Listing) -> list[Path]:

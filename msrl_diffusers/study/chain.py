@@ -150,11 +150,12 @@ def _settings(config: StudyConfig) -> dict:
     settings["rollout_sampler"] = config.rollout_sampler
     settings["snapshots"] = bool(config.num_curve_points)
     settings["classifiers"] = bool(config.downstream)
-    for folder in ("data_dir", "pretrained"):
-        settings[folder] = settings[folder] and _mark(settings[folder])
+    settings["pretrained"] = config.pretrained and _mark(config.pretrained)
     if config.dataset == "datalist":  # its images may lie anywhere
         first, *images = files_of_datalist(config.data_dir)
         settings["data_dir"] = files_mark([first, *images], first.parent)
+    else:
+        settings["data_dir"] = config.data_dir and _mark(config.data_dir)
     for sets in ("synthetic_arms", "policy_anchors", "unseen_sets"):
         settings[sets] = {name: _mark(path) for name, path in getattr(config, sets).items()}
     return settings

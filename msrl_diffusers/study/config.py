@@ -239,7 +239,8 @@ class StudyConfig:
                 raise InputError(f"StudyConfig: {name} must be 0 or more, got {getattr(self, name)}.")
         if self.dataset != "phantoms" and not self.data_dir:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
-        check_outputs_apart(self)
+        data = () if self.dataset == "datalist" else ("data_dir",)  # a list's images are known one by one
+        check_outputs_apart(self, *data, "pretrained")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
             raise InputError(f"pretrained={self.pretrained} is no pipeline folder: it has no model_index.json.")
         for name in ("max_steps", "downstream_per_class"):

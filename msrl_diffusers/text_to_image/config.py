@@ -45,6 +45,9 @@ NETWORKS = {
 CLASSIFIERS = ("reward", "judge", "features")
 RL_STAGES = ("ppo", "evaluate", "augmentation", "report")  # the seed of these is `rl_seed`
 SAMPLER = ("num_inference_steps", "eta", "guidance_scale")
+FOLDERS = (  # that a study is given
+    "data_dir", "pretrained_model_name_or_path", "reward_classifier", "judge_classifier", "fid_extractor", "image_text_model",
+)  # fmt: skip
 
 
 def trainer_defaults(stage: str) -> dict:
@@ -192,7 +195,7 @@ class TextToImageStudyConfig:
         for name in ("holdout_fraction", "judge_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
-        check_outputs_apart(self)
+        check_outputs_apart(self, *FOLDERS)
         self._check_prompts()
         self._check_networks()
         for stage in TRAINER_CONFIGS:
@@ -200,6 +203,8 @@ class TextToImageStudyConfig:
         unknown = sorted(set(self.sampler) - set(SAMPLER))
         if unknown:
             raise InputError(f"Section 'sampler' has the unknown field {unknown[0]!r}; it may have {list(SAMPLER)}.")
+        if not 0 <= self.evaluation_sampler["eta"] <= 1:
+            raise InputError(f"Section 'sampler': eta is 0 to 1, got {self.sampler['eta']}.")
         if self.trainer_config("ppo").patience and self.select_by == "last":
             raise InputError(
                 "Section 'ppo': patience counts rollouts since select_by improved; set select_by: heldout_reward."
@@ -278,8 +283,7 @@ class TextToImageStudyConfig:
         settings["enabled_augmentation"] = bool(self.augmentation)
         settings["evaluation_sampler"] = self.evaluation_sampler
         settings["rl_seed"] = self.seed if self.rl_seed is None else self.rl_seed
-        for name in ("data_dir", "pretrained_model_name_or_path", "reward_classifier", "judge_classifier",
-                     "fid_extractor", "image_text_model"):  # fmt: skip
+        for name in FOLDERS:
             place = settings[name]
             settings[name] = folder_mark(place) if place and Path(place).is_dir() else place
         return settings

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
 ASKED = "a callback asked for it"  # why a run was stopped that may go on
+LIMITS = ("patience", "kl_budget", "watch_limits")  # settings that end a run early
 
 
 class TrainingRun:
@@ -125,11 +126,13 @@ class TrainingRun:
         # checkpoints lie between updates; counted on, micro-batches of another size would put updates out of step with rollouts
         self.accelerator.step = 0
         saved = json.loads((path / "trainer_state.json").read_text())
-        self.step, self.state, self.stopped = saved["step"], saved["state"], saved.get("stopped")
+        self.step, self.state = saved["step"], saved["state"]
+        self.stopped = saved.get("stopped") if saved.get("limits") == self._limits() else None
         if self.stopped and self.is_main:
             logger.warning(
-                "%s is where the run ended early (%s): nothing more is trained from it.", path, self.stopped
-            )
+                "%s is where the run ended early (%s): nothing more is trained from it, unless %s change.",
+                path, self.stopped, ", ".join(LIMITS),
+            )  # fmt: skip
         self._pending.update(saved["pending"])  # figures since the last log line
         self.resumed_from = path.parent
         self.history = read_log(self.resumed_from, up_to=self.step)
@@ -153,7 +156,7 @@ class TrainingRun:
                 self.progress.set_description(self.description, refresh=False)
                 self.progress.update()
                 self._tell("step_end", self.step)
-                if self.callbacks and self.callbacks.wants_stop:
+                if self.callbacks and self.callbacks.wants_stop and not self.stopped:
                     self.stop(ASKED)
                 self._flush()
                 asked = bool(self.callbacks and self.callbacks.take_save_request())
@@ -162,6 +165,9 @@ class TrainingRun:
                     self.save_checkpoint()
                     due = False
         self._tell("train_end")
+
+    def _limits(self) -> dict:
+        return {name: getattr(self.args, name, None) for name in LIMITS}
 
     def doing(self, what: str) -> None:
         """Say on the progress bar, if there is one by now, what a long step is at."""
@@ -211,7 +217,8 @@ class TrainingRun:
         if self.is_main:
             pending = {name: [float(value) for value in values] for name, values in self._pending.items()}
             stopped = None if self.stopped == ASKED else self.stopped
-            saved = {"step": self.step, "state": self.state, "pending": pending, "stopped": stopped}
+            saved = {"step": self.step, "state": self.state, "pending": pending}
+            saved |= {"stopped": stopped, "limits": self._limits()}
             (temporary / "trainer_state.json").write_text(json.dumps(saved))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)

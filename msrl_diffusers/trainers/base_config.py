@@ -20,6 +20,7 @@ LR_SCHEDULERS = tuple(
 # Fields that have no influence on what comes out.
 BOOKKEEPING = (
     "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to",
+    "push_to_hub", "hub_model_id", "hub_private_repo",
 )  # fmt: skip
 
 
@@ -109,12 +110,13 @@ def check_choice(config, name: str, choices: tuple) -> None:
         )
 
 
-def check_outputs_apart(config) -> None:
-    """Raise InputError if `output_dir` lies in the folder `data_dir`, of which all files say whether a stage is out of date."""
-    if config.data_dir and Path(config.output_dir).resolve().is_relative_to(Path(config.data_dir).resolve()):
-        raise InputError(
-            f"output_dir={config.output_dir} lies in data_dir={config.data_dir}; give a folder outside the data set."
-        )
+def check_outputs_apart(config, *inputs: str) -> None:
+    """Raise InputError if `output_dir` lies in a folder that one of these fields names, of which all files say whether a stage is
+    out of date."""
+    for name in inputs:
+        given = getattr(config, name)
+        if given and Path(config.output_dir).resolve().is_relative_to(Path(given).resolve()):
+            raise InputError(f"output_dir={config.output_dir} lies in {name}={given}; give a folder outside it.")
 
 
 def resumed(settings: Mapping) -> str | None:

@@ -48,8 +48,7 @@ class DDOConfig(OnlineConfig):
         super().__post_init__()
         for name in ("num_updates", "num_epochs", "num_train_timesteps_per_sample", "beta"):
             check_positive(self, name)
-        for name in ("eta", "alpha"):
-            check_not_negative(self, name)
+        check_not_negative(self, "alpha")
         if self.kl_budget is not None:
             check_positive(self, "kl_budget")
         self.refuse_rewards()

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from ..errors import InputError
 from ..functional.discriminative import ddo_loss, likelihood_gain
 from ..functional.forward_process import prediction_divergence
-from ..policies import Conditioning
+from ..policies import Conditioning, make_policy
 from ..rollouts import Rollout
 from ..seeding import generator_for, sample_generators
 from .base import TrainingRun
@@ -81,6 +81,7 @@ class DDOTrainer:
         check_patience(args.patience, select_by)
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.unet_forwards = 0
+        FinalSampler(make_policy(pipeline), args)  # what it refuses stays without an adapter
         self.policy = tunable_policy(pipeline, args)
         self.sampler = FinalSampler(self.policy, args)
 

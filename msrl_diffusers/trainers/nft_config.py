@@ -75,7 +75,7 @@ class DiffusionNFTConfig(OnlineConfig):
             check_positive(self, "kl_budget")
         check_choice(self, "objective", ("nft", "awm"))
         check_choice(self, "weighting", ("uniform", "noise", "noise_squared", "huber"))
-        for name in ("eta", "kl_coef", "old_kl_coef", "old_decay_start", "old_decay_rate"):
+        for name in ("kl_coef", "old_kl_coef", "old_decay_start", "old_decay_rate"):
             check_not_negative(self, name)
         for name in ("min_signal", "old_decay_max"):
             if not 0 <= getattr(self, name) < 1:

@@ -36,7 +36,7 @@ from ..functional.forward_process import (
     old_policy_decay,
     prediction_divergence,
 )
-from ..policies import DenoisingPolicy
+from ..policies import DenoisingPolicy, make_policy
 from ..rewards import Reward
 from ..rollouts import Rollout
 from ..seeding import generator_for, sample_generators
@@ -101,6 +101,7 @@ class DiffusionNFTTrainer:
         self.watch = Watch(watchdogs, select_by, args.watch_limits, args.patience, args.watch_steps)
         self.callbacks = callbacks
         self.unet_forwards = 0
+        FinalSampler(make_policy(pipeline), args, args.min_signal)  # what it refuses stays without an adapter
         self.policy = tunable_policy(pipeline, args)
         self.sampler = FinalSampler(self.policy, args, args.min_signal)
 

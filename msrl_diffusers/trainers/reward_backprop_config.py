@@ -81,8 +81,7 @@ class RewardBackpropConfig(OnlineConfig):
         for name in ("num_slices", "reward_grad_clip", "kl_budget"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
-        for name in ("eta", "kl_coef"):
-            check_not_negative(self, name)
+        check_not_negative(self, "kl_coef")
         check_choice(self, "variant", ("draft", "draft_lv", "refl"))
         check_choice(self, "decode", ("straight_through", "pre_quantization"))
         if not 0 < self.late_fraction <= 1:

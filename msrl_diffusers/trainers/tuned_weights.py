@@ -27,6 +27,16 @@ from .weight_average import WeightAverage
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
+ADAPTER_KIND = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+)
 BEST_WEIGHTS = "best.safetensors"
 REMEDY = "keep it by fuse_lora(), then unload_lora_weights(), before you train"
 
@@ -58,9 +68,12 @@ def add_lora(
 
 
 def _is_alike(carried: Mapping[str, LoraConfig], wanted: LoraConfig) -> bool:
-    """Whether there is one adapter, as `add_lora` makes it, of this size and in these layers."""
-    kinds = [(found.r, found.lora_alpha, set(found.target_modules)) for found in carried.values()]
-    return kinds == [(wanted.r, wanted.lora_alpha, set(wanted.target_modules))]
+    """Whether there is one adapter, of the same layers, sizes and kind."""
+    kinds = [
+        [set(config.target_modules), *(getattr(config, name) for name in ADAPTER_KIND)]
+        for config in (*carried.values(), wanted)
+    ]
+    return len(kinds) == 2 and kinds[0] == kinds[1]
 
 
 def check_precision(network: torch.nn.Module, mixed_precision: str, use_lora: bool = False) -> None:
@@ -285,4 +298,7 @@ class TunedWeights:
             with in_one_sentence(self._repository, None):
                 self.pipeline.push_to_hub(self._repository, private=self.args.hub_private_repo)
         except InputError as error:
-            raise InputError(f"The tuned pipeline is in {folder}, and could not be pushed. {error}") from error
+            raise InputError(
+                f"The tuned pipeline could not be pushed: {error} It is in {folder}, from where `msrl push` sends it without "
+                "another training."
+            ) from error
