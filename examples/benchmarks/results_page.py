@@ -64,7 +64,12 @@ def page() -> str:
         "The same pipeline by other methods": method_lines(
             read("objectives-phantoms.json"), read("method-memory.json")
         ),
-        "Rewards under optimization": recipe_lines(read("recipes-phantoms.json"), "recipes-phantoms"),
+        "Rewards under optimization": recipe_lines(
+            read("recipes-phantoms.json"),
+            "recipes-phantoms",
+            read("objectives-phantoms.json"),
+            reports_of("phantoms-demo-seed*.json"),
+        ),
         **{
             f"The paper's tables: {STUDIES[path.parent.name][0]}": paper_lines(content, path.parent.name)
             for path, content in by_path("study-*/tables.json").items()
