@@ -211,7 +211,7 @@ def test_stable_diffusion(tmp_path):
         ({"gradient_steps": 5}, "gradient_steps=5 exceeds num_inference_steps=4"),
         ({"gradient_steps": 2, "variant": "refl"}, "refl trains one step; leave gradient_steps at 1"),
         ({"late_fraction": 0.0}, r"late_fraction must lie in \(0, 1\], got 0.0"),
-        ({"eta": -1.0}, "eta must be 0 or more, got -1.0"),
+        ({"eta": -1.0}, r"eta is 0 to 1, got -1\.0"),
         ({"kl_coef": float("nan")}, "kl_coef must be 0 or more, got nan"),
         ({"num_slices": 0}, "num_slices must be positive, got 0"),
         ({"reward_grad_clip": 0.0}, "reward_grad_clip must be positive"),

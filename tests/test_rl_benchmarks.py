@@ -232,7 +232,7 @@ def test_recipes_run_and_resume(benchmarks, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results" / "recipes.json"
     arguments = [
         "--config", config, "--output", str(output), "--seeds", "0", "1",
-        "--variants", "paper", "default", "refresh", "gated_kl", "hard_data", "moving_reference", "policy_anchors",
+        "--variants", "paper", "default", "refresh", "gated_kl", "moving_reference", "hard_data", "policy_anchors",
     ]  # fmt: skip
     run("recipes.py", *arguments, monkeypatch=monkeypatch)
     content = json.loads(output.read_text())
