@@ -273,8 +273,8 @@ def test_objectives_run(benchmarks, tmp_path, monkeypatch, capsys):
     run("objectives.py", "--config", config, "--output", str(output), "--seeds", "0", monkeypatch=monkeypatch)
     content = json.loads(output.read_text())
     names = [
-        "ppo", "ppo_3d_only", "ppo_window", "ppo_gated", "ppo_adaptive", "ppo_antithetic", "ppo_large", "nft", "awm", "draft",
-        "draft_cheap", "draft_lv", "refl", "frechet", "frechet_50", "frechet_label", "ddo",
+        "ppo", "ppo_3d_only", "ppo_window", "ppo_gated", "ppo_adaptive", "nft", "awm", "draft", "draft_cheap",
+        "draft_lv", "refl", "frechet", "frechet_50", "frechet_label", "ddo",
     ]  # fmt: skip
     assert list(content["variants"]) == names
     assert {name: row["method"] for name, row in content["variants"].items() if name == row["method"]}.keys() == {

@@ -1,7 +1,7 @@
 """Lines of the page of results on one pipeline tuned by several methods (`objectives.py`), and the README's table of trainers."""
 
 from _results_volumes import ROLES
-from _results_words import closed, listed, mean_and_sd
+from _results_words import closed, copies, listed, mean_and_sd
 
 from msrl_diffusers.study.tables import REAL, STANDARD, TUNED
 
@@ -56,7 +56,7 @@ def method_lines(content: dict, memory: dict) -> list[str]:
             *(closed(row[gap][role]) for gap, role in GAPS),
             _change(row["fid"]["label"]),
             f"{row['ms_ssim_over_real']['mean']:.2f}",
-            " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
+            copies(row),
             f"{row['unet_forwards']['mean']:,.0f}",
             _memory(memory, name),
         ]

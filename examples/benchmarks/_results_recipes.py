@@ -1,7 +1,9 @@
 """Lines of the page of results on PPO by several recipes (`recipes.py`): what each closes of the gap, and where the published one turns."""
 
+from statistics import stdev
+
 from _results_volumes import ROLES
-from _results_words import closed, listed
+from _results_words import closed, copies, listed
 
 from msrl_diffusers.study.tables import verdict
 
@@ -27,8 +29,6 @@ RECIPES = {  # of benchmarks/recipes.py
 ADDED = {  # of benchmarks/objectives.py: the default recipe and one remedy more
     "ppo_gated": "default with gated_kl",
     "ppo_adaptive": "default with adaptive_kl",
-    "ppo_antithetic": "default with antithetic",
-    "ppo_large": "default with large_rollouts",
 }
 
 
@@ -50,7 +50,7 @@ def recipe_lines(content: dict, name: str, others: dict, demos: list[dict]) -> l
             RECIPES[variant],
             *(closed(row["gap_closed"][role]) for role in ROLES),
             f"{row['ms_ssim_over_real']['mean']:.2f}",
-            " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
+            copies(row),
             _gain(row),
             ", ".join(f"{kept} of {all}" for kept, all in zip(row["kept_after"], row["rollouts"], strict=True)),
         ]
@@ -86,8 +86,7 @@ def _others_lines(content: dict, demos: list[dict]) -> list[str]:
     rows = {name: content["variants"][name] for name in ("ppo", *ADDED) if name in content["variants"]}
     alone = rows["ppo"]["gap_closed"]["judge"]["values"]
     both = [*(report["gap_closed"]["judge"] for report in demos), *alone]
-    spread = rows["ppo"]["fid"]["judge"]["standard"]["sd"]
-    gap = rows["ppo"]["fid"]["judge"]["standard"]["mean"] - rows["ppo"]["fid"]["judge"]["limit"]["mean"]
+    within = [_bootstrap_deviation(report) for report in demos]
     lines = [
         f"On seeds that told no recipes apart ({listed(rows['ppo']['seeds'])}): the default recipe as `make demo` runs it, eight rollouts with "
         "the reward models of the release, and with one remedy more ([page](objectives-phantoms.md)).",
@@ -105,7 +104,7 @@ def _others_lines(content: dict, demos: list[dict]) -> list[str]:
             closed(row["gap_closed"]["second_judge"]),
             closed(row["gap_closed"]["label"]),
             f"{row['ms_ssim_over_real']['mean']:.2f}",
-            " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl")),
+            copies(row),
             _gain(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -114,9 +113,16 @@ def _others_lines(content: dict, demos: list[dict]) -> list[str]:
         "",
         *_strength_lines(rows),
         f"- Over these seeds and those of `make demo`, {len(both)} in all, the default recipe closes {closed(verdict(both))} of the judge's gap.",
-        f"- What keeps the intervals wide is the distance itself: that of the pretrained model's {content['n']['all']} samples differs between "
-        f"these seeds by a deviation of {spread:.3f}, {spread / gap:.0%} of the gap.",
+        f"- Between these {len(both)} seeds what is closed deviates by {stdev(both):.0%} of the gap; within one seed, when the "
+        f"{content['n']['all']} volumes are drawn again (the paired bootstrap of `make demo`), by {listed([f'{one:.0%}' for one in within])}.",
     ]
+
+
+def _bootstrap_deviation(report: dict) -> float:
+    """The deviation of the judge's gap that is closed over bootstrap draws of the volumes, from its 95 % interval."""
+    low, high = report["fid_rl_minus_standard"]["judge"]["interval"]
+    standard, limit = (report["fid"]["judge"][arm]["all"] for arm in ("standard", "limit"))
+    return (high - low) / (2 * 1.96) / (standard - limit)
 
 
 def _strength_lines(rows: dict) -> list[str]:

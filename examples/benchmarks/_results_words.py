@@ -12,6 +12,11 @@ def listed(values: list) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
+def copies(row: dict) -> str:
+    """The share of samples that the audit flags as copies, before and after."""
+    return " -> ".join(f"{row['copies'][arm]['mean']:.1%}" for arm in ("standard", "rl"))
+
+
 def closed(figure: dict | None) -> str:
     """A share of a gap that was closed, with its interval over seeds."""
     if figure is None:

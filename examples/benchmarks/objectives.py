@@ -29,8 +29,6 @@ VARIANTS: dict[str, dict] = {
     "ppo_window": {"ppo": {"sde_window": 4, "policy_loss": "kl_mask", "timestep_fraction": 1.0}},
     "ppo_gated": {"ppo": REMEDIES["gated_kl"]["ppo"]},
     "ppo_adaptive": {"ppo": REMEDIES["adaptive_kl"]["ppo"]},
-    "ppo_antithetic": {"ppo": REMEDIES["antithetic"]["ppo"]},
-    "ppo_large": {"ppo": REMEDIES["large_rollouts"]["ppo"]},
     "nft": {"method": "nft"},
     "awm": {"method": "nft", "nft": {"objective": "awm", "num_updates": 1}},
     "draft": {"method": "draft"},
