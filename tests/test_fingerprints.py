@@ -80,6 +80,8 @@ def test_outputs_in_the_folder_of_a_data_set_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"output_dir=.*study lies in data_dir=.*data; give a folder outside it"):
         StudyConfig(**settings, output_dir=str(tmp_path / "data" / "study"))
     assert StudyConfig(**settings, output_dir=str(tmp_path / "data-study")).data_dir
+    lists = write_datalist(tmp_path / "lists").parent  # its images are known one by one
+    assert StudyConfig(dataset="datalist", data_dir=str(lists), output_dir=str(lists / "study")).data_dir
     (tmp_path / "release").mkdir()
     with pytest.raises(InputError, match=r"release/tuned lies in pretrained=.*release; give a folder outside it"):
         StudyConfig(output_dir=str(tmp_path / "release/tuned"), pretrained=str(tmp_path / "release"))

@@ -1,9 +1,7 @@
 """PPO's last step on the way to others: the tuned pipeline in a repository, on a Hub of our own."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from hub_server import HubServer
@@ -30,13 +28,18 @@ pipeline.save_pretrained(sys.argv[1] + "/kept")
 """
 
 
+def push_run(hub, folder) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        env=hub.environment(folder / "cache"),
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_the_tuned_pipeline_is_pushed(tmp_path):
     with HubServer() as hub:
-        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_local", "PYTHONPATH": str(Path(__file__).parent)}
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / "run")], env=environment, capture_output=True, text=True
-        )
+        done = push_run(hub, tmp_path / "run")
         assert done.returncode == 0, done.stderr[-2000:]
         repository = hub.repositories["somebody/tuned"]
     assert repository["private"] is True
@@ -52,15 +55,6 @@ def test_the_tuned_pipeline_is_pushed(tmp_path):
     assert set(pulled) == set(before)  # the adapter is part of the weights
     assert any(not torch.equal(pulled[name], before[name]) for name in before)
     assert "README.md" in repository["files"]
-
-
-def push_run(hub, folder) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder)],
-        env=hub.environment(folder / "cache"),
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_who_may_not_push_learns_it_before_the_training(tmp_path):

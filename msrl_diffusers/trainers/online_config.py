@@ -81,7 +81,7 @@ class OnlineConfig(TrainingConfig):
                 check_positive(self, name)
         if (
             not 0 <= self.eta <= 1
-        ):  # beyond it a step would have more noise than DDPM's, and the rest of its mean no root
+        ):  # with more noise than DDPM adds, the variance that is left for the mean is negative
             raise InputError(f"eta is 0 to 1, got {self.eta}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}.")

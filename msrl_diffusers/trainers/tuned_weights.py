@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,16 +27,6 @@ from .weight_average import WeightAverage
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
-ADAPTER_KIND = (
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-)
 BEST_WEIGHTS = "best.safetensors"
 REMEDY = "keep it by fuse_lora(), then unload_lora_weights(), before you train"
 
@@ -48,14 +38,14 @@ def add_lora(
     whatever the denoiser is in. Its initial weights follow from `seed` alone.
 
     A policy looks for the adapter when it is made, so this comes before `make_policy`. The same one that has learned nothing
-    yet, as a trainer that was refused leaves it, is replaced.
+    yet, as a trainer that never came to train leaves it, is replaced.
 
     Raises:
         InputError: another adapter is in it, or one that has learned.
     """
     wanted = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(target_modules))
     names = carried_adapters(denoiser)
-    if names and carries_fresh_adapters(denoiser) and _is_alike(denoiser.peft_config, wanted):
+    if names and carries_fresh_adapters(denoiser) and list(denoiser.peft_config.values()) == [wanted]:
         denoiser.unload_lora()
     elif names:
         raise InputError(f"The denoiser carries the LoRA adapter {names}, and a second would train on top; {REMEDY}.")
@@ -65,15 +55,6 @@ def add_lora(
         torch.manual_seed(fold_seed(seed, "lora"))
         denoiser.add_adapter(wanted)
     cast_training_params(denoiser, torch.float32)
-
-
-def _is_alike(carried: Mapping[str, LoraConfig], wanted: LoraConfig) -> bool:
-    """Whether there is one adapter, of the same layers, sizes and kind."""
-    kinds = [
-        [set(config.target_modules), *(getattr(config, name) for name in ADAPTER_KIND)]
-        for config in (*carried.values(), wanted)
-    ]
-    return len(kinds) == 2 and kinds[0] == kinds[1]
 
 
 def check_precision(network: torch.nn.Module, mixed_precision: str, use_lora: bool = False) -> None:
@@ -284,8 +265,8 @@ class TunedWeights:
             return prepare_repository(HfApi(), name, self.args.hub_private_repo, None)[0]
 
     def push_to_hub(self) -> None:
-        """Push the pipeline to its repository on the Hub, if the config asks for it; after `finish`. It is in `output_dir/pipeline`
-        too: a push may fail.
+        """Save the pipeline in `output_dir/pipeline` and push it from there to its repository on the Hub, if the config asks for it;
+        after `finish`.
 
         Raises:
             InputError: the Hub refuses it or is out of reach.
@@ -293,10 +274,11 @@ class TunedWeights:
         if self._repository is None:
             return
         folder = self.run.output_dir / "pipeline"
-        self.pipeline.save_pretrained(folder)
         try:
             with in_one_sentence(self._repository, None):
-                self.pipeline.push_to_hub(self._repository, private=self.args.hub_private_repo)
+                self.pipeline.save_pretrained(
+                    str(folder), push_to_hub=True, repo_id=self._repository, private=self.args.hub_private_repo
+                )
         except InputError as error:
             raise InputError(
                 f"The tuned pipeline could not be pushed: {error} It is in {folder}, from where `msrl push` sends it without "
