@@ -203,8 +203,9 @@ class TextToImageStudyConfig:
         unknown = sorted(set(self.sampler) - set(SAMPLER))
         if unknown:
             raise InputError(f"Section 'sampler' has the unknown field {unknown[0]!r}; it may have {list(SAMPLER)}.")
-        if not 0 <= self.evaluation_sampler["eta"] <= 1:
-            raise InputError(f"Section 'sampler': eta is 0 to 1, got {self.sampler['eta']}.")
+        eta = self.evaluation_sampler["eta"]
+        if not isinstance(eta, int | float) or not 0 <= eta <= 1:
+            raise InputError(f"Section 'sampler': eta is a number from 0 to 1, got {eta!r}.")
         if self.trainer_config("ppo").patience and self.select_by == "last":
             raise InputError(
                 "Section 'ppo': patience counts rollouts since select_by improved; set select_by: heldout_reward."
