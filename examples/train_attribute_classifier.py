@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from msrl_diffusers.arguments import parse
+from msrl_diffusers.arguments import is_given, parse
 from msrl_diffusers.data.dermoscopy import load_dermoscopy
 from msrl_diffusers.data.image_folder import load_image_folder
 from msrl_diffusers.data.prompts import ARTIFACTS, DIAGNOSES, PromptBuilder
@@ -65,10 +65,8 @@ class ScriptArguments:
 
 
 def main() -> None:
-    pretrained = any(argument.split("=")[0] == "--model_name_or_path" for argument in sys.argv[1:])
-    script_args, args = parse(
-        [ScriptArguments, AttributeConfig], {} if pretrained else OF_RANDOM_WEIGHTS, description=__doc__
-    )
+    defaults = {} if is_given("model_name_or_path", sys.argv[1:]) else OF_RANDOM_WEIGHTS
+    script_args, args = parse([ScriptArguments, AttributeConfig], defaults, description=__doc__)
     builder = PromptBuilder(script_args.diagnoses, script_args.artifacts)
     images = load_images(script_args, builder)
     train, heldout = images.split(script_args.holdout_fraction, script_args.data_seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
 from msrl_diffusers.processes import process_state, start_missing_processes
-from msrl_diffusers.study.chain import run_study, stages_up_to
+from msrl_diffusers.study.chain import run_up_to
 from msrl_diffusers.study.command_line import parse_study
 
 
@@ -18,7 +18,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantoms" / "cpu.yaml"
 
 def main() -> None:
     config = parse_study("rewards", DEFAULT_CONFIG, description=__doc__)
-    run_study(config, stages_up_to("rewards"))
+    run_up_to(config, "rewards")
     if process_state().is_main_process:
         print(f"{Path(config.output_dir) / 'rewards'} written")
 

@@ -21,10 +21,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msrl_diffusers.arguments import parse, take_option
+from msrl_diffusers.arguments import is_given, parse, take_option
 from msrl_diffusers.data.dermoscopy import load_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset, load_image_folder
-from msrl_diffusers.errors import sentence_instead_of_traceback
+from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.plots import plot_history
 from msrl_diffusers.processes import process_state, start_missing_processes
 from msrl_diffusers.text_to_image import CHAIN
@@ -56,11 +56,16 @@ class FineTuneArguments:
 
 
 def main() -> None:
-    if any(argument.split("=")[0] == "--pretrained_model_name_or_path" for argument in sys.argv[1:]):
+    if is_given("pretrained_model_name_or_path", sys.argv[1:]):
         fine_tune(*parse([FineTuneArguments, TextToImageConfig], description=__doc__))
     else:
         release, arguments = take_option("release", sys.argv[1:])
         config = parse_text_to_image("diffusion", DEFAULT_CONFIG, arguments, description=__doc__, taken=RELEASE_HELP)
+        if not release and "diffusion" not in CHAIN.enabled(config):
+            raise InputError(
+                "The config gives a fine-tuned pipeline, so none would be trained; take pretrained_model_name_or_path out of it, or "
+                "give it as an option to fine-tune that one further."
+            )
         CHAIN.run(config, [*CHAIN.up_to("diffusion"), *(["classifiers"] if release else [])])
         if process_state().is_main_process:
             if release:

@@ -42,6 +42,12 @@ class _Taken(Action):
         raise InputError(f"{option_string} must be written out, and may need others beside it; --help shows how.")
 
 
+def is_given(option: str, arguments: Sequence[str]) -> bool:
+    """Whether a command line names an option, in any spelling that the parser takes: with hyphens, or its beginning alone."""
+    words = [argument.split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
+    return any(len(word) > 2 and f"__{option}".startswith(word) for word in words)
+
+
 def read_yaml(path: str | Path) -> dict:
     """The mapping in a YAML file.
 

@@ -1,6 +1,7 @@
 """Chains of stages: each with its own folder and fingerprint, skipped when done, resumed when killed.
 
-A stage writes into `output_dir/<name>/`; its result, duration and fingerprint are `stage.json` there. The fingerprint
+A stage writes into `output_dir/<name>/`; its result, its seconds (null where it was interrupted and went on: nobody measured
+those before) and its fingerprint are `stage.json` there. The fingerprint
 hashes all that the result depends on: settings and the stages it reads. A stage whose folder has the right one is not
 run again.
 """
@@ -55,12 +56,15 @@ class Chain:
             are one.
         left_out: names of the stages that a config has no use for.
         common: names of settings that every stage depends on.
+        counts_left_out: whether stages that are left out, with all their settings, count in the fingerprints of those that need
+            them. Another choice for a chain puts the folders that it has made out of date.
     """
 
     stages: Mapping[str, Stage]
     settings: Callable[[Any], dict]
     left_out: Callable[[Any], Collection[str]] = nothing_left_out
     common: tuple[str, ...] = ()
+    counts_left_out: bool = True
 
     def enabled(self, config: Any) -> list[str]:
         """The stages that are run with this config, in order."""
@@ -79,12 +83,13 @@ class Chain:
     def fingerprint(self, config: Any, name: str) -> str:
         """Hash of everything a stage's result depends on: settings, and the stages it reads."""
         settings, marks = self.settings(config), {}
+        without = () if self.counts_left_out else self.left_out(config)
         for stage_name, stage in self.stages.items():
             inputs = {
                 "stage": stage_name,
                 "fields": {key: settings[key] for key in stage.fields},
                 **{key: settings[key] for key in self.common},
-                "needs": [marks[needed] for needed in stage.needs],
+                "needs": [marks[needed] for needed in stage.needs if needed not in without],
             }
             marks[stage_name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         return marks[name]
@@ -115,15 +120,14 @@ class Chain:
         self.check_finished(config, self.stages[name].needs, f"Stage {name!r}")
         processes.wait_for_everyone()  # all have looked at what is there
         with _alone_in(folder):
-            if processes.is_main_process:
-                open_folder(folder, mark)
+            resumed = open_folder(folder, mark) if processes.is_main_process else False
             processes.wait_for_everyone()
             started = time.monotonic()
             result = stage.run(config) if stage.split else _run_on_main_process(stage, config)
             processes.wait_for_everyone()
             if processes.is_main_process:
-                saved = {"fingerprint": mark, "seconds": round(time.monotonic() - started, 1), "result": result}
-                write_json(record, saved)
+                seconds = None if resumed else round(time.monotonic() - started, 1)
+                write_json(record, {"fingerprint": mark, "seconds": seconds, "result": result})
             processes.wait_for_everyone()
         return json.loads(record.read_text())["result"]
 
@@ -204,9 +208,9 @@ def finished_fingerprint(config: Any, name: str) -> str | None:
     return json.loads(record.read_text())["fingerprint"] if record.is_file() else None
 
 
-def open_folder(folder: Path, mark: str) -> None:
+def open_folder(folder: Path, mark: str) -> bool:
     """Make the stage's folder. What an interrupted run of the same stage left is kept, so that training resumes; what
-    a run with other settings left is removed. Of a link to another run's folder only the link is.
+    a run with other settings left is removed. Of a link to another run's folder only the link is. Whether anything was kept.
     """
     marker = folder / ".fingerprint"
     found = marker.read_text() if marker.is_file() else None
@@ -218,3 +222,4 @@ def open_folder(folder: Path, mark: str) -> None:
         shutil.rmtree(folder)
     if found != mark:
         write_text(marker, mark)
+    return any(path != marker for path in folder.iterdir())

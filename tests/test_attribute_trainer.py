@@ -250,6 +250,8 @@ def test_metrics_are_by_attribute_and_of_all():
     assert strict["accuracy_ink"] == 1
     assert strict["exact_match"] == 0.25
     assert "auc" not in attribute_metrics(probabilities[:1], attributes[:1], ["melanoma", "gel bubble", "ink"])
+    single = attribute_metrics(probabilities[:, :1], attributes[:, :1], ["melanoma"])
+    assert single["accuracy"] == single["exact_match"] == 0.5
 
 
 def test_probabilities_do_not_depend_on_the_batch_size(tmp_path):

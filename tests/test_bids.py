@@ -109,6 +109,18 @@ def test_bids_tables_as_programs_write_them(tmp_path):
     assert labels(list_cases("bids", tmp_path)) == {"sub-01": "a", "sub-02": "b"}
 
 
+def test_bids_a_cell_too_many(tmp_path):
+    write_bids(tmp_path, diagnoses=["a", "b"])
+    sessions = tmp_path / "sub-01/sub-01_sessions.tsv"
+    sessions.write_text("session_id\tdiagnosis\nses-1\ta\t\nses-2\tnot\tb\n")
+    reason = f"{sessions}, line 3 has more cells than the header; quote cells that hold '\\t'."
+    assert reasons(list_cases("bids", tmp_path)) == {"sub-01": reason}
+    table = tmp_path / "participants.tsv"
+    table.write_text("participant_id\tdiagnosis\nsub-01\tnot\ta\n")
+    with pytest.raises(InputError, match=f"{table}, line 2 has more cells than the header"):
+        list_cases("bids", tmp_path)
+
+
 def test_bids_input_errors(tmp_path):
     with pytest.raises(InputError, match=r"has no participants\.tsv; give the top folder of a BIDS data set"):
         list_cases("bids", tmp_path)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
@@ -144,6 +145,18 @@ def test_the_arm_is_told_or_asked_for(folder):
         render_card(REPORT, RELEASE, arm="both")
 
 
+def test_prepared_data_have_the_terms_of_what_was_prepared(folder, tmp_path):
+    report = {**REPORT, "dataset": "prepared", "data": {**REPORT["data"], "dataset": "brats2019"}}
+    card = render_card(report, folder)
+    assert "BraTS 2019: " in card
+    assert "Handed out by its organizers to registered users" in card
+    metadata = metadata_of(card, tmp_path)
+    assert (metadata["datasets"], metadata["license"]) == (["brats2019"], "unknown")
+    assert ModelCard(card).data.eval_results[0].dataset_name == "BraTS 2019"
+    report["data"]["dataset"] = "prepared"
+    assert "A folder of images" in render_card(report, folder)
+
+
 def test_an_audit_goes_before_the_report(folder):
     card = render_card(REPORT, folder, audit=AUDIT)
     assert "3 of 50 generated volumes look like copies of one of 40 training volumes (95 % interval 1.2 % to" in card
@@ -229,6 +242,49 @@ def test_a_card_of_images_speaks_of_images(tmp_path):
     assert f"{NO_AUDIT} It may reproduce training images." in card
     assert "after *RL4Med-DDPO*" in card
     assert "2603.06173" not in card
+
+
+def adapter_of_images(folder, base_model):
+    """A LoRA adapter with what a text-to-image study says of it."""
+    folder.mkdir()
+    save_file({"unet.mid.to_q.lora_A.weight": torch.zeros(2, 2)}, folder / "pytorch_lora_weights.safetensors")
+    facts = {"pipeline_tag": "text-to-image", "base_model": base_model, "dataset": "dermoscopy", "results": {}}
+    (folder / "facts.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_the_card_of_an_adapter_of_images(tmp_path):
+    folder = adapter_of_images(tmp_path / "lora", "somebody/stable-diffusion")
+    card = render_card(None, folder)
+    metadata = metadata_of(card, tmp_path)
+    assert (metadata["pipeline_tag"], metadata["base_model"]) == ("text-to-image", "somebody/stable-diffusion")
+    assert (metadata["datasets"], metadata["license"]) == (["dermoscopy"], "apache-2.0")
+    assert metadata["tags"] == ["msrl_diffusers", "not-for-clinical-use", "lora"]
+    assert "Drawn dermoscopy images." in card
+    assert "They are in `facts.json`." in card
+    assert "to be loaded into [somebody/stable-diffusion](https://huggingface.co/somebody/stable-diffusion)." in card
+    assert not any(word in card for word in ("2603.06173", "MRI", "volumes"))
+    other = render_card(None, folder, base_model="somebody/other")
+    assert metadata_of(other, tmp_path)["base_model"] == "somebody/other"
+    beside = render_card(None, adapter_of_images(tmp_path / "lora2", "pipeline_standard"))
+    assert "base_model" not in metadata_of(beside, tmp_path)  # a folder, which the Hub does not know
+    assert "made for the pipeline `pipeline_standard`." in beside
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_report_of_a_text_to_image_study(known, tmp_path):
+    report = json.loads((ROOT / "examples" / "results" / "dermoscopy-seed3.json").read_text())
+    report["data"] |= {"dataset": "dermoscopy"} if known else {}  # as studies write it now
+    card = render_card(report, adapter_of_images(tmp_path / "lora", "pipeline_standard"), arm="rl")
+    train, heldout = (report["data"][split]["images"] for split in ("train", "heldout"))
+    title = "Drawn dermoscopy images" if known else "A folder of images"
+    assert f"{title}: {train} training and {heldout} held-out images, fingerprint" in card
+    assert f"Seed {report['seed']}." in card
+    assert "from what a classifier finds of what a prompt states." in card
+    assert "FID" not in card
+    assert metadata_of(card, tmp_path)["tags"][-3:] == ["reinforcement-learning", "ppo", "lora"]
+    tiny_stable_diffusion().save_pretrained(tmp_path / "pipeline_standard")
+    assert "They are in the study's `report.json`." in render_card(report, tmp_path / "pipeline_standard")
 
 
 def test_the_verb(folder, tmp_path, capsys):

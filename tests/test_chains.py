@@ -1,9 +1,10 @@
 """Chains of stages in general; the study's own are in test_study.py and test_text_to_image_study.py."""
 
 import errno
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,10 @@ def bakery(log: list[str]) -> Chain:
     return Chain(stages, vars, lambda settings: () if settings.sweet else ("sugar",), ("scale",))
 
 
+def seconds_of(folder: Path) -> float | None:
+    return json.loads((folder / "stage.json").read_text())["seconds"]
+
+
 def test_what_is_done_is_not_done_again_and_what_depends_on_a_change_is(tmp_path):
     log = []
     chain, settings = bakery(log), Settings(str(tmp_path))
@@ -59,17 +64,31 @@ def test_what_is_done_is_not_done_again_and_what_depends_on_a_change_is(tmp_path
     assert log[6:] == ["dough", "sugar", "cake"]
 
 
+def test_a_stage_that_is_left_out_need_not_count():
+    chain, settings, changed = bakery([]), Settings("unused"), Settings("unused", flour=2)
+    without = replace(chain, left_out=lambda settings: ("dough",))
+    assert without.fingerprint(settings, "cake") != without.fingerprint(changed, "cake")
+    free = replace(without, counts_left_out=False)
+    assert free.fingerprint(settings, "cake") == free.fingerprint(changed, "cake")
+    assert free.fingerprint(settings, "cake") != free.fingerprint(replace(settings, heat=1), "cake")
+    all_in = replace(chain, counts_left_out=False)
+    assert all_in.fingerprint(settings, "cake") == chain.fingerprint(settings, "cake")
+
+
 def test_a_killed_stage_keeps_its_files_and_one_of_other_settings_loses_them(tmp_path):
     chain, settings = bakery([]), Settings(str(tmp_path))
     chain.run(settings)
+    assert seconds_of(tmp_path / "cake") >= 0
     (tmp_path / "cake" / "stage.json").unlink()
     (tmp_path / "cake" / "crumb").touch()
     assert finished_fingerprint(settings, "cake") is None
     chain.run(settings)
     assert (tmp_path / "cake" / "crumb").is_file()
+    assert seconds_of(tmp_path / "cake") is None  # those before it was killed were not counted
     settings.heat = 100
     chain.run(settings)
     assert not (tmp_path / "cake" / "crumb").exists()
+    assert seconds_of(tmp_path / "cake") >= 0
 
 
 def test_a_stage_alone_needs_fresh_inputs(tmp_path):

@@ -14,7 +14,7 @@ from msrl_diffusers import (
     StudyConfig,
     VQGANConfig,
 )
-from msrl_diffusers.arguments import parse, read_yaml, take_option
+from msrl_diffusers.arguments import is_given, parse, read_yaml, take_option
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.config import TRAINER_CONFIGS
@@ -80,6 +80,9 @@ def test_an_unknown_precision_is_refused(config_class):
         (DiffusionPPOConfig, {"adv_clip_max": 0.0}, "adv_clip_max must be positive, got 0.0"),
         (DiffusionPPOConfig, {"max_grad_norm": -1.0}, "max_grad_norm must be positive, got -1.0"),
         (DiffusionPPOConfig, {"lr_scheduler_type": "piecewise_constant"}, "lr_scheduler_type must be one of"),
+        (DiffusionPPOConfig, {"watch_limits": {"diversity": [0.02, None]}}, r"diversity needs \[low, high\], two numbers"),
+        (DiffusionPPOConfig, {"watch_limits": {"diversity": [0, "1e3"]}}, r"diversity needs \[low, high\], two numbers"),
+        (DiffusionPPOConfig, {"watch_limits": {"diversity": [2, 1]}}, r"diversity needs \[low, high\], .*, got \[2, 1\]"),
         (LatentDiffusionConfig, {"snr_gamma": 0.0}, "snr_gamma must be positive, got 0.0"),
         (VQGANConfig, {"discriminator_learning_rate": 0.0}, "discriminator_learning_rate must be positive, got 0.0"),
         (RewardConfig, {"warmup_steps": -1}, "warmup_steps must be 0 or more, got -1"),
@@ -259,6 +262,13 @@ def test_a_word_for_a_number_in_the_file_is_refused_in_one_sentence():
         parse([RewardConfig], {"max_steps": "ten"}, [])
 
 
+def test_an_option_is_given_in_any_spelling_of_the_parser():
+    for words in (["--model_name=x"], ["--seed", "1", "--model-name-or-path", "x"], ["--mod", "x"]):
+        assert is_given("model_name_or_path", words)
+    for words in ([], ["--", "model_name_or_path"], ["--model_name_or_path_x"], ["--seed", "model_name_or_path"]):
+        assert not is_given("model_name_or_path", words)
+
+
 def test_take_option():
     assert take_option("config", ["--seed", "1"]) == (None, ["--seed", "1"])
     assert take_option("config", ["--config", "a", "--seed", "1"]) == ("a", ["--seed", "1"])
@@ -350,11 +360,6 @@ def test_options_may_be_shortened_and_values_may_look_like_options():
     arguments = ["--place=--here", "--max_st", "4", "--trac", "no"]
     placed, config = parse([Placed, RewardConfig], None, arguments)
     assert (placed.place, placed.track, config.max_steps) == ("--here", False, 4)
-
-
-def test_pictures_look_for_lesions_where_there_are_any():
-    assert StudyConfig().shows_lesions
-    assert not StudyConfig(dataset="nifti_folder", data_dir="DIR").shows_lesions
 
 
 def test_a_mapping_is_an_option_too():

@@ -128,6 +128,13 @@ def test_datalist_several_images_of_a_subject(tmp_path):
     assert [case.name for case in list_cases("datalist", path).cases] == ["a_T1", "b_T1", "1.2.840.7", "1.2.840.8"]
     with pytest.raises(InputError, match=r"No entry of .*list\.json has the key 'person' of subjects"):
         list_cases("datalist", path, subject_column="person")
+    without_classes = [{"image": image, "patient": index // 2} for index, image in enumerate(images)]
+    write_entries(path, training=without_classes)
+    listing = list_cases("datalist", path, subject_column="patient")
+    assert (listing.classes, [case.subject_id for case in listing.cases]) == (["unlabelled"], ["0", "0", "1", "1"])
+    write_entries(path, training=[{**entry, "age": 40} for entry in without_classes])
+    with pytest.raises(InputError, match="has no 'label'"):  # that of the subjects is there
+        list_cases("datalist", path, subject_column="patient")
 
 
 def test_datalist_leaves_out_what_is_incomplete(tmp_path):

@@ -152,6 +152,7 @@ def test_run_study_by_stages_and_release(tmp_path, monkeypatch, capsys):
     assert done == {"prepare", "extractors"}
 
 
+DEMO = str(ROOT / "examples/configs/phantoms/demo.yaml")  # starts from a release
 BAD = {
     "missing config": ("run_study.py", ["--config", "{folder}/none.yaml"], "none.yaml can't be read"),
     "config is no mapping": ("run_study.py", ["--config", "{folder}/list.yaml"], "must be a mapping"),
@@ -176,6 +177,10 @@ BAD = {
         "train_ppo.py", ["--pipeline", "p", "--reward_volume", "r", "--real", "x"], "--real and --extractor go together",
     ),
     "no release": ("run_study.py", ["--config", "{folder}/release.yaml"], "is no pipeline folder"),
+    **{
+        f"{stage} is given": (f"train_{script}.py", ["--config", DEMO], f"gives the result of stage '{stage}', so none would be made")
+        for stage, script in (("vqgan", "vqgan"), ("diffusion", "diffusion"), ("rewards", "reward"))
+    },
     "no metadata.csv": ("run_study.py", ["--config", "{folder}/folder.yaml"], "has no metadata.csv"),
     "no data_dir": ("run_study.py", ["--config", "{folder}/nowhere.yaml"], "needs data_dir"),
 }  # fmt: skip

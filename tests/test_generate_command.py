@@ -94,6 +94,14 @@ def test_the_folder_is_a_set_and_a_data_set(five, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("image_size", [None, 16])
+def test_the_folder_holds_the_samples_as_they_are(five, image_size):
+    """Whoever judges a generator by its files gives it neither another brightness nor another contrast."""
+    samples = sample_volumes(tiny_pipeline(), 5, 2, seed=3, progress=False)
+    volumes = open_source(five, image_size).take(range(5))
+    torch.testing.assert_close(volumes, samples.pixel_values[[0, 2, 4, 1, 3]].float(), rtol=0, atol=1e-3)  # float16
+
+
 def test_a_killed_run_goes_on(model, tmp_path, monkeypatch, capsys):
     whole = images(generate(model, tmp_path / "whole", "--num_volumes", "4", "--batch_size", "1"))
     written = []

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +21,7 @@ from msrl_diffusers import (
     MedVolumePipeline,
     SliceFeatureExtractor,
     SliceRewardModel,
+    UNet3DModel,
     VolumeFeatureExtractor,
     VolumeRewardModel,
 )
@@ -252,17 +254,31 @@ def test_a_lora_adapter_of_the_pipeline(hub, tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_lora_adapter_saved_by_peft(hub, tmp_path):
+@pytest.mark.parametrize("given", [str, Path])  # of which peft's card makes YAML that is none
+def test_a_lora_adapter_saved_by_peft(hub, tmp_path, given):
     unet, inputs = tiny_unet(), (torch.randn(1, 2, 8, 8, 8), torch.tensor([10]), torch.tensor([0]))
-    tuned = get_peft_model(tiny_unet(), LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    base = UNet3DModel.from_pretrained(given(tmp_path / "unet"))
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "README.md").unlink()  # peft's own card
-    push_folder(tmp_path / "adapter", "somebody/adapter", without_audit=True)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "unet")  # as peft writes it of models of transformers
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    push_folder(tmp_path / "adapter", "somebody/adapter", without_audit=True, base_model=NAME)
+    assert not any(str(tmp_path).encode() in content for content in stored(hub, "somebody/adapter").values())
     card = stored(hub, "somebody/adapter")["README.md"].decode()
+    assert "More Information Needed" not in card
+    assert f"base_model: {NAME}" in card
     assert 'pipe.unet = PeftModel.from_pretrained(pipe.unet, "somebody/adapter")' in card
     loaded = PeftModel.from_pretrained(unet, "somebody/adapter").eval()
     with torch.no_grad():
         assert torch.allclose(loaded(*inputs).sample, tuned.eval()(*inputs).sample, atol=1e-6)
+    template = tmp_path / "adapter" / "README.md"
+    template.write_text(template.read_text().replace("Model Card for Model ID", "Mine"))
+    sentence = r"names the base model .*/unet, which is a place on this machine; name its Hub|The metadata on top of .* can't be read"
+    with pytest.raises(InputError, match=sentence):
+        push_folder(tmp_path / "adapter", "somebody/adapter", without_audit=True)
+    template.unlink()
     (tmp_path / "adapter" / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"has no adapter_config\.json, without which nothing can load adapter_model"):
         inspect_folder(tmp_path / "adapter")

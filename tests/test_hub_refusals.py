@@ -214,6 +214,13 @@ def test_what_is_not_shared(hub, folder, capsys, name):
     assert errors.startswith("error: ")
 
 
+def test_a_model_of_transformers_goes_with_its_pipeline(hub):
+    classifier = Path(__file__).parents[1] / "model_cards" / "dermoscopy-32" / "classifier_judge"
+    with pytest.raises(InputError, match="holds a model of transformers, which is not shared alone: share"):
+        push_folder(classifier, NAME, without_audit=True)
+    assert hub.requests == []
+
+
 def test_hidden_files_are_passed_over(hub, folder, tmp_path):
     (folder / ".cache").mkdir()
     (folder / ".cache" / "secret.pkl").write_text("")

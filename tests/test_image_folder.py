@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.ExifTags import Base
+from tiny import tiny_phantoms
 
 from msrl_diffusers.data.image_folder import (
     ImageDataset,
@@ -16,6 +17,7 @@ from msrl_diffusers.data.image_folder import (
 )
 from msrl_diffusers.data.prompts import PromptBuilder
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.evaluation.sources import open_source
 
 
 BUILDER = PromptBuilder(artifacts=["hair", "gel bubble"])
@@ -168,7 +170,8 @@ def test_a_changed_table_is_read_again(tmp_path):
     ],
 )  # fmt: skip
 def test_missing_columns(tmp_path, header, sentence):
-    message = failure(write_folder(tmp_path, header=header))
+    rows = [row.replace(",", ";") if ";" in header else row for row in four_rows()]
+    message = failure(write_folder(tmp_path, rows, header))
     assert message.startswith(f"{tmp_path / 'metadata.csv'} ")
     assert sentence in message
 
@@ -188,6 +191,7 @@ def test_columns_that_were_named_and_are_missing(tmp_path):
         ("i0.png,s0,,0,0", "line 6: column 'diagnosis' is empty"),
         ("gone.png,s0,nevus,0,0", "line 6: the image 'gone.png' is missing; copy it or leave out the row"),
         (",s0,nevus,0,0", "line 6: the image '' is missing"),
+        ("i0.png,s0,nevus, of the back,0,0", "line 6 has more cells than the header; quote cells that hold ','"),
         ("i0.png,s0,nevus,0,0", "line 6: i0.png has a row already"),
     ],
 )
@@ -328,6 +332,25 @@ def test_a_batch():
     assert batch["prompt"] == [images.prompts[5], images.prompts[1]]
     assert batch["subject_id"] == ["s5", "s1"]
     assert images.select([5, 1]).subject_ids == ["s5", "s1"]
+
+
+def test_a_mask_chooses_where_it_is_true():
+    images, volumes = some_images(), tiny_phantoms()
+    mask = images.attributes[:, 0] == 0
+    rows = mask.nonzero()[:, 0].tolist()
+    assert 0 < len(rows) < len(images)
+    for chosen in (mask, mask.tolist(), mask.numpy()):
+        assert torch.equal(images.select(chosen).pixel_values, images.pixel_values[rows])
+        assert images.batch(chosen)["subject_id"] == [images.subject_ids[row] for row in rows]
+    sick = volumes.class_labels == 1
+    source = open_source(volumes)
+    assert volumes.select(sick).subject_ids == volumes.batch(sick)["subject_id"] == volumes.subject_ids[1::2]
+    assert torch.equal(volumes.batch(sick)["pixel_values"], volumes.pixel_values[1::2].float())
+    assert source.select(sick).names == volumes.subject_ids[1::2]
+    assert torch.equal(source.take(sick), volumes.pixel_values[1::2].float())
+    for select in (images.select, images.batch, volumes.select, volumes.batch, source.select, source.take):
+        with pytest.raises(InputError, match=r"A mask of \d rows needs one truth value for each, got shape \[3\]"):
+            select([True, False, True])
 
 
 def test_a_set_of_samples():

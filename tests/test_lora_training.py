@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from accelerate import DistributedType
 from peft.utils import get_peft_model_state_dict
 from tiny import Brightness, tiny_pipeline
 
 from msrl_diffusers import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionPPOConfig
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.adapters import carried_adapters
-from msrl_diffusers.trainers.tuned_weights import add_lora, tunable_policy
+from msrl_diffusers.trainers.base import TrainingRun
+from msrl_diffusers.trainers.tuned_weights import TunedWeights, add_lora, tunable_policy
 
 
 def test_a_new_adapter_follows_from_the_seed():
@@ -39,6 +41,17 @@ def test_an_adapter_that_has_learned_nothing_may_be_trained():
         dict(pipeline.unet.named_parameters())[trained[-1]].fill_(0.1)  # a single B of many
     with pytest.raises(InputError, match=r"which the reference that training is held to would lack"):
         tunable_policy(pipeline, DiffusionPPOConfig(output_dir="unused", report_to="none"))
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["put in by the caller", "by the config"])
+def test_an_adapter_is_not_sharded(use_lora, tmp_path, monkeypatch):
+    pipeline, args = tiny_pipeline(), DiffusionPPOConfig(output_dir=str(tmp_path), report_to="none", use_lora=use_lora)
+    if not use_lora:
+        add_lora(pipeline.unet, rank=2)
+    policy, run = tunable_policy(pipeline, args), TrainingRun(args, "ppo")
+    monkeypatch.setattr(type(run.accelerator), "distributed_type", DistributedType.FSDP)
+    with pytest.raises(InputError, match="With FSDP all weights are trained"):
+        TunedWeights(run, pipeline, policy, num_updates=1)
 
 
 def test_a_trainer_that_was_refused_may_be_made_again(tmp_path):

@@ -9,7 +9,8 @@ from tiny import load_folder
 
 from msrl_diffusers import VolumeProcessor
 from msrl_diffusers.data.cases import list_cases
-from msrl_diffusers.data.processor import to_nifti
+from msrl_diffusers.data.processor import scale_on_own_grid, to_nifti
+from msrl_diffusers.data.reading import read_image
 from msrl_diffusers.errors import InputError
 
 
@@ -296,6 +297,22 @@ def test_to_nifti_and_back_keeps_places_and_values():
     image = to_nifti(volume, PROCESSOR.spacing)
     assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
     torch.testing.assert_close(PROCESSOR.preprocess(image), volume, rtol=1e-4, atol=1e-4)
+
+
+def test_what_to_nifti_wrote_keeps_its_intensities(tmp_path):
+    """Cut, resampled or as it lies; unless another program has scaled it since. Nothing in this one is black or white."""
+    volume = 0.3 * PROCESSOR.preprocess(ras_image(spot=(5, 3, 10))) - 0.2
+    to_nifti(volume, PROCESSOR.spacing).to_filename(tmp_path / "made.nii.gz")
+    image = read_image(tmp_path / "made.nii.gz")
+    for processed in (PROCESSOR.preprocess(image), scale_on_own_grid(image), PROCESSOR.preprocess([image, image])[:1]):
+        torch.testing.assert_close(processed, volume)
+    half = torch.nn.functional.avg_pool3d(volume, 2)
+    torch.testing.assert_close(VolumeProcessor(SIZE // 2, SIZE * EDGE).preprocess(image), half)
+    reduced, geometry = VolumeProcessor(SIZE // 2, SIZE * EDGE / 2).preprocess_with_geometry(image)
+    torch.testing.assert_close(reduced, volume[:, 4:12, 4:12, 4:12])
+    np.testing.assert_allclose(geometry.intensities, [[0, 1]], atol=1e-6)
+    scaled = nib.Nifti1Image(5 * np.asarray(image.dataobj), image.affine, image.header)
+    assert PROCESSOR.preprocess(scaled).max() == 1
 
 
 def test_to_nifti_writes_unequal_spacing_in_the_order_of_axes():

@@ -177,7 +177,7 @@ def test_oasis_table_can_be_named(tmp_path, monkeypatch):
         b"\xef\xbb\xbfID,Name,CDR\r\nOAS1_0001_MR1,x,\r\nOAS1_0003_MR1,x,0.5\r\n",
         b"ID,Name,CDR\nOAS1_0001_MR1,Andr\xe9,0\nOAS1_0003_MR1,Zo\xeb,0.5\n",
         b"ID;Name;CDR\nOAS1_0001_MR1;x;0\nOAS1_0003_MR1;x;0,5\n",
-        b' ID , Name , CDR \noas1_0001_mr1,"a, b",N/A\nOAS1_0003_MR1,x, 0.5 ,more\n\n',
+        b' ID , Name , CDR \noas1_0001_mr1,"a, b",N/A\nOAS1_0003_MR1,x, 0.5 , ,\n\n',
     ],
 )
 def test_oasis_table_as_programs_write_it(tmp_path, content):

@@ -36,6 +36,7 @@ from msrl_diffusers import VolumeDataset, VolumeProcessor, load_volumes, write_p
 from msrl_diffusers.cli import prepare as prepare_verb
 from msrl_diffusers.data.cases import Case, Listing, list_cases
 from msrl_diffusers.data.preparation import prepare_cases
+from msrl_diffusers.data.processor import scale_on_own_grid
 from msrl_diffusers.data.reading import affine_of, read_image
 from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.errors import InputError
@@ -171,6 +172,7 @@ def test_a_prepared_cache_has_the_right_volumes(tmp_path):
     listing = list_cases("brats2019", tmp_path / "data", modality=["t1ce", "flair"])
     summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.25), tmp_path / "out", num_workers=0)
     assert summary["subjects"] == summary["volumes"] == 8
+    assert summary["dataset"] == "brats2019"
     assert summary["counts"] == {"train": {"HGG": 3, "LGG": 3}, "heldout": {"HGG": 1, "LGG": 1}}
     assert (summary["shape"], summary["channels"]) == ([2, SIZE, SIZE, SIZE], ["t1ce", "flair"])
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -318,6 +320,16 @@ def test_load_volumes_gives_one_dataset_for_every_layout(tmp_path):
         load_volumes("bids", tmp_path, colour="red")
     with pytest.raises(InputError, match="does not exist"):
         load_volumes("bids", tmp_path / "nowhere")
+
+
+def test_an_image_of_load_volumes_can_be_prepared(tmp_path):
+    """Stored to LPS, so that its axes have to be turned."""
+    write_brats(tmp_path, per_class=1)
+    image = load_volumes("brats2019", tmp_path)[0]["t1ce"]
+    assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+    stored = read_image(list_cases("brats2019", tmp_path).cases[0].images["t1ce"])
+    assert torch.equal(PROCESSOR.preprocess(image), PROCESSOR.preprocess(stored))
+    assert torch.equal(scale_on_own_grid(image), scale_on_own_grid(stored))
 
 
 def test_the_verb_writes_what_it_promises(tmp_path, capsys):

@@ -162,6 +162,43 @@ def test_a_function_of_the_ddpo_form_is_a_reward():
     torch.testing.assert_close(there_and_back, expected)
 
 
+def optional_metadata(images, prompts, metadata=None):
+    return ddpo_brightness(images, prompts, metadata)
+
+
+def test_metadata_may_have_a_default():
+    reward, samples = as_reward(optional_metadata), torch.rand(2, 3, 4, 4) * 2 - 1
+    torch.testing.assert_close(checked(reward, samples, ["a", "b"]), samples.flatten(1).mean(dim=1) / 2 + 0.5)
+
+
+def test_a_function_without_metadata_that_answers_in_the_ddpo_form_is_refused():
+    reward = as_reward(lambda images, prompts: (images.flatten(1).mean(dim=1), {}))
+    with pytest.raises(
+        InputError, match="gave a tuple, as functions of the DDPO form do: give it a third argument, metadata"
+    ):
+        checked(reward, torch.rand(2, 3, 4, 4), ["a", "b"])
+
+
+def test_a_weighted_sum_hands_metadata_on():
+    both = WeightedSum(
+        [as_reward(ddpo_brightness), Formula("first", first_voxel)], [1.0, 0.0],
+        {"ddpo_brightness": Scale(0.0, 1.0), "first": Scale(0.0, 1.0)},
+    )  # fmt: skip
+    images, metadata = torch.rand(2, 3, 4, 4), ({"offset": 1}, {})
+    expected = images.flatten(1).mean(dim=1) + torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(as_ddpo_reward(both)(images, ("a", "b"), metadata)[0], expected)
+    torch.testing.assert_close(both(images * 2 - 1, ["a", "b"])[1], expected[1])
+
+
+class ModuleReward(torch.nn.Module):
+    """A reward as the guide for contributors has it, which happens to be a network."""
+
+    name, differentiable = "own", True
+
+    def forward(self, samples, conditions):
+        return conditions.float()
+
+
 def test_other_forms_of_a_reward():
     samples = torch.rand(2, 1, 8, 8, 8) * 2 - 1
     torch.testing.assert_close(checked(as_reward(two_arguments), samples, [0, 1]), samples.flatten(1).mean(dim=1))
@@ -171,6 +208,9 @@ def test_other_forms_of_a_reward():
     assert isinstance(learned, LearnedReward)
     assert learned.name == "VolumeRewardModel"
     assert as_reward(learned) is learned
+    own = ModuleReward()
+    assert as_reward(own) is own
+    assert checked(as_reward(own), samples, torch.tensor([0, 3])).tolist() == [0, 3]
     for path in (f"{__name__}.ddpo_brightness", f"{__name__}:ddpo_brightness"):
         assert as_reward(path).name == "ddpo_brightness"
 

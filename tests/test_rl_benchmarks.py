@@ -159,6 +159,9 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
     assert content["variants"]["paper"] == {"seeds": [0, 1, 3]}
     with pytest.raises(InputError, match="of other runs: their pretrained differs"):
         _runs.gathered(base, {"refresh": {1: {**origin, "pretrained": "q"}}}, "What", earlier=[earlier])
+    monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed), "kid": None})
+    with pytest.raises(InputError, match="of an older version, which gathered less; give the folders of these runs"):
+        _runs.gathered(base, {"refresh": {1: origin}}, "What", earlier=[earlier])
     path.write_text("{")
     with pytest.raises(InputError, match=r"earlier.json can't be read .*; give a JSON that this benchmark wrote"):
         _runs.earlier_results(args)
@@ -182,22 +185,29 @@ def test_a_method_reaches_ppo_over_the_seeds_that_both_have(benchmarks):
             "draft": row(s0=1.5, s1=1.0),
             "frechet": row(s3=0.1),
             "refl": {"seeds": [], "refused": {"0": "No."}},
+            "ddo": {**row(s0=1.0), "seconds": None},  # one of its runs was killed, and went on
         }
     }
     shares = objectives.shares_of_ppo(content)
     assert {name: share["reaches_ppo"] for name, share in shares.items()} == {
-        "nft": False, "draft": True, "frechet": None,
+        "nft": False, "draft": True, "frechet": None, "ddo": True,
     }  # fmt: skip
-    assert shares["frechet"]["forwards"] == pytest.approx(1 / 3)
+    assert shares["frechet"]["forwards"] == shares["frechet"]["seconds"] == pytest.approx(1 / 3)
+    assert shares["ddo"]["seconds"] is None
 
 
 def test_finished_runs_of_several_folders_are_gathered(benchmarks, tmp_path):
     import _runs
 
-    def finish(folder, run, judge="j"):
+    def finish(folder, run, judge="j", count=8):
         path = tmp_path / folder / run / "report.json"
         path.parent.mkdir(parents=True)
-        origin = {"data_fingerprint": "d", "extractors": {"judge": {"sha256": judge}}, "pretrained": "p"}
+        origin = {
+            "data_fingerprint": "d",
+            "extractors": {"judge": {"sha256": judge}},
+            "pretrained": "p",
+            "n": {"all": count},
+        }
         path.write_text(json.dumps({"name": run, **origin}))
 
     for folder, run in (
@@ -222,8 +232,10 @@ def test_finished_runs_of_several_folders_are_gathered(benchmarks, tmp_path):
     with pytest.raises(InputError, match="nft has two reports of seed 0"):
         _runs.finished_reports(folders, ["nft"])
     finish("c", "draft-seed0", judge="other")
-    with pytest.raises(InputError, match="several data sets, judges or pretrained models"):
-        _runs.finished_reports([tmp_path / "b", tmp_path / "c"], ["nft", "draft"])
+    finish("d", "draft-seed0", count=4)
+    for other in ("c", "d"):
+        with pytest.raises(InputError, match="several data sets, judges, pretrained models or numbers of volumes"):
+            _runs.finished_reports([tmp_path / "b", tmp_path / other], ["nft", "draft"])
 
 
 @pytest.mark.slow

@@ -35,6 +35,13 @@ def test_a_rollout_is_what_the_pipeline_samples(guidance_scale):
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
 
 
+def test_guidance_that_the_pipeline_does_not_have_is_refused(tmp_path):
+    policy = make_policy(tiny_stable_diffusion())
+    table = StepTable.of(policy.scheduler, 4, 1.0, 1e-6)
+    with pytest.raises(InputError, match=r"guided by scales above 1 only, and guidance_scale is 0\.0; give 1 or more"):
+        sample_rollout(policy, PROMPTS, table, sample_generators(0, "sd", [0, 1, 2]), guidance_scale=0.0)
+
+
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_the_trainer_takes_it_as_it_is(tmp_path, use_lora):
     pipeline = tiny_stable_diffusion()

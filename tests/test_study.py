@@ -12,6 +12,7 @@ from tiny import copied, differing, settings_with, tiny_study
 from msrl_diffusers import (
     MedVolumePipeline,
     StudyConfig,
+    VolumeDataset,
     VolumeProcessor,
     VolumeRewardModel,
     load_phantoms,
@@ -135,6 +136,12 @@ def test_volumes_of_another_generator_are_an_arm(study, tmp_path):
     found = json.loads((study / "downstream" / "downstream.json").read_text())
     assert found["n"]["synthetic"]["phantoms"] == {"HGG": 2, "LGG": 2}
     assert found["n"]["train"] == {"HGG": 3, "LGG": 3}
+    wide = VolumeDataset(
+        torch.zeros(2, 1, 24, 24, 24), torch.tensor([0, 1]), ["a", "b"], {0: "HGG", 1: "LGG"}, (4.0,) * 3
+    )
+    arm = load_arm("phantoms", tmp_path / "other", wide, config)  # the cubes are the study's, whatever image_size says
+    assert arm.pixel_values.shape[1:] == wide.pixel_values.shape[1:]
+    assert arm.spacing == wide.spacing
     (tmp_path / "other" / "metadata.csv").write_text(rows.replace(",LGG,", ",healthy,"))
     with pytest.raises(InputError, match="class 'healthy'; the study's classes are"):
         load_arm("phantoms", tmp_path / "other", load_split(config, "train"), config)
@@ -310,6 +317,30 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
     assert ours["pretrained"] == "release"
 
 
+def test_a_release_of_other_volumes_is_refused(finished, tmp_path):
+    """Its class 0 would be taken for theirs, and phantoms it was trained on for held-out ones."""
+    release = tmp_path / "release"
+    write_release(settings_with(finished), release)
+    volumes = load_split(settings_with(finished), "train")
+    for split, ids in (("train", volumes.subject_ids), ("heldout", [f"other-{name}" for name in volumes.subject_ids])):
+        other = replace(volumes, subject_ids=ids, id2label={0: "LGG", 1: "HGG"})
+        other.save(tmp_path / "prepared" / f"{split}.safetensors")
+    given = {"pretrained": str(release), "dataset": "prepared", "data_dir": str(tmp_path / "prepared")}
+    with pytest.raises(
+        InputError, match=r"The pipeline .*release has classes .*'HGG'.*, the real training set .*'LGG'"
+    ):
+        run_study(settings_with(tmp_path / "out", **given), ["prepare"])
+    with pytest.raises(
+        InputError, match=r"was trained on 8 phantoms or more, and with num_per_class=2 .* give num_per_class=4"
+    ):
+        run_study(settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2), ["prepare"])
+    (release / "scores.json").unlink()
+    with pytest.raises(
+        InputError, match=r"release has no scores\.json; give a folder written by run_study.py --release"
+    ):
+        run_study(settings_with(tmp_path / "out", pretrained=str(release)), ["prepare"])
+
+
 def test_a_release_of_an_unfinished_study_is_refused(study, tmp_path):
     (study / "samplers" / "stage.json").unlink()
     with pytest.raises(InputError, match="A release needs the result of 'samplers'; run that stage first"):
@@ -390,9 +421,13 @@ def test_a_study_runs_from_a_prepared_cache(tmp_path):
     config = settings_with(tmp_path / "out", dataset="prepared", data_dir=str(tmp_path / "cache"))
     result = run_study(config, ["prepare"])
     assert (result["train"], result["shape"]) == ({"HGG": 2, "LGG": 2}, [2, 16, 16, 16])
+    assert result["dataset"] == "brats2019"
     run_study(config, stages_up_to("diffusion"))
     pipeline = MedVolumePipeline.from_pretrained(tmp_path / "out" / "diffusion" / "pipeline")
     assert pipeline("LGG", 2).volumes.shape == (1, 2, 16, 16, 16)
+    summary = tmp_path / "cache" / "summary.json"
+    summary.write_text(summary.read_text().replace('"dataset": "brats2019"', '"dataset": null'))
+    assert run_study(config, ["prepare"])["dataset"] == "prepared"  # as of what was prepared before summaries said it
     missing = settings_with(tmp_path / "no", dataset="prepared", data_dir=str(tmp_path / "data"))
     with pytest.raises(InputError, match=r"train\.safetensors can't be read as prepared volumes"):
         run_study(missing, ["prepare"])

@@ -1,5 +1,6 @@
 """Parts of a text-to-image study: images, prompts, match rates, diversity, distances, the small pipeline."""
 
+import inspect
 import json
 
 import numpy as np
@@ -7,7 +8,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny_text_to_image import IMAGE_SIZE, RESNET, VIT, tiny_images, tiny_text_to_image, tiny_text_to_image_study
+from tiny_text_to_image import (
+    IMAGE_SIZE,
+    RESNET,
+    TEXT_ENCODER,
+    UNET,
+    VAE,
+    VIT,
+    tiny_images,
+    tiny_text_to_image,
+    tiny_text_to_image_study,
+)
 
 from msrl_diffusers.data.image_folder import ImageDataset, to_uint8
 from msrl_diffusers.data.prompts import PromptBuilder
@@ -15,7 +26,7 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.image_classifiers import build_image_classifier
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.text_to_image.augmentation import diagnosis_only, missing_prompts
-from msrl_diffusers.text_to_image.config import TextToImageStudyConfig
+from msrl_diffusers.text_to_image.config import NETWORKS, TextToImageStudyConfig
 from msrl_diffusers.text_to_image.data import in_subgroup, load_captioned_folder, make_splits, thin_out
 from msrl_diffusers.text_to_image.diversity import prompt_diversity
 from msrl_diffusers.text_to_image.evaluate import fidelity, matched_rows
@@ -23,7 +34,7 @@ from msrl_diffusers.text_to_image.extractors import ClassifierExtractor, image_f
 from msrl_diffusers.text_to_image.figures import mosaic
 from msrl_diffusers.text_to_image.match import by_prompt, match_figures
 from msrl_diffusers.text_to_image.sampling import reconstruct, sample_images
-from msrl_diffusers.text_to_image.small import make_autoencoder, make_stable_diffusion, make_tokenizer
+from msrl_diffusers.text_to_image.small import DERIVED, make_autoencoder, make_stable_diffusion, make_tokenizer
 from msrl_diffusers.text_to_image.tuning import split_prompts
 
 
@@ -82,6 +93,22 @@ def test_settings_that_do_not_fit_are_refused():
         make_autoencoder(18)
     with pytest.raises(InputError, match=r"attention_levels .* needs one entry per level"):
         make_stable_diffusion(make_autoencoder(16), PROMPTS, unet={"block_out_channels": [16]})
+
+
+def test_all_settings_that_are_accepted_reach_their_network():
+    given = {
+        section: {
+            name: parameter.default
+            for name, parameter in inspect.signature(NETWORKS[section]).parameters.items()
+            if name not in DERIVED[section]
+        }
+        for section in DERIVED
+    }
+    vae = make_autoencoder(IMAGE_SIZE, **{**given["vae"], **VAE, "scaling_factor": 0.5})
+    assert vae.config.scaling_factor == 0.5
+    sections = {"text_encoder": {**given["text_encoder"], **TEXT_ENCODER}, "unet": {**given["unet"], **UNET}}
+    sections["unet"] |= {"mid_block_scale_factor": 0.5, "layers_per_block": 1}
+    assert make_stable_diffusion(vae, PROMPTS, **sections).unet.config.mid_block_scale_factor == 0.5
 
 
 def test_an_image_does_not_depend_on_the_batch_it_is_made_in():
@@ -157,7 +184,7 @@ def write_captions(folder, rows: list[str], header: str = "file_name,text") -> N
 
 
 def test_a_folder_with_captions(tmp_path):
-    write_captions(tmp_path, ["a.png,A mole on the back", 'b.png,"Hair, and ink"'])
+    write_captions(tmp_path, ["a.png,A mole on the back,", 'b.png,"Hair, and ink", ,'])
     loaded = load_captioned_folder(tmp_path, image_size=16)
     assert loaded.prompts == ["A mole on the back", "Hair, and ink"]
     assert loaded.pixel_values.shape == (2, 3, 16, 16)
@@ -170,6 +197,11 @@ def test_a_folder_with_captions(tmp_path):
     [
         (["a.png,x"], "file_name,caption", "has no column 'text'; it has"),
         (["a.png,"], "file_name,text", "line 2: column 'text' is empty"),
+        (
+            ["a.png,x", "b.png,a nevus, with hair and ink"],
+            "file_name,text",
+            "metadata.csv, line 3 has more cells than the header; quote cells that hold ','",
+        ),
         (["a.png,x", "c.png,y"], "file_name,text", "line 3: the image 'c.png' is missing"),
     ],
 )

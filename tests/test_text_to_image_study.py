@@ -12,7 +12,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tiny import copied, differing, tiny_stable_diffusion
-from tiny_text_to_image import IMAGE_SIZE, RESNET, tiny_text_to_image, tiny_text_to_image_study
+from tiny_text_to_image import IMAGE_SIZE, RESNET, VIT, tiny_text_to_image, tiny_text_to_image_study
 
 from msrl_diffusers.data.dermoscopy import write_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset
@@ -25,6 +25,7 @@ from msrl_diffusers.text_to_image.chain import STAGES
 from msrl_diffusers.text_to_image.command_line import parse_text_to_image
 from msrl_diffusers.text_to_image.config import CLASSIFIERS
 from msrl_diffusers.text_to_image.release import write_release
+from msrl_diffusers.text_to_image.report import report as write_report
 from msrl_diffusers.text_to_image.sampling import sample_images
 from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.lora import LORA_FILE
@@ -54,6 +55,22 @@ def study(finished, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def report(finished) -> dict:
     return json.loads((finished / "report.json").read_text())
+
+
+def given_models(study: Path) -> dict[str, str]:
+    """The fields of a study that starts from the models of a finished one."""
+    places = {f"{role}_classifier": study / "classifiers" / role for role in ("reward", "judge")}
+    places |= {"pretrained_model_name_or_path": study / "pipeline_standard"}
+    places |= {"fid_extractor": study / "classifiers" / "features"}
+    return {name: str(place) for name, place in places.items()}
+
+
+def stale(base: TextToImageStudyConfig, **changes) -> list[str]:
+    """The stages that such a change lets run again."""
+    changed = replace(base, **changes)
+    return [
+        name for name in CHAIN.enabled(changed) if CHAIN.fingerprint(base, name) != CHAIN.fingerprint(changed, name)
+    ]
 
 
 def marks(folder) -> dict[str, str]:
@@ -104,7 +121,7 @@ def test_the_augmentation_study_compares_three_arms(report):
 def test_the_report_says_where_its_numbers_come_from(report, finished):
     assert report["seed"] == 0
     assert {"python", "torch", "diffusers"} <= set(report["versions"])
-    assert report["data"]["train"]["images"] == 56
+    assert (report["data"]["dataset"], report["data"]["train"]["images"]) == ("dermoscopy", 56)
     assert set(report["seconds"]) == set(STAGES) - {"report"}
     assert report["unet_forwards"] > 0
     page = (finished / "report.md").read_text()
@@ -112,7 +129,35 @@ def test_the_report_says_where_its_numbers_come_from(report, finished):
         assert f"figures/{name}.png" in page
         assert (finished / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert f"{report['attribute_match']['judge']['after']:.1%}" in page
+    (row,) = (line for line in page.splitlines() if line.startswith("| real, training (floor) |"))
+    assert row.endswith("|  |  |")
+    assert f"| real, held out |  |  |  | {report['diversity']['real']['value']:.3f} |" in page
     assert (finished / "report.html").is_file()
+
+
+def test_the_report_calls_the_judge_independent_only_where_it_is(study):
+    page, record = study / "report.md", study / "evaluate" / "stage.json"
+    assert "the judge, of another architecture and trained on other images, does not" in page.read_text()
+    write_report(config(study, judge_classifier=str(study / "classifiers" / "judge")))
+    assert "the judge, of another architecture, does not" in page.read_text()
+    found = json.loads(record.read_text())
+    found["result"]["attribute_match"]["judge"]["architecture"] = "resnet"
+    record.write_text(json.dumps(found))
+    write_report(config(study))
+    assert "the judge, trained on other images, does not" in page.read_text()
+    write_report(config(study, reward_classifier=str(study / "classifiers" / "reward")))
+    assert "the judge does not confirm" in page.read_text()
+
+
+def test_no_two_of_reward_judge_and_features_are_one_model(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "one").mkdir()
+    places = (str(tmp_path / "one"), str(tmp_path / "link")), ("owner/one", "owner/one")
+    for first, second in places:
+        with pytest.raises(InputError, match=f"judge_classifier={second} is also the reward_classifier"):
+            config(tmp_path / "out", reward_classifier=first, judge_classifier=second)
+        with pytest.raises(InputError, match=f"fid_extractor={second} is also the judge_classifier"):
+            config(tmp_path / "out", judge_classifier=first, fid_extractor=second)
 
 
 def test_the_judge_picks_nothing(finished):
@@ -151,7 +196,7 @@ def test_the_adapter_loads_in_plain_diffusers_and_gives_the_images_of_the_report
     other = ImageDataset.load(study / "evaluate" / "before.safetensors")
     assert not torch.equal(saved.pixel_values, other.pixel_values)
     facts = json.loads((study / "lora" / "facts.json").read_text())
-    assert facts["base_model"] == "pipeline_standard"
+    assert (facts["base_model"], facts["dataset"]) == ("pipeline_standard", "dermoscopy")
     assert facts["adapter"]["rank"] == 2
     assert facts["results"]["attribute_match"]["judge"]["n"] == 64
     assert str(study) not in json.dumps(facts)
@@ -180,23 +225,42 @@ def test_a_finished_study_is_not_run_again(finished):
 
 
 def test_other_settings_run_what_depends_on_them_again(finished):
-    def fingerprints(**changes) -> dict[str, str]:
-        changed = config(finished, **changes)
-        return {name: CHAIN.fingerprint(changed, name) for name in STAGES}
-
-    before = fingerprints()
+    models, from_ppo_on = config(finished).classifier_models, ["ppo", "evaluate", "augmentation", "report"]
     expected = {
-        "reward_kind": ("share", ["ppo", "evaluate", "augmentation", "report"]),
-        "rl_seed": (3, ["ppo", "evaluate", "augmentation", "report"]),
+        "reward_kind": ("share", from_ppo_on),
+        "rl_seed": (3, from_ppo_on),
         "num_samples_per_prompt": (3, ["evaluate", "report"]),
         "augmentation_seeds": ([1], ["augmentation", "report"]),
         "num_per_prompt": (3, list(STAGES)),
-        "unet": ({"norm_num_groups": 2}, ["diffusion", "ppo", "evaluate", "augmentation", "report"]),
+        "unet": ({"norm_num_groups": 2}, ["diffusion", *from_ppo_on]),
+        "classifier_models": ({**models, "judge": VIT}, ["classifiers", *from_ppo_on]),
         "output_dir": ("elsewhere", []),
     }
     for field, (value, stages) in expected.items():
-        after = fingerprints(**{field: value})
-        assert [name for name in STAGES if before[name] != after[name]] == stages, field
+        assert stale(config(finished), **{field: value}) == stages, field
+    assert stale(config(finished), classifier_models={**models, "augmentation": VIT}) == ["augmentation", "report"]
+    assert stale(config(finished), augmentation={}) == ["report"]
+
+
+def test_settings_of_what_is_given_run_nothing_again(study, tmp_path):
+    given = config(tmp_path / "out", **given_models(study), rl_seed=0)
+    assert CHAIN.enabled(given) == ["data", "ppo", "evaluate", "augmentation", "report"]
+    with_data = ["data", "evaluate", "augmentation", "report"]
+    expected = {
+        "seed": (5, []),
+        "vae": ({"norm_num_groups": 2}, []),
+        "classifiers": ({"learning_rate": 0.5}, []),
+        "classifier_models": ({"augmentation": VIT}, ["augmentation", "report"]),
+        "num_per_prompt": (3, with_data),
+        "rare_share": (0.25, with_data),
+        "ppo": ({**given.ppo, "learning_rate": 0.5}, ["ppo", "evaluate", "augmentation", "report"]),
+    }
+    for field, (value, stages) in expected.items():
+        assert stale(given, **{field: value}) == stages, field
+    before = {name: CHAIN.fingerprint(given, name) for name in CHAIN.enabled(given)}
+    (study / "classifiers" / "judge" / "another.txt").touch()  # given models count by what they hold
+    changed = [name for name, mark in before.items() if CHAIN.fingerprint(given, name) != mark]
+    assert changed == ["ppo", "evaluate", "augmentation", "report"]
 
 
 @pytest.mark.slow
@@ -257,15 +321,8 @@ def test_a_release_loads_and_a_study_s_file_may_name_it_by_a_path_of_its_own(fin
 
 @pytest.mark.slow
 def test_given_models_are_used_and_not_trained(finished, tmp_path):
-    given = config(
-        tmp_path / "out",
-        image_size=64,  # the pipeline's rules
-        pretrained_model_name_or_path=str(finished / "pipeline_standard"),
-        reward_classifier=str(finished / "classifiers" / "reward"),
-        judge_classifier=str(finished / "classifiers" / "judge"),
-        fid_extractor=str(finished / "classifiers" / "features"),
-        augmentation={},
-    )
+    # the pipeline's size rules
+    given = config(tmp_path / "out", **given_models(finished), image_size=64, augmentation={})
     assert CHAIN.enabled(given) == ["data", "ppo", "evaluate", "report"]
     CHAIN.run(given)
     assert load_split(given, "train").image_size == IMAGE_SIZE
@@ -299,6 +356,21 @@ def test_given_models_are_used_and_not_trained(finished, tmp_path):
         ({"sampler": {"steps": 3}}, "Section 'sampler' has the unknown field 'steps'"),
         ({"sampler": {"eta": 1.5}}, r"Section 'sampler': eta is a number from 0 to 1, got 1\.5"),
         ({"sampler": {"eta": "1e-1"}}, r"Section 'sampler': eta is a number from 0 to 1, got '1e-1'"),
+        ({"sampler": {"num_inference_steps": None}}, "num_inference_steps is a whole number above 0, got None"),
+        ({"sampler": {"num_inference_steps": 0}}, "num_inference_steps is a whole number above 0, got 0"),
+        ({"sampler": {"num_inference_steps": "many"}}, "num_inference_steps is a whole number above 0, got 'many'"),
+        (
+            {"sampler": {"guidance_scale": "5e0"}},
+            r"'sampler': guidance_scale is a number, 1 \(none\) or more, got '5e0'",
+        ),
+        ({"sampler": {"guidance_scale": 0.5}}, r"'sampler': guidance_scale is a number, 1 \(none\) or more, got 0\.5"),
+        ({"ppo": {"guidance_scale": 0.0}}, r"'ppo': guidance_scale is 1 \(none\) or more, got 0\.0"),
+        (
+            {"text_encoder": {"max_position_embeddings": 77}},
+            "'text_encoder' has the unknown field 'max_position_embeddings'",
+        ),
+        ({"vae": {"sample_size": 32}}, "'vae' has the unknown field 'sample_size'; of AutoencoderKL it may have"),
+        ({"unet": {"cross_attention_dim": 64}}, "'unet' has the unknown field 'cross_attention_dim'"),
         ({"classifier_models": {"critic": {}}}, "unknown role 'critic'; roles are .*'augmentation'"),
         ({"classifier_models": {"augmentation": RESNET}}, "'classifier_models' needs reward: {architecture: one of"),
         ({"classifier_models": dict.fromkeys(CLASSIFIERS, RESNET)}, "'classifier_models' needs augmentation: "),
@@ -380,6 +452,18 @@ def test_the_story_by_its_script(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip().endswith(f"report: {tmp_path / 'out' / 'report.md'}")
     assert (tmp_path / "out" / "diffusion" / "stage.json").read_text() == trained
     assert (tmp_path / "out" / "report.md").is_file()
+
+
+def test_a_script_that_has_nothing_to_train_says_so(finished, tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path, pretrained_model_name_or_path=str(finished / "pipeline_standard"))
+    with pytest.raises(SystemExit):
+        run_here(
+            "train_text_to_image.py", "--config", path, "--output_dir", str(tmp_path / "out"), monkeypatch=monkeypatch
+        )
+    said = capsys.readouterr()
+    assert said.err.startswith("error: The config gives a fine-tuned pipeline, so none would be trained; take")
+    assert "written" not in said.out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("use_lora", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from launching import interrupted_when_saving
+from safetensors.torch import load_file
 from tiny import copied, differing
 from trainers_scene import build
 
@@ -42,6 +43,15 @@ def test_two_steps_change_every_parameter(name, tmp_path):
     assert unchanged == []
 
 
+@pytest.mark.parametrize("name", ["vqgan", "diffusion", "features-slice", "reward-volume"])
+def test_frozen_weights_are_trained_too(name, tmp_path):
+    """An adapter that was merged leaves a denoiser so, and who has frozen an extractor for its use may train it again."""
+    trainer, module = build(name, tmp_path, max_steps=2)
+    before = copied(module.requires_grad_(False))
+    trainer.train()
+    assert [key for key, value in module.named_parameters() if torch.equal(value, before[key])] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_is_exact(name, tmp_path):
     trainer, module = build(name, tmp_path / "whole", max_steps=4, save_steps=2)
@@ -60,6 +70,34 @@ def test_resume_is_exact(name, tmp_path):
     assert without_time[0] == without_time[1]
     timeless = [{k: v for k, v in f.items() if k != "seconds"} for f in (figures, resumed_figures)]
     assert timeless[0] == timeless[1]
+
+
+def test_a_resumed_run_has_the_learning_rate_of_its_config(tmp_path):
+    """Who resumes a run that diverged wants a lower one."""
+    settings = {"lr_scheduler_type": "cosine", "max_steps": 4}
+    build("reward-volume", tmp_path / "whole", **settings, save_steps=2)[0].train()
+    start = load_file(tmp_path / "whole/checkpoint-2/model.safetensors")
+    moved = {}
+    for rate in (1e-3, 1e-5):
+        trainer, module = build(
+            "reward-volume", tmp_path / str(rate), **settings, learning_rate=rate, weight_decay=0.0,
+            resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"),
+        )  # fmt: skip
+        trainer.train()
+        moved[rate] = sum((value - start[key]).abs().sum().item() for key, value in module.named_parameters())
+    assert moved[1e-5] == pytest.approx(0.01 * moved[1e-3], rel=0.2)  # Adam's steps are as long as the rate
+
+
+def test_a_resumed_average_has_the_decay_of_its_config(tmp_path):
+    build("diffusion", tmp_path / "whole", max_steps=4, save_steps=2)[0].train()
+    weights = []
+    for decay in (0.1, 0.9):
+        trainer, module = build(
+            "diffusion", tmp_path / str(decay), max_steps=4, ema_decay=decay, resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2")
+        )  # fmt: skip
+        trainer.train()
+        weights.append(copied(module))
+    assert differing(*weights)
 
 
 def test_figures_since_the_last_log_line_survive_a_kill(tmp_path):
@@ -230,11 +268,23 @@ def test_a_checkpoint_that_is_not_there_is_refused(wanted, tmp_path):
 
 @pytest.mark.parametrize("name", ["vqgan", "diffusion", "features-slice", "reward-volume"])
 def test_accumulated_gradients_update_less_often(name, tmp_path):
-    trainer, module = build(name, tmp_path, max_steps=1, gradient_accumulation_steps=2)
-    before = copied(module)
-    trainer.train()
-    parameters = {key for key, _ in module.named_parameters()}
-    assert not parameters & set(differing(before, copied(module)))
+    """What is left over at the end neither moves the weights, nor waits for the next training of them."""
+    weights = []
+    for steps in (2, 3):
+        trainer, module = build(name, tmp_path / str(steps), max_steps=steps, gradient_accumulation_steps=2)
+        before = copied(module)
+        trainer.train()
+        parameters = dict(module.named_parameters())
+        weights.append({key: value.detach() for key, value in parameters.items()})
+        assert all(parameter.grad is None for parameter in parameters.values())
+    assert not differing(*weights)
+    assert set(differing(before, copied(module))) >= set(parameters)
+
+
+def test_a_training_without_one_update_is_refused(tmp_path):
+    trainer, _ = build("reward-volume", tmp_path, max_steps=1, gradient_accumulation_steps=2)
+    with pytest.raises(InputError, match="max_steps=1 is less than gradient_accumulation_steps=2: not one update"):
+        trainer.train()
 
 
 def test_half_the_batch_twice_is_the_whole_batch(tmp_path):

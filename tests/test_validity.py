@@ -46,6 +46,11 @@ def test_a_perfect_reward():
     check_validity({"volume": figures}, {**VALIDITY_FLOORS, "ece": 0.01, "slope": 0.9})
 
 
+def test_large_scores_are_not_ties():
+    figures = reward_validity(scored_sets(scale=10.0, noise=0.1, offset=100.0), BEST, SYNTHETIC)
+    assert figures["auc"] == 1
+
+
 def test_a_reward_that_has_it_upside_down():
     figures = reward_validity(scored_sets(scale=-1.0), BEST, SYNTHETIC)
     assert figures["auc"] == 0

@@ -19,6 +19,7 @@ from msrl_diffusers.files import write_json
 from msrl_diffusers.study import published, side_by_side
 from msrl_diffusers.study import runs as runs_module
 from msrl_diffusers.study.chain import enabled_stages, fingerprint
+from msrl_diffusers.study.outcomes import outcome
 from msrl_diffusers.study.runs import run_variants
 from msrl_diffusers.study.side_by_side import plan_jobs
 from msrl_diffusers.study.tables import findings, markdown, summary, verdict, write_tables
@@ -125,10 +126,29 @@ def test_runs_side_by_side(tmp_path):
     for seed in (0, 1):  # both were tried
         folder = tmp_path / f"full-seed{seed}"
         assert (folder / "validity" / "stage.json").is_file()
-        assert "a policy would game it" in json.loads((folder / "refused.json").read_text())["sentence"]
+        assert "a policy would game it" in outcome(folder)
+        assert not (folder / "report.json").exists()  # which was of other settings
     again = {FULL: {seed: variant_config(strict, FULL, seed) for seed in (0, 1)}}
     assert runs_module.run_configs(strict, again, only=["prepare"]) == {}
     assert not list(tmp_path.glob("*/refused.json"))
+
+
+def test_a_refusal_outlasts_a_batch_that_is_killed(monkeypatch, tmp_path):
+    config = StudyConfig(output_dir=str(tmp_path), **tiny_study())
+    configs = {FULL: {seed: variant_config(config, FULL, seed) for seed in (0, 1)}}
+    refused, other = (Path(run.output_dir) for run in configs[FULL].values())
+
+    def stop(config, stages):
+        if config.output_dir == str(refused):
+            raise InputError("Worth nothing.")
+        if config.output_dir == str(other):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs_module, "run_study", stop)
+    monkeypatch.setattr(runs_module, "link_finished", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        runs_module.run_configs(config, configs)
+    assert (outcome(refused), outcome(other)) == ("Worth nothing.", None)
 
 
 def test_what_jobs_are_refused(monkeypatch, tmp_path):

@@ -36,6 +36,7 @@ def write_tiny_release(folder: Path) -> str:
     targets = {name: dict.fromkeys(("HGG", "LGG"), (1.0 - distance) / 0.9) for name, distance in DISTANCES.items()}
     sampler = {"num_inference_steps": 2, "eta": 1.0}
     scores = {
+        "n": 8,
         "fid": fids,
         "targets": targets,
         "samplers": [{**sampler, "fid": fids["synthetic-002"]}],

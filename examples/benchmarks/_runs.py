@@ -18,8 +18,9 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.command_line import read_study
+from msrl_diffusers.study.outcomes import outcome
 from msrl_diffusers.study.report import gap_closed, git_commit
-from msrl_diffusers.study.runs import REFUSED, run_configs
+from msrl_diffusers.study.runs import run_configs
 from msrl_diffusers.study.tables import TUNED, downstream_table, summary, verdict
 from msrl_diffusers.study.variants import changed_config
 
@@ -128,13 +129,13 @@ def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> 
     are left out.
 
     Raises:
-        InputError: no report at all, one seed of a variant in two folders, or reports of other volumes, judges or pretrained
-            models than the first.
+        InputError: no report at all, one seed of a variant in two folders, or reports of other volumes, of more or fewer,
+            of other judges or pretrained models than the first.
     """
     found: dict[str, dict[int, dict | str]] = {}
     for name, folder in ((name, Path(folder)) for name in variants for folder in folders):
         for run in sorted(folder.glob(f"{name}-seed*")):
-            seed, result = run.name.removeprefix(f"{name}-seed"), result_of(run)
+            seed, result = run.name.removeprefix(f"{name}-seed"), outcome(run)
             if not seed.isdigit() or result is None:
                 continue  # somebody's copy, or not at its end
             if int(seed) in found.setdefault(name, {}):
@@ -145,18 +146,15 @@ def finished_reports(folders: Sequence[str | Path], variants: Iterable[str]) -> 
         raise InputError(
             f"No finished run (<variant>-seed<N>/report.json) lies in {', '.join(map(str, folders)) or 'no folder'}."
         )
-    origins = {(one["data_fingerprint"], one["extractors"]["judge"]["sha256"], one["pretrained"]) for one in reports}
+    origins = {
+        (one["data_fingerprint"], one["extractors"]["judge"]["sha256"], one["pretrained"], one["n"]["all"])
+        for one in reports
+    }
     if len(origins) > 1:
-        raise InputError("The finished runs are of several data sets, judges or pretrained models; give those of one.")
+        raise InputError(
+            "The finished runs are of several data sets, judges, pretrained models or numbers of volumes; give those of one."
+        )
     return {name: dict(sorted(by_seed.items())) for name, by_seed in found.items()}
-
-
-def result_of(run: Path) -> dict | str | None:
-    """The report of a run, or why it was refused; None if it is not at its end."""
-    report, refusal = run / "report.json", run / REFUSED
-    if refusal.is_file():
-        return json.loads(refusal.read_text())["sentence"]
-    return json.loads(report.read_text()) if report.is_file() else None
 
 
 def run_all(
@@ -166,7 +164,7 @@ def run_all(
     configs = configs_of(base, variants, seeds)
     run_configs(base, configs, jobs)
     return {
-        name: {seed: result_of(Path(config.output_dir)) for seed, config in by_seed.items()}
+        name: {seed: outcome(Path(config.output_dir)) for seed, config in by_seed.items()}
         for name, by_seed in configs.items()
     }
 
@@ -194,7 +192,8 @@ def gathered(
     """The content of the JSON: a row of figures per variant, and where they come from. Variants of `earlier` contents stay.
 
     Raises:
-        InputError: every run was refused, or `earlier` has a variant with further seeds, or is of other volumes, judges or models.
+        InputError: every run was refused, or `earlier` is of an older version, has a variant with further seeds, or is of other volumes,
+            judges or models.
     """
     finished = [report for by_seed in reports.values() for report in by_seed.values() if isinstance(report, dict)]
     if not finished:
@@ -223,6 +222,12 @@ def gathered(
 def _add_earlier(content: dict, earlier: Mapping) -> None:
     """Put the variants of an earlier content before those of `content`, which may have one again, with the same seeds and more;
     raises InputError as `gathered` states."""
+    figures = {name for row in content["variants"].values() for name in row}
+    rows = [row for row in earlier["variants"].values() if row["seeds"]]
+    if not content.keys() <= earlier.keys() or not all(figures <= row.keys() for row in rows):
+        raise InputError(
+            "The earlier results are of an older version, which gathered less; give the folders of these runs."
+        )
     for name in content["variants"].keys() & earlier["variants"].keys():
         missing = sorted(set(earlier["variants"][name]["seeds"]) - set(content["variants"][name]["seeds"]))
         if missing:

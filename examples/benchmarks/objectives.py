@@ -50,7 +50,7 @@ BY_SAMPLER = {
 
 def shares_of_ppo(content: dict) -> dict[str, dict] | None:
     """Of each method: its denoiser forwards and seconds over those of PPO, means over the seeds of each, and `_reaches` of the two.
-    None where PPO was not run; no share of seconds where one of the two ran on a GPU and the other did not."""
+    None where PPO was not run; no share of seconds where one of the two ran on a GPU and the other did not, or was resumed."""
     rows = {name: row for name, row in content["variants"].items() if row["seeds"]}
     if "ppo" not in rows:
         return None
@@ -63,7 +63,7 @@ def shares_of_ppo(content: dict) -> dict[str, dict] | None:
         name: {
             "forwards": mean(row, "unet_forwards") / mean(ppo, "unet_forwards"),
             "seconds": mean(row, "seconds") / mean(ppo, "seconds")
-            if bool(row["peak_memory"]) == bool(ppo["peak_memory"])
+            if row["seconds"] and ppo["seconds"] and bool(row["peak_memory"]) == bool(ppo["peak_memory"])
             else None,
             "reaches_ppo": _reaches(row, ppo),
         }
@@ -95,7 +95,7 @@ def draw(content: dict) -> Figure:
         for axis, (title, figure_of) in zip(line, figures.items(), strict=True):
             for name, row in rows.items():
                 found = figure_of(row)
-                if found is not None:
+                if found is not None and row[cost] is not None:
                     axis.plot(row[cost]["values"], found["values"], "o", markersize=5, label=name)
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -124,7 +124,7 @@ def lines(content: dict) -> list[str]:
         ]
         for name, share in content["share_of_ppo"].items():
             reaches = {True: "yes", False: "no", None: "other seeds"}[share["reaches_ppo"]]
-            seconds = "another machine" if share["seconds"] is None else f"{share['seconds']:.2f}"
+            seconds = "not comparable" if share["seconds"] is None else f"{share['seconds']:.2f}"
             found.append(f"| {name} | {share['forwards']:.2f} | {seconds} | {reaches} |")
     return found
 

@@ -63,11 +63,13 @@ class Rejection:
 
 @dataclass
 class Listing:
-    """The cases of a data set, the names of the classes in the order of their numbers, and what was left out."""
+    """The cases of a data set, the names of the classes in the order of their numbers, what was left out, and the name of the
+    loader (None of a listing that none made)."""
 
     cases: list[Case] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
+    dataset: str | None = None
 
     def reject(self, file: str | Path, reason: str) -> None:
         """Leave `file` out."""
@@ -92,6 +94,7 @@ def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
     if unknown:
         raise InputError(f"The data set {name!r} has no option {unknown[0]!r}; it has {known}.")
     listing = scan(Path(data_dir), **given)
+    listing.dataset = name
     _reject_strays(listing)
     found = [label for label in listing.classes if any(case.label == label for case in listing.cases)]
     if not found or len(found) < len(listing.classes):

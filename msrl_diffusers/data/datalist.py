@@ -53,8 +53,10 @@ def scan(
     path = _find_list(data_dir)
     content = _read(path)
     names = content.get("modality") if isinstance(content.get("modality"), dict) else {}
+    if subject_column and not any(class_is_given(entry.get(subject_column)) for entry in _objects(content)):
+        raise InputError(f"No entry of {path} has the key {subject_column!r} of subjects.")
     listing, found = Listing(), []
-    with_classes = has_classes(label_column, label_bins, _may_have_classes(content))
+    with_classes = has_classes(label_column, label_bins, _may_have_classes(content, subject_column))
     label_column = label_column or "label"
     for key, split in SPLITS.items():
         for number, entry in enumerate(content.get(key, [])):
@@ -71,8 +73,6 @@ def scan(
                 continue
             found.append((entry, split, label, images))
     names = distinct_names([os.path.relpath(next(iter(images.values())), path.parent) for *_, images in found])
-    if subject_column and not any(class_is_given(entry.get(subject_column)) for entry, *_ in found):
-        raise InputError(f"No entry of {path} has the key {subject_column!r} of subjects.")
     key = subject_column or "subject_id"
     scans = Counter(str(entry[key]) for entry, *_ in found if class_is_given(entry.get(key)))
     for (entry, split, label, images), name in zip(found, names, strict=True):
@@ -135,13 +135,17 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _may_have_classes(content: dict) -> bool:
+def _objects(content: dict) -> list[dict]:
+    """The entries of all lists that have keys."""
+    return [entry for key in SPLITS for entry in content.get(key, []) if isinstance(entry, dict)]
+
+
+def _may_have_classes(content: dict, subject_column: str | None) -> bool:
     """Whether the key `label` of any entry is a class, or there are keys that may be."""
-    entries = [entry for key in SPLITS for entry in content.get(key, []) if isinstance(entry, dict)]
-    known = {"image", "label", "subject_id", "session"}
+    known = {"image", "label", "subject_id", "session", subject_column}
     return any(
         set(entry) - known or (class_is_given(entry.get("label")) and not _is_image(entry["label"]))
-        for entry in entries
+        for entry in _objects(content)
     )
 
 

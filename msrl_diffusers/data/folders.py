@@ -65,15 +65,23 @@ def read_table(path: Path, delimiters: str = ",;\t") -> list[dict[str, str]]:
     """The rows of a table with a header, stripped; the delimiter is the one that the header has most of.
 
     Raises:
-        InputError: it can't be read.
+        InputError: it can't be read, or a row has more cells than the header: what a cell holds was split then, and it is not
+            known which.
     """
+    rows = []
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
         delimiter = max(delimiters, key=text.partition("\n")[0].count)
-        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, restval=""))
+        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, restval="")
+        for row in reader:
+            if any(cell.strip() for cell in row.pop(None, [])):
+                raise InputError(
+                    f"{path}, line {reader.line_num} has more cells than the header; quote cells that hold {delimiter!r}."
+                )
+            rows.append({column.strip(): value.strip() for column, value in row.items()})
     except (OSError, csv.Error) as error:
         raise InputError(f"{path} can't be read as a table: {error}.") from error
-    return [{column.strip(): value.strip() for column, value in row.items() if column is not None} for row in rows]
+    return rows
 
 
 def image_columns(columns: Iterable[str]) -> dict[str, str]:

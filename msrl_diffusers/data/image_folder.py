@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..seeding import generator_for
 from .folders import read_table
 from .prompts import PromptBuilder
+from .rows import row_numbers
 
 
 DIAGNOSIS_CODES = {"mel": "melanoma", "nv": "nevus"}  # as ISIC writes them
@@ -79,7 +80,7 @@ class ImageDataset:
     def batch(self, indices: Sequence[int] | torch.Tensor, device: torch.device | str = "cpu") -> dict:
         """`{"pixel_values": [B, 3, H, W] float32 in [-1, 1], "attributes": [B, A] float32, "prompt": list[str],
         "subject_id": list[str]}`."""
-        indices = torch.as_tensor(indices, dtype=torch.long)
+        indices = row_numbers(indices, len(self))
         return {
             "pixel_values": to_samples(self.pixel_values[indices].to(device)),
             "attributes": self.attributes[indices].to(device, torch.float32),
@@ -88,8 +89,8 @@ class ImageDataset:
         }
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "ImageDataset":
-        """The images at `indices`, in that order."""
-        indices = torch.as_tensor(indices, dtype=torch.long)
+        """The images at `indices`, in that order, or where a Boolean mask of all is true."""
+        indices = row_numbers(indices, len(self))
         return ImageDataset(
             self.pixel_values[indices],
             self.attributes[indices],

@@ -50,8 +50,8 @@ def prepare_cases(
         strict: stop at the first image that can't be used. (What the loader left out is the caller's to judge.)
 
     Returns:
-        The summary: numbers of `subjects` and `volumes`, `counts` of volumes by split and class, `channels`, `shape`,
-        `spacing`, `fingerprint` of the result, `left_out` by the split and `rejected`.
+        The summary: `dataset` (the loader), numbers of `subjects` and `volumes`, `counts` of volumes by split and class, `channels`,
+        `shape`, `spacing`, `fingerprint` of the result, `left_out` by the split and `rejected`.
 
     Raises:
         InputError: `strict` and a case that can't be used; no case at all that can; a split that can't be made, of what is listed
@@ -98,6 +98,7 @@ def prepare_cases(
         counts[side] = {label: sum(case.label == label for _, case in members) for label in listing.classes}
     summary = {
         "request": request,
+        "dataset": listing.dataset,
         "subjects": len({case.subject_id for case, side in zip(cases, sides, strict=True) if side}),
         "volumes": sum(sum(by_class.values()) for by_class in counts.values()),
         "counts": counts,

@@ -20,6 +20,7 @@ from .reading import check_values
 PERCENTILES = (0.0, 99.5)  # intensities that become -1 and 1
 MASKED_SHARE = 0.1  # with so many voxels of exactly one background value, the image was masked
 BELOW_SHARE = 0.05  # of the foreground: so many voxels below the background are tissue (z-scores), not errors
+FINAL = b"msrl_diffusers: intensities 0 to 1 are final"  # `descrip` in the header of what `to_nifti` wrote
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class VolumeProcessor:
     head is cut at its middle.
 
     The edges of the cube are whole source voxels, so its field of view is right to half a source voxel.
+
+    Images that `to_nifti` wrote, of volumes a model generated for example, keep their intensities; one that fills the cube exactly is
+    not cut again.
 
     Args:
         image_size (`int`): voxels along each edge of the result.
@@ -81,20 +85,25 @@ class VolumeProcessor:
         images = [images] if isinstance(images, nib.spatialimages.SpatialImage) else list(images)
         source = _on_one_grid(images)
         # one image after the other: the copies of all modalities at once would fill the memory
-        oriented = [nib.as_closest_canonical(image) for image in images]
+        oriented = [_canonical(image) for image in images]
         arrays = [_array(image) for image in oriented]
         backgrounds = [_background(array) for array in arrays]
-        box = _foreground(arrays, backgrounds)
+        final = [_is_final(image, array) for image, array in zip(oriented, arrays, strict=True)]
         affine = oriented[0].affine
         cube = [max(1, round(self.field_of_view / edge)) for edge in np.linalg.norm(affine[:3, :3], axis=0)]
-        start = [(side.start + side.stop) // 2 - edge // 2 for side, edge in zip(box, cube, strict=True)]
+        if all(final) and cube == list(arrays[0].shape):
+            start = [0, 0, 0]
+        else:
+            box = _foreground(arrays, backgrounds)
+            start = [(side.start + side.stop) // 2 - edge // 2 for side, edge in zip(box, cube, strict=True)]
         channels, intensities = [], []
-        for array, background in zip(arrays, backgrounds, strict=True):
+        for array, background, keep in zip(arrays, backgrounds, final, strict=True):
             # means of equal values are those values to the last bit only if they are 0
             above_background = _crop(array, start, cube, background) - np.float32(background)
-            scaled, limits = _scale(self._resize(above_background), 0.0, self.percentiles)
-            channels.append(scaled)
-            intensities.append([limit + background for limit in limits])
+            resized = self._resize(above_background)
+            low, high = (-background, 1 - background) if keep else _limits(resized, 0.0, self.percentiles)
+            channels.append(_scaled(resized, low, high))
+            intensities.append([low + background, high + background])
         scale = np.array(cube) / self.image_size
         to_source = np.diag([*scale, 1.0])  # voxel centres: (i + 1/2) * scale - 1/2
         to_source[:3, 3] = np.array(start) + scale / 2 - 0.5
@@ -132,20 +141,31 @@ class VolumeProcessor:
 
 def scale_on_own_grid(image: nib.Nifti1Image, percentiles: tuple[float, float] = PERCENTILES) -> torch.Tensor:
     """The volume `[1, D, H, W]` in [-1, 1] of an image as it lies: its axes reordered and its intensities scaled as
-    `VolumeProcessor` does, but neither cut nor resampled.
+    `VolumeProcessor` does (those of `to_nifti` are kept), but neither cut nor resampled.
 
     Raises:
         InputError: not 3D, NaN or infinity, or constant.
     """
-    array = _array(nib.as_closest_canonical(image))
+    image = _canonical(image)
+    array = _array(image)
     volume = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 1, 0)))
-    return _scale(volume, _background(array), percentiles)[0][None]
+    limits = (0.0, 1.0) if _is_final(image, array) else _limits(volume, _background(array), percentiles)
+    return _scaled(volume, *limits)[None]
 
 
-def _scale(
-    volume: torch.Tensor, background: float, percentiles: tuple[float, float]
-) -> tuple[torch.Tensor, list[float]]:
-    """The volume scaled to [-1, 1], and the intensities that became -1 and 1."""
+def _canonical(image: nib.spatialimages.SpatialImage) -> nib.Nifti1Image:
+    """The image with its axes in the order and directions of RAS+."""
+    # as nibabel's own class: that of images out of `datasets` can't be made anew with other axes
+    return nib.as_closest_canonical(nib.Nifti1Image(image.dataobj, image.affine, image.header))
+
+
+def _is_final(image: nib.Nifti1Image, array: np.ndarray) -> bool:
+    """Whether `to_nifti` wrote these intensities, and no program that kept the header has put others in their place."""
+    return image.header["descrip"].item() == FINAL and 0 <= array.min() and array.max() <= 1
+
+
+def _limits(volume: torch.Tensor, background: float, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """The intensities that become -1 and 1."""
     low, high = (float(value) for value in np.percentile(volume.numpy(), percentiles))
     foreground, below = (volume != background).sum(), (volume < background).sum()
     # a few voxels below it must not lift the background
@@ -153,7 +173,12 @@ def _scale(
         low = max(low, background)
     if not high > low:
         raise InputError("the image has no contrast in the part that is taken; drop it or change field_of_view")
-    return ((volume - low) / (high - low)).clamp(0, 1) * 2 - 1, [low, high]
+    return low, high
+
+
+def _scaled(volume: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """The volume with `low` and `high` at -1 and 1, and nothing beyond."""
+    return ((volume - low) / (high - low)).clamp(0, 1) * 2 - 1
 
 
 def _array(image: nib.Nifti1Image) -> np.ndarray:
@@ -213,8 +238,8 @@ def to_nifti(
 ) -> nib.Nifti1Image:
     """A NIfTI image (RAS+, origin at the centre of the cube, millimetres) of `volume [1, D, H, W]`.
 
-    With `intensity_range`, intensities are clipped to it and mapped to [0, 1], float32; with `None` they are written
-    as they are (label maps).
+    With `intensity_range`, intensities are clipped to it and mapped to [0, 1], float32, and the header's `descrip` says that they are
+    final: what reads volumes here takes them as they are. With `None` they are written as they are (label maps).
 
     Raises:
         InputError: more than one channel.
@@ -228,7 +253,10 @@ def to_nifti(
     data = np.ascontiguousarray(array[0].transpose(2, 1, 0))
     affine = np.diag([*spacing[::-1], 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(data.shape) - 1) / 2)
-    return _with_codes(nib.Nifti1Image(data, affine))
+    image = nib.Nifti1Image(data, affine)
+    if intensity_range is not None:
+        image.header["descrip"] = FINAL
+    return _with_codes(image)
 
 
 def from_nifti(image: nib.Nifti1Image) -> torch.Tensor:

@@ -48,7 +48,10 @@ def read_image(path: str | Path, orientation: str | None = None) -> nib.Nifti1Im
     except Exception as error:
         raise InputError(f"{path} is damaged, its voxels can't be read: {_one_line(error)}; copy it again") from error
     check_values(data, path)
-    return nib.Nifti1Image(data, _checked_affine(path, image, orientation, shape))
+    result = nib.Nifti1Image(data, _checked_affine(path, image, orientation, shape))
+    if isinstance(image, nib.Nifti1Pair):
+        result.header["descrip"] = image.header["descrip"]  # it tells `VolumeProcessor` what `to_nifti` wrote
+    return result
 
 
 def check_values(data: np.ndarray, name: str | Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError
 from .processor import Geometry
+from .rows import row_numbers
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class VolumeDataset:
 
     def batch(self, indices: Sequence[int] | torch.Tensor, device: torch.device | str = "cpu") -> dict:
         """`{"pixel_values": [B, C, D, H, W] float32, "class_labels": [B], "subject_id": list[str]}`."""
-        indices = torch.as_tensor(indices)
+        indices = row_numbers(indices, len(self))
         return {
             "pixel_values": self.pixel_values[indices].to(device, torch.float32),
             "class_labels": self.class_labels[indices].to(device),
@@ -70,8 +71,8 @@ class VolumeDataset:
         }
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "VolumeDataset":
-        """The volumes at `indices`, in that order."""
-        indices = torch.as_tensor(indices, dtype=torch.long)
+        """The volumes at `indices`, in that order, or where a Boolean mask of all is true."""
+        indices = row_numbers(indices, len(self))
         return VolumeDataset(
             self.pixel_values[indices],
             self.class_labels[indices],

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..data.folders import image_columns, read_table
 from ..data.processor import VolumeProcessor, scale_on_own_grid
 from ..data.reading import read_image
+from ..data.rows import row_numbers
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
 
@@ -60,7 +61,7 @@ class VolumeSource(ABC):
         Raises:
             InputError: a volume that can't be read, or holds NaN or infinity.
         """
-        indices = torch.as_tensor(indices, dtype=torch.long).tolist()
+        indices = row_numbers(indices, len(self)).tolist()
         if not indices:
             return torch.empty(0, *self.shape)
         volumes = self._read([self.keys[index] for index in indices]).float()
@@ -77,8 +78,8 @@ class VolumeSource(ABC):
             yield self.take(range(start, min(start + batch_size, len(self))))
 
     def select(self, indices: Sequence[int] | torch.Tensor) -> "VolumeSource":
-        """The set of the volumes at `indices`, in that order; nothing is read or copied."""
-        indices = torch.as_tensor(indices, dtype=torch.long).tolist()
+        """The set of the volumes at `indices` (or where a Boolean mask is true), in that order; nothing is read or copied."""
+        indices = row_numbers(indices, len(self)).tolist()
         return replace(
             self,
             names=[self.names[index] for index in indices],
@@ -140,7 +141,8 @@ def open_source(
             `<modality>_file_name` for each channel, the set is what that names (masks beside the images, `seg_file_name`, are
             none of it), with the classes of a column `class_label` or `label`.
         image_size: voxels along each edge of the cubes that NIfTI images are resampled to, by `VolumeProcessor`. Without,
-            they are taken on their own grid, one for all, reoriented to RAS; intensities are scaled the same way.
+            they are taken on their own grid, one for all, reoriented to RAS; intensities are scaled the same way: from each
+            image's own percentiles, but for what `to_nifti` wrote (`msrl generate`), whose intensities are kept.
         field_of_view: edge of these cubes in millimetres.
 
     Raises:

@@ -152,7 +152,9 @@ def _figures(sets: Mapping[str, ScoredSet], num_bins: int) -> dict:
 def _auc(good: ScoredSet, others: Sequence[ScoredSet]) -> float:
     bad = torch.cat([scored.scores for scored in others])
     is_good = torch.cat([torch.ones(len(good.scores)), torch.zeros(len(bad))]).long()
-    return binary_auroc(torch.cat([good.scores, bad]).sigmoid(), is_good).item()  # it wants probabilities
+    _, ranks = torch.cat([good.scores, bad]).unique(return_inverse=True)
+    # it wants probabilities; a sigmoid of large scores ties them all at 1
+    return binary_auroc(ranks / len(ranks), is_good).item()
 
 
 def _spearman(scores: torch.Tensor, targets: torch.Tensor) -> float | None:

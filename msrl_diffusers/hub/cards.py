@@ -10,13 +10,15 @@ from safetensors import safe_open
 
 from ..errors import InputError
 from ..pipelines.remote_code import PIPELINE
-from .contents import PEFT_WEIGHTS, Contents, inspect_folder, read_json
+from .contents import PEFT_WEIGHTS, Contents, inspect_folder, is_local, read_json
 
 
 NO_AUDIT = "Memorization has not been audited."
 AUDITED = "generated volumes look like copies"
 TEMPLATES = Path(__file__).parents[1] / "templates"
 GENERATION = "unconditional-image-generation"  # the Hub has no task for volumes
+TEXT_TO_IMAGE = "text-to-image"
+FACTS = "facts.json"  # what a text-to-image study says of its adapter
 TAGS = ("medical", "mri", "3d", "nifti", "brain", "msrl_diffusers", "not-for-clinical-use")
 ARMS = {
     "real_floor": "real, held out (floor)",
@@ -76,6 +78,8 @@ COMPUTED = ("phantoms", "dermoscopy")  # of no person
 IMAGES = ("dermoscopy", "image_folder")  # the others are of volumes
 OWN_TITLES = {"bids": "a BIDS data set", "datalist": "a data set with a JSON list"}
 UNKNOWN_TERMS = "The terms of these data were not stated; ask whoever shared this model before you use it."
+PEFT_LINES = ("### Framework versions", "- PEFT ")  # what it adds to a card, and to its metadata
+PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
 AUDIT_KEYS = {"n_generated", "n_train", "n_copies", "interval", "expected_false_positives"}
 
 
@@ -95,7 +99,8 @@ def render_card(
     Args:
         report: a study's `report.json`, or None. Whatever it lacks, the card lacks; without `fid` it says that the model
             was not evaluated.
-        folder: a pipeline, a model or a LoRA adapter, as `inspect_folder` takes it. Its `scores.json` is used.
+        folder: a pipeline, a model or a LoRA adapter, as `inspect_folder` takes it. Its `scores.json` is used, and an adapter's
+            `facts.json`.
         audit: an `audit.json`, or a report with a `memorization` section; that of `report` by default.
         arm: which one of the report's the folder holds, `"rl"` or `"standard"`. By default told from the names
             `pipeline_rl` and `pipeline_standard`.
@@ -176,19 +181,41 @@ def data_title(dataset: str | None) -> str | None:
     return DATA_SETS[dataset][0] if dataset in DATA_SETS else OWN_TITLES.get(dataset, "a folder of images")
 
 
-def check_metadata(card: str, path: str | Path) -> None:
-    """Refuse a card whose metadata the Hub could not read.
+def read_card(path: Path) -> str | None:
+    """A folder's own card; None where it has none, or the template that PEFT writes with nothing filled in.
 
     Raises:
-        InputError: the block on top is no YAML, or lacks or garbles what the Hub needs.
+        InputError: the block on top is no YAML, lacks or garbles what the Hub needs, or names a folder of this machine.
     """
+    if not path.is_file():
+        return None
+    content = path.read_text(encoding="utf-8")
+    if _is_template(content):
+        return None
     try:
-        ModelCard(card)
+        card = ModelCard(content)
     except Exception as error:
         sentence = " ".join(str(error).split())
         raise InputError(
             f"The metadata on top of {path} can't be read: {sentence}; mend them, or use msrl card."
         ) from error
+    named = card.data.get("base_model") or []
+    for place in [named] if isinstance(named, str) else named:
+        if is_local(place):
+            raise InputError(
+                f"{path} names the base model {place}, which is a place on this machine; name its Hub repository, or take it out."
+            )
+    return content
+
+
+def _is_template(content: str) -> bool:
+    """Whether PEFT wrote all of it: the Hub's template, as it is, with the version, and the metadata that PEFT knows (which are no
+    valid YAML where it was given a `Path`)."""
+    metadata, _, text = content.removeprefix("---\n").partition("\n---\n")
+    template = ModelCard.from_template(ModelCardData()).text.splitlines()
+    lines = [line for line in text.splitlines() if line and not line.startswith(PEFT_LINES)]
+    keys = set(re.findall(r"^(\w+):", metadata, re.MULTILINE))
+    return lines == [line for line in template if line] and keys <= PEFT_KEYS
 
 
 def _values(
@@ -201,8 +228,13 @@ def _values(
 ) -> dict:
     """What the templates show."""
     scores, source = contents.read_json("scores.json") or {}, audit_source(audit, report)
+    facts = (contents.kind == "adapter" and contents.read_json(FACTS)) or {}
     arm = find_arm(contents, (report, source), arm)
-    dataset = report.get("dataset")
+    # what `msrl prepare` read tells more than that it was prepared
+    dataset = report.get("data", {}).get("dataset") or report.get("dataset") or facts.get("dataset")
+    task, base_model = _task(contents, facts), stated["base_model"] or facts.get("base_model")
+    on_hub = stated["base_model"] or "/" in (base_model or "")  # a study names a folder by its last part
+    of_images = "attribute_match" in report  # a text-to-image study's
     license = stated["license"] or ("apache-2.0" if dataset in COMPUTED else "unknown")  # an id of the Hub's
     generates = contents.kind != "model" or contents.class_name in GENERATORS
     return {
@@ -211,7 +243,8 @@ def _values(
         "class_name": contents.class_name,
         "is_ours": contents.class_name in (PIPELINE, *MODELS) or not hasattr(diffusers, contents.class_name),
         "what": MODELS.get(contents.class_name, (None, None))[0],
-        "samples": "images" if "text_encoder" in contents.classes or dataset in IMAGES else "volumes",
+        "samples": "images" if task == TEXT_TO_IMAGE or dataset in IMAGES else "volumes",
+        "task": task,
         "classes": list((contents.config.get("id2label") or {}).values()),
         "spacing": contents.config.get("spacing"),
         "shape": report.get("data", {}).get("shape"),
@@ -224,17 +257,27 @@ def _values(
         "sampler": _sampler(report, scores, arm),
         "folders": {folder: FOLDERS.get(folder, name) for folder, name in contents.classes.items()},
         "has_companions": any(folder.startswith(COMPANIONS) for folder in contents.classes),
+        "dataset": dataset,
         "data_title": data_title(dataset),
         "data_terms": stated["data_terms"] or DATA_SETS.get(dataset, (None, UNKNOWN_TERMS))[1],
         "data": report.get("data", {}),
         "generates": generates,
-        "has_results": generates and "fid" in report,
+        "has_results": generates and "fid" in report and not of_images,
+        "figures": f"`{FACTS}`" if "results" in facts else "the study's `report.json`" if of_images else None,
         "report": report,
         "memorization": find_memorization(source, arm),
         "no_audit": NO_AUDIT,
         "license": license,
-        "base_model": stated["base_model"],
+        "base_model": base_model if on_hub else None,
+        "base_folder": None if on_hub else base_model,
     }  # fmt: skip
+
+
+def _task(contents: Contents, facts: dict) -> str | None:
+    """What the Hub calls what the folder's models do."""
+    if contents.kind == "model":
+        return MODELS.get(contents.class_name, (None, None))[1]
+    return facts.get("pipeline_tag") or (TEXT_TO_IMAGE if "text_encoder" in contents.classes else GENERATION)
 
 
 def _sampler(report: dict, scores: dict, arm: str | None) -> dict:
@@ -249,25 +292,22 @@ def _sampler(report: dict, scores: dict, arm: str | None) -> dict:
 
 def _metadata(contents: Contents, values: dict, report: dict) -> str:
     """The YAML block, without its fences."""
-    tags = [*(TAGS if values["is_ours"] else TAGS[-2:])]
+    tags = [*(TAGS if values["is_ours"] and values["samples"] == "volumes" else TAGS[-2:])]
     if values["arm"] == "rl":
         tags += ["reinforcement-learning", report.get("method", "ppo")]
     if contents.kind == "adapter":
         tags.append("lora")
-    task = MODELS.get(contents.class_name, (None, None))[1]
-    if contents.kind != "model":
-        task = "text-to-image" if "text_encoder" in contents.classes else GENERATION
-    results = _eval_results(values, report, task or GENERATION) if values["generates"] else []
+    results = _eval_results(values, report) if values["generates"] else []
     base = {}
     if values["base_model"]:
         relation = "adapter" if contents.kind == "adapter" else "finetune"
         base = {"base_model": values["base_model"], "base_model_relation": relation}
     data = ModelCardData(
         library_name="peft" if contents.class_name == PEFT_WEIGHTS else "diffusers",
-        pipeline_tag=task,
+        pipeline_tag=values["task"],
         license=values["license"],
         tags=tags,
-        datasets=[report["dataset"]] if report.get("dataset") else None,
+        datasets=[values["dataset"]] if values["dataset"] else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=values["name"].split("/")[-1] if results else None,
         eval_results=results or None,
@@ -276,12 +316,12 @@ def _metadata(contents: Contents, values: dict, report: dict) -> str:
     return data.to_yaml()
 
 
-def _eval_results(values: dict, report: dict, task: str) -> list[EvalResult]:
+def _eval_results(values: dict, report: dict) -> list[EvalResult]:
     """The arm's figures as the Hub's model-index has them; each with its extractor, interval, number and seed."""
     arm, found = values["arm"], []
     place = {
-        "task_type": task,
-        "dataset_type": report.get("dataset") or "unknown",
+        "task_type": values["task"] or GENERATION,
+        "dataset_type": values["dataset"] or "unknown",
         "dataset_name": values["data_title"] or "unknown",
         "dataset_args": {"fingerprint": report["data_fingerprint"]} if report.get("data_fingerprint") else None,
     }

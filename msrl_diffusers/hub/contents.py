@@ -17,6 +17,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}")
 SHARDS_INDEX = ".safetensors.index.json"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of PeftModel.save_pretrained
 ADAPTER_WEIGHTS = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
+BASE_MODEL = "base_model_name_or_path"  # in the latter
 PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pkl", ".pt", ".pth", ".tar"}
 SHARED = {".gif", ".jpeg", ".jpg", ".json", ".md", ".png", ".webp"}
 SHARED_NAMES = {"CITATION.cff", "LICENSE", "NOTICE", "merges.txt", "spiece.model", "vocab.txt"}
@@ -124,6 +125,8 @@ def shared_json(name: str, content: dict) -> dict:
     """`content` of the JSON file `name` without paths of this machine and, in findings, without names of subjects; they may lie
     in a folder of the one that is shared."""
     dropped = {"_name_or_path", *(NAMING_KEYS if _last(name) in FINDINGS else ())}
+    if is_local(content.get(BASE_MODEL)):
+        dropped.add(BASE_MODEL)
 
     def kept(value):
         if isinstance(value, dict):
@@ -131,6 +134,11 @@ def shared_json(name: str, content: dict) -> dict:
         return [kept(item) for item in value] if isinstance(value, list) else value
 
     return kept(content)
+
+
+def is_local(place: object) -> bool:
+    """Whether this names a place on a machine, and no repository."""
+    return isinstance(place, str) and Path(place).is_absolute()
 
 
 def _last(name: str) -> str:
@@ -190,6 +198,11 @@ def _check_json(path: Path) -> None:
 
 
 def _class_name(folder: Path, config: dict) -> str:
+    if "model_type" in config and "_class_name" not in config:
+        raise InputError(
+            f"{folder} holds a model of transformers, which is not shared alone: share the folder of the pipeline it lies in, or use "
+            "the model's own push_to_hub."
+        )
     if not isinstance(config.get("_class_name"), str):
         raise InputError(f"The config in {folder} names no class; save it by save_pretrained.")
     return config["_class_name"]

@@ -15,10 +15,10 @@ from .cards import (
     NO_AUDIT,
     audit_source,
     audited_share,
-    check_metadata,
     find_arm,
     find_memorization,
     memorization_section,
+    read_card,
     render_card,
 )
 from .client import in_one_sentence, persistently, prepare_repository
@@ -58,7 +58,7 @@ def push_folder(
 
     What else an earlier push has left stays in the repository, but for weights beside those that are pushed and findings, which
     would be taken for this model's. The folder's `README.md` is its card, with a section on memorization if it has none; without
-    one a card is rendered.
+    one, or with the empty template that PEFT writes, a card is rendered.
 
     Args:
         folder: what `save_pretrained` or `save_lora_weights` wrote.
@@ -86,10 +86,11 @@ def push_folder(
             "its audit.json, or a study's report.json, by --audit; or say --without_audit, which the card will state."
         )
     options = {"license": license, "data_terms": data_terms, "base_model": base_model}
-    if (contents.folder / "README.md").is_file():
-        card = _own_card(contents, found, repo_id, options)
-    else:
+    own = read_card(contents.folder / "README.md")
+    if own is None:
         card = render_card(content, contents, audit=found, arm=arm, name=repo_id, **options)
+    else:
+        card = _own_card(own, contents, found, repo_id, options)
     files = _files(contents)
     api = HfApi(token=token, library_name="msrl_diffusers")
     with in_one_sentence(repo_id, revision):
@@ -113,11 +114,11 @@ def _audit(contents: Contents, report: dict | None, path: str | Path | None, arm
     return find_memorization(source, arm)
 
 
-def _own_card(contents: Contents, audit: dict | None, repo_id: str, options: dict) -> str:
+def _own_card(card: str, contents: Contents, audit: dict | None, repo_id: str, options: dict) -> str:
     """The folder's own card, with what is known of memorization. It must not deny an audit that there is, nor state another.
 
     Raises:
-        InputError: it does; its metadata can't be read; or options are given that are for a rendered one.
+        InputError: it does; or options are given that are for a rendered one.
     """
     path = contents.folder / "README.md"
     given = [name for name, value in options.items() if value is not None]
@@ -125,8 +126,6 @@ def _own_card(contents: Contents, audit: dict | None, repo_id: str, options: dic
         raise InputError(
             f"{path} is there already, so --{given[0]} has no effect; write it by msrl card, or remove it."
         )
-    card = path.read_text(encoding="utf-8")
-    check_metadata(card, path)
     if audit is not None and NO_AUDIT in card:
         raise InputError(
             f"{path} says that memorization was not audited, but there is an audit; render it anew by msrl card."

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from ..errors import InputError
 from .base import Conditioning
 from .unet import UNetPolicy
 
@@ -31,6 +32,13 @@ class StableDiffusionPolicy(UNetPolicy):
             list(conditions), self.pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True
         )
         return Conditioning({"encoder_hidden_states": positive}, {"encoder_hidden_states": negative})
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise InputError for a scale at which the pipeline would sample without guidance, as if it were 1."""
+        if guidance_scale < 1:
+            raise InputError(
+                f"A StableDiffusionPipeline is guided by scales above 1 only, and guidance_scale is {guidance_scale}; give 1 or more."
+            )
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae

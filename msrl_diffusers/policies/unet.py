@@ -30,7 +30,7 @@ class UNetPolicy:
         unless the scale is 1."""
         if guidance_scale == 1.0:
             return self.denoiser(latents, timestep, **conditioning.positive, return_dict=False)[0]
-        self.check_guidance()
+        self.check_guidance(guidance_scale)
         both = {  # one call, as the pipelines do it
             name: torch.cat([conditioning.negative[name], value]) for name, value in conditioning.positive.items()
         }
@@ -39,8 +39,8 @@ class UNetPolicy:
         unconditional, conditional = output.float().chunk(2)  # a denoiser within accelerate gives float32 by itself
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def check_guidance(self) -> None:
-        """Raise InputError if the denoiser can't be guided, as far as its pipeline knows."""
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise InputError if the denoiser can't be guided so, as far as its pipeline knows."""
 
     def frozen_copy(self) -> torch.nn.Module:
         """A copy of the reference, in one piece."""

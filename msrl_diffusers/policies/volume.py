@@ -46,7 +46,7 @@ class VolumePolicy(UNetPolicy):
             {"class_labels": labels}, {"class_labels": torch.full_like(labels, self.pipeline.null_class)}
         )
 
-    def check_guidance(self) -> None:
+    def check_guidance(self, guidance_scale: float) -> None:
         """Raise InputError if the denoiser can't be guided."""
         self.pipeline.check_guidance()
 

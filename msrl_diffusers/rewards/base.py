@@ -83,6 +83,7 @@ class WeightedSum:
     """
 
     name = "weighted_sum"
+    takes_metadata = True
 
     def __init__(
         self,
@@ -134,10 +135,16 @@ class WeightedSum:
             total = total + weight * self.scales[reward.name].standardise(parts[reward.name])
         return total
 
-    def __call__(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:
-        """The weighted sum `[B]`, float32, for `samples [B, C, *S]` in [-1, 1].
+    def __call__(
+        self,
+        samples: torch.Tensor,
+        conditions: Sequence | torch.Tensor,
+        metadata: Sequence[Mapping] | None = None,
+    ) -> torch.Tensor:
+        """The weighted sum `[B]`, float32, for `samples [B, C, *S]` in [-1, 1]. `metadata`, one entry per sample, goes to the
+        parts that take it.
 
         Raises:
             ValueError: the scales are not known yet.
         """
-        return self.combine(self.parts(samples, conditions))
+        return self.combine(self.parts(samples, conditions, metadata))

@@ -16,7 +16,11 @@ DDPO_ARGUMENTS = 3  # images, prompts, metadata
 
 
 class FunctionReward:
-    """A function `(samples, conditions) -> [B]` with a name."""
+    """A function `(samples, conditions) -> [B]` with a name.
+
+    Raises:
+        InputError: the function gives a tuple, as those of the DDPO form do, which want other samples.
+    """
 
     differentiable = False
 
@@ -24,7 +28,13 @@ class FunctionReward:
         self.name, self.function = name, function
 
     def __call__(self, samples: torch.Tensor, conditions: Sequence | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.function(samples, conditions), dtype=torch.float32, device=samples.device)
+        rewards = self.function(samples, conditions)
+        if isinstance(rewards, tuple):
+            raise InputError(
+                f"Reward {self.name!r} gave a tuple, as functions of the DDPO form do: give it a third argument, metadata, and it gets "
+                "images in [0, 1], or let it return the rewards alone."
+            )
+        return torch.as_tensor(rewards, dtype=torch.float32, device=samples.device)
 
 
 class DDPOReward:
@@ -51,9 +61,9 @@ class DDPOReward:
 def as_reward(source: Reward | nn.Module | Callable | str) -> Reward:
     """A reward from any of its forms.
 
-    - a reward (it has a `name`): itself;
-    - a reward model (`torch.nn.Module`): its score, named by its class;
-    - a function of three arguments: the DDPO form; of two: `(samples, conditions)`;
+    - a reward (it has a `name`; a `torch.nn.Module` also `differentiable`): itself;
+    - a reward model (any other `torch.nn.Module`): its score, named by its class;
+    - a function of three arguments, or with one named `metadata`: the DDPO form; of two: `(samples, conditions)`;
     - a dotted path, `package.module.function` or `package.module:function`: what it names.
 
     Raises:
@@ -61,20 +71,23 @@ def as_reward(source: Reward | nn.Module | Callable | str) -> Reward:
     """
     if isinstance(source, str):
         return as_reward(_by_path(source))
-    if hasattr(source, "name") and callable(source) and not isinstance(source, nn.Module):
+    is_module = isinstance(source, nn.Module)
+    if hasattr(source, "name") and callable(source) and (hasattr(source, "differentiable") or not is_module):
         return source
-    if isinstance(source, nn.Module):
+    if is_module:
         return LearnedReward(type(source).__name__, source)
     if not callable(source):
         raise InputError(f"A reward is a function, a model or a dotted path to one, got {source!r}.")
     name = getattr(source, "__name__", type(source).__name__)
+    parameters = inspect.signature(source).parameters
     required = [
         parameter
-        for parameter in inspect.signature(source).parameters.values()
+        for parameter in parameters.values()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    return (DDPOReward if len(required) == DDPO_ARGUMENTS else FunctionReward)(name, source)
+    ddpo = len(required) == DDPO_ARGUMENTS or "metadata" in parameters  # which may have a default
+    return (DDPOReward if ddpo else FunctionReward)(name, source)
 
 
 def as_ddpo_reward(reward: Reward) -> Callable:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..chains import Chain, Stage, finished_fingerprint
 from ..data.datalist import files_of_datalist
+from ..errors import InputError
 from ..files import file_mark, files_mark, folder_mark
 from ..trainers.base_config import BOOKKEEPING
 from . import stages
@@ -27,6 +28,7 @@ __all__ = [
     "finished_fingerprint",
     "fingerprint",
     "run_study",
+    "run_up_to",
     "stages_up_to",
     "study_chain",
 ]
@@ -193,3 +195,17 @@ def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
         InputError: an unknown stage, or one whose inputs are not there (when run alone).
     """
     return study_chain(config).run(config, only)
+
+
+def run_up_to(config: StudyConfig, name: str) -> dict:
+    """Run stage `name` and those it needs, skipping those already done; returns its result.
+
+    Raises:
+        InputError: the config takes that stage's result from `pretrained`.
+    """
+    if name not in enabled_stages(config):
+        raise InputError(
+            f"pretrained={config.pretrained} gives the result of stage {name!r}, so none would be made; take pretrained out of the "
+            "config" + (", or set pretrained_rewards: false." if name == "rewards" else ".")
+        )
+    return run_study(config, stages_up_to(name))

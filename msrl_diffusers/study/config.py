@@ -30,6 +30,7 @@ from .sections import (
 __all__ = ["RL_STAGES", "TRAINER_CONFIGS", "StudyConfig"]
 
 
+SHOW_LESIONS = ("phantoms", "brats2019")  # pictures look for one in each volume; of other data all show the same place
 FRECHET_FEATURES = ("label", "volume", "slice")  # the judges are not among them, nor the reward that watches
 # The seed of these is `rl_seed`.
 RL_STAGES = (
@@ -303,18 +304,13 @@ class StudyConfig:
 
     @property
     def rollout_sampler(self) -> dict:
-        """The sampler of rollouts (the first, where they take several)."""
+        """The sampler of rollouts (the first, where they take several; with noise in all steps, where `sde_window` draws some)."""
         tuning = self.trainer_config(self.method)
         return {
             "num_inference_steps": tuning.num_inference_steps,
             "eta": tuning.etas[0],
             "guidance_scale": tuning.guidance_scale,
         }
-
-    @property
-    def shows_lesions(self) -> bool:
-        """Whether pictures look for a lesion in each volume; else all of them show the same place."""
-        return self.dataset in ("phantoms", "brats2019")
 
     def seed_of(self, stage: str) -> int:
         """The seed of a stage."""

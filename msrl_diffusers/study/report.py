@@ -11,7 +11,7 @@ from ..files import write_json, write_text
 from ..plots import plot_history, plot_scatter, plot_volumes
 from ..processes import device_name
 from .artifacts import load_pipeline, load_reported, load_scores, load_split, load_tuned_pipeline, stages_left_out
-from .config import StudyConfig
+from .config import SHOW_LESIONS, StudyConfig
 from .curve_figure import curve_lines, draw_curve
 
 
@@ -192,8 +192,11 @@ def markdown(content: dict) -> str:
         "",
         *(f"![{name}](figures/{name}.png)" for name in ("comparison", method, "reward_vs_fid")),
         "",
-        "Slices meet where left and right of a volume differ most, which is where a lesion shows.",
-        "",
+        *(
+            ["Slices meet where left and right of a volume differ most, which is where a lesion shows.", ""]
+            if content["dataset"] in SHOW_LESIONS
+            else []
+        ),
         "Not measured here: anatomical correctness by a reader"
         + (", downstream use." if content["downstream"] is None else "."),
         "",
@@ -258,7 +261,7 @@ def _draw(config: StudyConfig, content: dict) -> None:
     shown = {"real": load_split(config, "train"), **arms}
     titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
     rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}
-    plot_volumes(rows, figures / "comparison.png", at_asymmetry=config.shows_lesions)
+    plot_volumes(rows, figures / "comparison.png", at_asymmetry=content["dataset"] in SHOW_LESIONS)
     method = config.method
     plot_history(
         output_dir / method,

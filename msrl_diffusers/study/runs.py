@@ -4,15 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import Busy, InputError
-from ..files import write_json
 from ..processes import process_state
 from .chain import enabled_stages, run_study
 from .config import StudyConfig
+from .outcomes import forget_outcome, record_refusal
 from .side_by_side import Runs, run_side_by_side
 from .variants import FULL, link_finished, shared_stages, variant_config
-
-
-REFUSED = "refused.json"
 
 
 def run_variants(
@@ -57,21 +54,13 @@ def run_configs(
     runs = [(config, shared_stages(config))]
     runs += [(run, enabled_stages(run)) for by_seed in configs.values() for run in by_seed.values()]
     runs = [(run, [stage for stage in stages if only is None or stage in only]) for run, stages in runs]
-    refused = run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
     if process_state().is_main_process:
         for run, _ in runs[1:]:
-            _record_refusal(Path(run.output_dir) / REFUSED, refused.get(run.output_dir))
+            forget_outcome(run)
+    refused = run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
     if config.output_dir in refused:
         raise InputError(refused[config.output_dir])
     return refused
-
-
-def _record_refusal(path: Path, sentence: str | None) -> None:
-    """Write why a run was refused; or remove what an earlier try has left."""
-    if sentence is None:
-        path.unlink(missing_ok=True)
-    else:
-        write_json(path, {"sentence": sentence})
 
 
 def run_in_turn(runs: Runs) -> dict[str, str]:
@@ -91,5 +80,7 @@ def run_in_turn(runs: Runs) -> dict[str, str]:
             refused[config.output_dir] = str(refusal)
             if not made:
                 break
+            if process_state().is_main_process:
+                record_refusal(Path(config.output_dir), str(refusal))
         made.append(config)
     return refused

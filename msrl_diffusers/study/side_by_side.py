@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..errors import Busy, InputError
 from .chain import fingerprint, run_study, study_chain
 from .config import StudyConfig
+from .outcomes import record_refusal
 from .variants import link_finished
 
 
@@ -57,7 +58,10 @@ def run_side_by_side(runs: Runs, num_processes: int) -> dict[str, str]:
                     done.add(number)
                 else:
                     ended |= _dependents(jobs, number) & waiting
-                    refused |= {jobs[each].config.output_dir: sentence for each in ended}
+                    folders = {jobs[each].config.output_dir for each in ended}
+                    refused |= dict.fromkeys(folders, sentence)
+                    for folder in folders - {runs[0][0].output_dir}:  # the first is what all share
+                        record_refusal(Path(folder), sentence)
                 waiting -= ended
                 progress.update(len(ended))
     return {config.output_dir: refused[config.output_dir] for config, _ in runs if config.output_dir in refused}

@@ -1,5 +1,6 @@
 """The stages prepare, extractors, vqgan, diffusion, samplers, trajectories and those of classifiers; others have files of their own."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..errors import InputError
 from ..evaluation.features import extract_features, extractor_identity, hash_tensors
 from ..evaluation.sources import open_source
 from ..files import write_json
+from ..hub.contents import read_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
 from ..pipelines.med_volume import MedVolumePipeline
@@ -28,7 +30,7 @@ from ..trainers.feature_trainer import FeatureTrainer
 from ..trainers.vqgan_trainer import VQGANTrainer
 from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
 from .artifacts import EXTRACTOR_CLASSES, load_extractors, load_pipeline, load_reported, load_split
-from .config import StudyConfig
+from .config import SHOW_LESIONS, StudyConfig
 from .downstream import check_same_kind, run_downstream
 
 
@@ -51,7 +53,7 @@ def prepare(config: StudyConfig) -> dict:
     Raises:
         InputError: a split that later stages could not use (`_check_splits`), or a data set that can't be read.
     """
-    folder, left_out = Path(config.output_dir) / "prepare", 0
+    folder, dataset, left_out = Path(config.output_dir) / "prepare", config.dataset, 0
     if config.dataset == "phantoms":
         for number, split in enumerate(SIDES):
             start = number * config.num_per_class
@@ -62,6 +64,7 @@ def prepare(config: StudyConfig) -> dict:
     elif config.dataset == "prepared":
         for split in SIDES:
             VolumeDataset.load(Path(config.data_dir) / f"{split}.safetensors").save(folder / f"{split}.safetensors")
+        dataset = _prepared_from(Path(config.data_dir) / "summary.json")
     else:
         listing = list_cases(
             config.dataset, config.data_dir,
@@ -73,10 +76,13 @@ def prepare(config: StudyConfig) -> dict:
         left_out = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)["rejected"]
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
+    if config.pretrained:
+        _check_pretrained(config, train)
     if config.downstream:
         _check_classes(train)
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
     return {
+        "dataset": dataset,
         "train": train.class_counts(),
         "heldout": heldout.class_counts(),
         "shape": list(train.pixel_values.shape[1:]),
@@ -84,6 +90,11 @@ def prepare(config: StudyConfig) -> dict:
         "left_out": left_out,
         "fingerprint": hash_tensors({"train": train.pixel_values, "heldout": heldout.pixel_values}.items()),
     }
+
+
+def _prepared_from(summary: Path) -> str:
+    """The data set that `msrl prepare` read, for its terms; where that is not known, only that it was prepared."""
+    return (summary.is_file() and read_json(summary).get("dataset")) or "prepared"
 
 
 def _check_classes(train: VolumeDataset) -> None:
@@ -101,6 +112,24 @@ def _check_splits(train: VolumeDataset, heldout: VolumeDataset) -> None:
                 raise InputError(
                     f"Class {name!r} needs 2 volumes or more in the {side} and has {count}; give more, or another split."
                 )
+
+
+def _check_pretrained(config: StudyConfig, train: VolumeDataset) -> None:
+    """Raise InputError unless the given models are of volumes like these, and have seen none that are held out here: a class is
+    only a number to them, and so is a phantom."""
+    pipeline, scores = load_pipeline(config), Path(config.pretrained) / "scores.json"
+    size = pipeline.unet.config.sample_size * pipeline.vqvae.downsample_factor
+    volumes = torch.empty(0, pipeline.vqvae.config.in_channels, size, size, size)  # such as it makes
+    made = VolumeDataset(volumes, torch.empty(0).long(), [], pipeline.id2label, pipeline.spacing)
+    check_same_kind(train, made, f"The pipeline {config.pretrained}")
+    if not scores.is_file():
+        raise InputError(f"{config.pretrained} has no scores.json; give a folder written by run_study.py --release.")
+    seen = json.loads(scores.read_text())["n"]  # volumes that its reward data were compared with
+    if config.dataset == "phantoms" and seen > len(train):
+        raise InputError(
+            f"{config.pretrained} was trained on {seen} phantoms or more, and with num_per_class={config.num_per_class} the later "
+            f"ones would be held out here; give num_per_class={seen // train.num_classes} or more."
+        )
 
 
 def train_extractors(config: StudyConfig) -> dict:
@@ -166,7 +195,7 @@ def train_diffusion(config: StudyConfig) -> dict:
     plot_volumes(
         {"real": shown.pixel_values, "generated": samples.pixel_values},
         folder / "samples.png",
-        at_asymmetry=config.shows_lesions,
+        at_asymmetry=config.dataset in SHOW_LESIONS,
     )
     return figures
 
@@ -270,7 +299,7 @@ def load_arm(
     """
     if Path(path).suffix == ".safetensors":
         return VolumeDataset.load(path)
-    source = open_source(path, config.image_size, config.field_of_view)
+    source = open_source(path, like.image_size, like.image_size * like.spacing[0])
     labels = {class_name: label for label, class_name in like.id2label.items()}
     unknown = sorted(set(source.class_names or ["none at all"]) - set(labels))
     if unknown:

@@ -56,6 +56,11 @@ def load_pipeline(path: str | Path) -> StableDiffusionPipeline:
     return pipeline.to(process_state().device)
 
 
+def dataset_name(config: TextToImageStudyConfig) -> str:
+    """The data set's name, as cards know it."""
+    return "image_folder" if config.data_dir else "dermoscopy"
+
+
 def place_name(place: str) -> str:
     """A model's name, for reports: that of its folder, or its Hub repository."""
     return Path(place).resolve().name if Path(place).is_dir() else place

@@ -31,7 +31,7 @@ STAGES: dict[str, Stage] = {
     "classifiers": Stage(
         stages.train_classifiers,
         ("data",),
-        ("classifier_models", "classifiers", "trained_classifiers", "mixed_precision", "seed"),
+        ("classifier_models", "classifiers", "mixed_precision", "seed"),
         split=True,
     ),
     "ppo": Stage(
@@ -49,11 +49,11 @@ STAGES: dict[str, Stage] = {
     "augmentation": Stage(
         run_augmentation,
         ("data", "diffusion", "ppo"),
-        ("augmentation", "augmentation_seeds", "classifier_models", "bootstrap_draws", "rl_seed", *_SAMPLING),
+        ("augmentation", "augmentation_seeds", "augmentation_model", "bootstrap_draws", "rl_seed", *_SAMPLING),
         split=True,
     ),
-    "report": Stage(report, ("data", "ppo", "evaluate", "augmentation"), ("enabled_augmentation",)),
+    "report": Stage(report, ("data", "ppo", "evaluate", "augmentation"), ()),
 }  # fmt: skip
 
 
-CHAIN = Chain(STAGES, TextToImageStudyConfig.settings, stages_left_out, ("max_steps",))
+CHAIN = Chain(STAGES, TextToImageStudyConfig.settings, stages_left_out, ("max_steps",), counts_left_out=False)

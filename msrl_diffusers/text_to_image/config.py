@@ -27,6 +27,7 @@ from ..trainers.base_config import (
 )
 from ..trainers.ppo_config import DiffusionPPOConfig
 from ..trainers.text_to_image_config import TextToImageConfig
+from .small import DERIVED
 
 
 TRAINER_CONFIGS = {
@@ -45,6 +46,7 @@ NETWORKS = {
 CLASSIFIERS = ("reward", "judge", "features")
 RL_STAGES = ("ppo", "evaluate", "augmentation", "report")  # the seed of these is `rl_seed`
 SAMPLER = ("num_inference_steps", "eta", "guidance_scale")
+APART = ("reward_classifier", "judge_classifier", "fid_extractor")  # of which no two are one model
 FOLDERS = (  # that a study is given
     "data_dir", "pretrained_model_name_or_path", "reward_classifier", "judge_classifier", "fid_extractor", "image_text_model",
 )  # fmt: skip
@@ -196,16 +198,12 @@ class TextToImageStudyConfig:
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
         check_outputs_apart(self, *FOLDERS)
+        self._check_given()
         self._check_prompts()
         self._check_networks()
         for stage in TRAINER_CONFIGS:
             self.trainer_config(stage)
-        unknown = sorted(set(self.sampler) - set(SAMPLER))
-        if unknown:
-            raise InputError(f"Section 'sampler' has the unknown field {unknown[0]!r}; it may have {list(SAMPLER)}.")
-        eta = self.evaluation_sampler["eta"]
-        if not isinstance(eta, int | float) or not 0 <= eta <= 1:
-            raise InputError(f"Section 'sampler': eta is a number from 0 to 1, got {eta!r}.")
+        self._check_samplers()
         if self.trainer_config("ppo").patience and self.select_by == "last":
             raise InputError(
                 "Section 'ppo': patience counts rollouts since select_by improved; set select_by: heldout_reward."
@@ -280,14 +278,42 @@ class TextToImageStudyConfig:
         for section in TRAINER_CONFIGS:
             trainer = asdict(self.trainer_config(section))
             settings[section] = {key: value for key, value in trainer.items() if key not in BOOKKEEPING}
-        settings["pixels"], settings["trained_classifiers"] = self.pixels, self.trained_classifiers
-        settings["enabled_augmentation"] = bool(self.augmentation)
-        settings["evaluation_sampler"] = self.evaluation_sampler
+        models = self.classifier_models  # two stages read it, each its own roles
+        settings["classifier_models"] = {role: models[role] for role in self.trained_classifiers}
+        settings["augmentation_model"] = models.get("augmentation")
+        settings["pixels"], settings["evaluation_sampler"] = self.pixels, self.evaluation_sampler
         settings["rl_seed"] = self.seed if self.rl_seed is None else self.rl_seed
         for name in FOLDERS:
             place = settings[name]
             settings[name] = folder_mark(place) if place and Path(place).is_dir() else place
         return settings
+
+    def _check_given(self) -> None:
+        found = {}
+        for name in APART:
+            if given := getattr(self, name):
+                place = Path(given).resolve() if Path(given).is_dir() else given
+                if place in found:
+                    raise InputError(
+                        f"{name}={given} is also the {found[place]}, and what judges must be a model of its own; give another, "
+                        "or unset it: then one is trained."
+                    )
+                found[place] = name
+
+    def _check_samplers(self) -> None:
+        guidance = self.trainer_config("ppo").guidance_scale
+        if not 1 <= guidance < float("inf"):
+            raise InputError(f"Section 'ppo': guidance_scale is 1 (none) or more, got {guidance}.")
+        unknown = sorted(set(self.sampler) - set(SAMPLER))
+        if unknown:
+            raise InputError(f"Section 'sampler' has the unknown field {unknown[0]!r}; it may have {list(SAMPLER)}.")
+        steps, eta, guidance = (self.evaluation_sampler[name] for name in SAMPLER)
+        if type(steps) is not int or steps < 1:
+            raise InputError(f"Section 'sampler': num_inference_steps is a whole number above 0, got {steps!r}.")
+        if not isinstance(eta, int | float) or not 0 <= eta <= 1:
+            raise InputError(f"Section 'sampler': eta is a number from 0 to 1, got {eta!r}.")
+        if not isinstance(guidance, int | float) or not 1 <= guidance < float("inf"):
+            raise InputError(f"Section 'sampler': guidance_scale is a number, 1 (none) or more, got {guidance!r}.")
 
     def _check_prompts(self) -> None:
         builder = self.builder  # refuses names that make no prompts
@@ -316,10 +342,11 @@ class TextToImageStudyConfig:
     def _check_networks(self) -> None:
         for section, network in NETWORKS.items():
             known = set(inspect.signature(network).parameters) | ({"attention_levels"} if section == "unet" else set())
+            known -= DERIVED.get(section, set())
             unknown = sorted(set(getattr(self, section)) - known)
             if unknown:
                 raise InputError(
-                    f"Section {section!r} has the unknown field {unknown[0]!r}; {network.__name__} knows "
+                    f"Section {section!r} has the unknown field {unknown[0]!r}; of {network.__name__} it may have "
                     f"{sorted(known)}."
                 )
         roles = [*CLASSIFIERS, "augmentation"]

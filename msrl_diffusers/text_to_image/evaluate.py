@@ -57,6 +57,7 @@ def evaluate(config: TextToImageStudyConfig) -> dict:
             hits[role], prompts, builder.attribute_names, heldout_prompts, config.bootstrap_draws, seed
         )
         figures[role] |= {
+            "architecture": match.model.config.model_type,
             "real": attribute_hits(match, heldout).all(dim=1).double().mean().item(),
             "reconstruction": attribute_hits(match, limit).all(dim=1).double().mean().item(),
         }

@@ -7,7 +7,7 @@ from ..hub import render_card
 from ..models.image_classifiers import load_image_classifier, save_image_classifier
 from ..study.release import forget_places
 from ..study.report import git_commit, versions
-from .artifacts import load_base
+from .artifacts import dataset_name, load_base
 from .config import TextToImageStudyConfig
 
 
@@ -23,6 +23,5 @@ def write_release(config: TextToImageStudyConfig, path: str | Path) -> None:
         model, processor = load_image_classifier(Path(config.output_dir) / "classifiers" / role)
         save_image_classifier(model.half(), processor, path / f"classifier_{role}")
     forget_places(path)
-    dataset = "dermoscopy" if config.data_dir is None else "image_folder"
-    facts = {"dataset": dataset, "seed": config.seed, "commit": commit, "versions": versions()}
+    facts = {"dataset": dataset_name(config), "seed": config.seed, "commit": commit, "versions": versions()}
     write_text(path / "README.md", render_card(facts, path, arm="standard"))

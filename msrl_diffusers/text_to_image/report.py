@@ -9,7 +9,7 @@ from ..evaluation.page import Figure, write_report
 from ..files import write_json
 from ..study.report import git_commit, stage_records, versions
 from ..trainers.lora import LORA_FILE
-from .artifacts import load_base, load_split, place_name, stages_left_out
+from .artifacts import dataset_name, load_base, load_split, place_name, stages_left_out
 from .config import TextToImageStudyConfig
 from .figures import plot_attributes, plot_prompts, plot_rollouts
 
@@ -31,7 +31,7 @@ def report(config: TextToImageStudyConfig) -> dict:
         "kl": results["ppo"]["ppo/kl"],
         "unet_forwards": results["ppo"]["unet_forwards"],
         "training": {name: results[name] for name in ("autoencoder", "diffusion", "classifiers") if name in results},
-        "data": results["data"],
+        "data": {"dataset": dataset_name(config), **results["data"]},
         "dataset": "a folder of images" if config.data_dir else "procedurally drawn dermoscopy-like images",
         "seed": config.seed_of("report"),
         "given": {
@@ -92,8 +92,7 @@ def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
         (
             "Do images show all that their prompt states?",
             "Share of images all of whose attributes a classifier finds as the prompt states them. A gain by the "
-            "reward classifier that the judge, of another architecture and trained on other images, does not confirm "
-            "is over-optimization.",
+            f"reward classifier that the judge{_judge_apart(content)} does not confirm is over-optimization.",
             _match_rows(content),
             Figure(figures["attributes"], "Match rates of attributes before and after, by judge and reward"),
         ),
@@ -112,6 +111,14 @@ def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
             + (f" {', '.join(content['given'])} were given: what they were trained on is not known here." if content["given"] else ""),
         ),
     ]  # fmt: skip
+
+
+def _judge_apart(content: dict) -> str:
+    """What tells the judge from the reward classifier, beside its weights, as far as it is known here."""
+    found, given = content["attribute_match"], {"judge_classifier", "reward_classifier"} & set(content["given"])
+    parts = ["of another architecture"] if found["judge"]["architecture"] != found["reward"]["architecture"] else []
+    parts += [] if given else ["trained on other images"]
+    return f", {' and '.join(parts)}," if parts else ""
 
 
 def _match_rows(content: dict) -> list[list]:
@@ -161,8 +168,9 @@ def _fidelity_blocks(content: dict) -> list:
         rows.append([arm, fid[arm], f"{low:.4g} .. {high:.4g}", fid["kid"][arm], _similarity(diversity[arm])])
     for name, title in (("reconstruction", "autoencoder (limit)"), ("real", "real, training (floor)")):
         if fid[name]:
-            similarity = _similarity(diversity["real"]) if name == "real" else None
-            rows.append([title, fid[name]["value"], f"n = {fid[name]['n']}", None, similarity])
+            rows.append([title, fid[name]["value"], f"n = {fid[name]['n']}", None, None])
+    if diversity["real"]:
+        rows.append(["real, held out", None, None, None, _similarity(diversity["real"])])
     low, high = fid["difference"]["interval"]
     return [
         *blocks,

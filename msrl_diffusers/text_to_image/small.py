@@ -36,6 +36,13 @@ SCHEDULER = {
     "set_alpha_to_one": False,  # else the last step has no noise and an infinite log-probability
     "steps_offset": 1,  # has no effect with trailing spacing; the pipeline knows no other
 }
+DERIVED = {  # arguments that follow from images, prompts and the other networks, and can't be given
+    "text_encoder": {"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"},
+    "vae": {"sample_size", "down_block_types", "up_block_types"},
+    "unet": {
+        "sample_size", "in_channels", "out_channels", "cross_attention_dim", "down_block_types", "up_block_types",
+    },
+}  # fmt: skip
 
 
 def make_tokenizer(prompts: Sequence[str]) -> CLIPTokenizer:

@@ -16,7 +16,7 @@ from ..trainers.attribute_trainer import AttributeTrainer
 from ..trainers.autoencoder_kl_trainer import AutoencoderKLTrainer
 from ..trainers.text_to_image_trainer import TextToImageTrainer
 from ..trainers.tuned_weights import LORA_TARGETS
-from .artifacts import load_base, load_match, load_split, place_name
+from .artifacts import dataset_name, load_base, load_match, load_split, place_name
 from .config import TextToImageStudyConfig
 from .data import make_splits
 from .figures import plot_prompts
@@ -135,6 +135,7 @@ def adapter_facts(config: TextToImageStudyConfig, figures: dict, train_prompts: 
         + ["image-text similarity"] * bool(config.image_text_model),
         "reward_classifier": place_name(classifier) if classifier else config.classifier_models["reward"],
         "prompts": train_prompts,
+        "dataset": dataset_name(config),
         "data": "a folder of images"
         if config.data_dir
         else "procedurally drawn dermoscopy-like images, of no patient",

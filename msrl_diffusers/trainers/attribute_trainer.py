@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics.functional.classification import binary_auroc, multilabel_accuracy, multilabel_exact_match
+from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
 from ..data.image_folder import ImageDataset, check_attributes
@@ -157,16 +157,17 @@ def predict_attributes(model: nn.Module, images: ImageDataset, processor=None, b
 def attribute_metrics(
     probabilities: torch.Tensor, attributes: torch.Tensor, attribute_names: Sequence[str], threshold: float = 0.5
 ) -> dict[str, float]:
-    """Metrics in [0, 1] by torchmetrics, from probabilities `[N, A]` and zeros and ones `[N, A]`.
+    """Metrics in [0, 1], from probabilities `[N, A]` and zeros and ones `[N, A]`.
 
     `accuracy_{name}` and `auc_{name}` (area under the ROC curve) of each attribute, spaces in names written as underscores;
     their means `accuracy` and `auc`; `exact_match`, the share of images with all attributes right. An area is left out
     where all images have the attribute, or none has it.
     """
-    targets, A = attributes.long(), len(attribute_names)
-    # thresholded here: torchmetrics counts a probability at the threshold as absent, and the reward as present
+    targets = attributes.long()
+    # as the reward does: at the threshold an attribute is present; torchmetrics counts it as absent, and takes no single attribute
     seen = (probabilities >= threshold).long()
-    accuracies = multilabel_accuracy(seen, targets, A, average="none").reshape(A).tolist()
+    right = (seen == targets).double()
+    accuracies = right.mean(dim=0).tolist()
     names = [name.replace(" ", "_") for name in attribute_names]
     areas = {
         name: binary_auroc(probabilities[:, column], targets[:, column]).item()
@@ -175,10 +176,10 @@ def attribute_metrics(
     }
     metrics = {f"accuracy_{name}": value for name, value in zip(names, accuracies, strict=True)}
     metrics |= {f"auc_{name}": value for name, value in areas.items()}
-    metrics["accuracy"] = sum(accuracies) / A
+    metrics["accuracy"] = right.mean().item()
     if areas:
         metrics["auc"] = sum(areas.values()) / len(areas)
-    metrics["exact_match"] = multilabel_exact_match(seen, targets, A).item()
+    metrics["exact_match"] = right.all(dim=1).double().mean().item()
     return metrics
 
 

@@ -99,7 +99,8 @@ class TrainingRun:
         return indices[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def resume(self) -> None:
-        """Load the checkpoint that `resume_from_checkpoint` names, if any.
+        """Load the checkpoint that `resume_from_checkpoint` names, if any. Learning rate, weight decay and betas are those of this
+        run's config: who resumes a run that diverged wants a lower rate.
 
         Raises:
             InputError: the named checkpoint does not exist; or none does, none will (`save_steps` is 0), and an earlier run's log
@@ -122,7 +123,7 @@ class TrainingRun:
             path = Path(wanted)
         if not (path / "trainer_state.json").is_file():
             raise InputError(f"{path} is not a checkpoint of this trainer; give 'latest' or a checkpoint-N folder.")
-        self.accelerator.load_state(str(path))
+        self._load_state(path)
         # checkpoints lie between updates; counted on, micro-batches of another size would put updates out of step with rollouts
         self.accelerator.step = 0
         saved = json.loads((path / "trainer_state.json").read_text())
@@ -137,11 +138,37 @@ class TrainingRun:
         self.resumed_from = path.parent
         self.history = read_log(self.resumed_from, up_to=self.step)
 
+    def _load_state(self, path: Path) -> None:
+        """Weights and the moments of optimizers from a checkpoint, their settings from the config."""
+        optimizers = self.accelerator._optimizers
+        schedulers = [each.scheduler for each in self.accelerator._schedulers]
+        settings = [
+            [{name: group[name] for name in ("lr", "betas", "weight_decay")} for group in optimizer.param_groups]
+            for optimizer in optimizers
+        ]
+        rates = [list(scheduler.base_lrs) for scheduler in schedulers]
+        self.accelerator.load_state(str(path))
+        for optimizer, groups in zip(optimizers, settings, strict=True):
+            for group, own in zip(optimizer.param_groups, groups, strict=True):
+                group.update(own)
+        for scheduler, own in zip(schedulers, rates, strict=True):
+            scheduler.base_lrs = own
+            for group, rate, factor in zip(scheduler.optimizer.param_groups, own, scheduler.lr_lambdas, strict=True):
+                group["lr"] = rate * factor(scheduler.last_epoch)
+
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.
 
         History lines of an earlier run past this point are dropped, so the file never holds a step twice.
+
+        Raises:
+            InputError: fewer steps than one update accumulates.
         """
+        if self.args.max_steps < self.args.gradient_accumulation_steps:
+            raise InputError(
+                f"max_steps={self.args.max_steps} is less than gradient_accumulation_steps={self.args.gradient_accumulation_steps}: "
+                "not one update would be made; take more steps, or accumulate fewer."
+            )
         if self.is_main:
             write_log(self.output_dir, self.history)
         self._tell("train_begin", self.step)
@@ -234,7 +261,10 @@ class TrainingRun:
             getattr(self.callbacks, event)(*information)
 
     def finish(self) -> None:
-        """Close the trackers. `Accelerator.end_training` would end the process group too, which the next training needs."""
+        """Close the trackers, and drop gradients that waited for an update: the next training of these weights would add them to
+        its own. `Accelerator.end_training` would end the process group too, which that one needs."""
+        for optimizer in self.accelerator._optimizers:
+            optimizer.optimizer.zero_grad(set_to_none=True)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()

@@ -49,7 +49,8 @@ class TrainingConfig:
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 writes none."})
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest', or the path of a checkpoint folder."}
+        default=None,
+        metadata={"help": "'latest', or the path of a checkpoint folder. Learning rates are those of this command."},
     )
     report_to: str = field(default="tensorboard", metadata={"help": "A tracker of accelerate, or none."})
 

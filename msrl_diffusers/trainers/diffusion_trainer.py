@@ -32,6 +32,7 @@ class LatentDiffusionTrainer:
         accelerator, scheduler = run.accelerator, DDIMScheduler.from_config(self.pipeline.scheduler.config)
         unet = in_fast_memory_format(self.pipeline.unet, args.mixed_precision)
         latents, labels = self._cache_latents(run.device)
+        unet.requires_grad_(True)  # an adapter that was merged leaves all frozen
         optimizer = run.optimizer(unet.parameters())
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)

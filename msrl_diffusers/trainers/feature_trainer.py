@@ -57,7 +57,7 @@ class FeatureTrainer:
     def train(self) -> dict[str, float]:
         """Run the training; returns the last logged figures (accuracy of every head on augmented volumes)."""
         args, run = self.args, TrainingRun(self.args, f"features {type(self.model).__name__}")
-        optimizer = run.optimizer(self.network.parameters())
+        optimizer = run.optimizer(self.network.requires_grad_(True).parameters())
         scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         network, optimizer, scheduler = run.accelerator.prepare(self.network, optimizer, scheduler)
         run.resume()

@@ -86,8 +86,11 @@ class OnlineConfig(TrainingConfig):
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}.")
         for name, limits in (self.watch_limits or {}).items():
-            if not (isinstance(limits, list) and len(limits) == 2):
-                raise InputError(f"watch_limits: {name} needs [low, high], got {limits!r}.")
+            pair = isinstance(limits, list) and len(limits) == 2
+            if not pair or not all(isinstance(limit, int | float) for limit in limits) or not limits[0] <= limits[1]:
+                raise InputError(
+                    f"watch_limits: {name} needs [low, high], two numbers (.inf for no bound), got {limits!r}."
+                )
 
     def check_divisible(self, num_updates: int) -> None:
         """Raise InputError unless a rollout makes `num_updates` equal updates of whole batches."""

@@ -53,8 +53,9 @@ class Scoring:
     def __init__(self, run: TrainingRun, reward: WeightedSum, conditions: Conditions):
         self.run, self.args, self.reward, self.conditions = run, run.args, reward, conditions
         for part in () if reward is None else reward.rewards:
-            if isinstance(getattr(part, "model", None), nn.Module):
-                part.model.to(run.device)
+            for network in (part, getattr(part, "model", None)):
+                if isinstance(network, nn.Module):
+                    network.to(run.device)
         if "scales" in run.state:
             reward.scales = {name: Scale(**scale) for name, scale in run.state["scales"].items()}
 

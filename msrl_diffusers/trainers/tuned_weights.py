@@ -147,7 +147,8 @@ class TunedWeights:
         args = run.args
         self.run, self.args, self.pipeline, self.policy = run, args, pipeline, policy
         self._sharded = run.accelerator.distributed_type == DistributedType.FSDP
-        if self._sharded and (args.use_lora or args.ema_decay is not None):
+        lora = args.use_lora or carried_adapters(pipeline.unet)  # the latter put in by the caller
+        if self._sharded and (lora or args.ema_decay is not None):
             raise InputError("With FSDP all weights are trained, without averages: unset use_lora and ema_decay.")
         self._repository = self._prepare_repository()
         denoiser = pipeline.unet

@@ -14,7 +14,13 @@ class VQGANConfig(TrainingConfig):
         default=1.0,
         metadata={"help": "Gradient norm of the autoencoder is clipped to this; the discriminators' is not."},
     )
-    discriminator_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the discriminators."})
+    discriminator_learning_rate: float = field(
+        default=3e-4,
+        metadata={
+            "help": "Learning rate of the discriminators. Their schedule is as long as the model's and begins with them, so it has "
+            "gone less far at the end."
+        },
+    )
     l1_weight: float = field(default=4.0, metadata={"help": "Weight of the L1 reconstruction loss."})
     l2_weight: float = field(
         default=0.0,

@@ -47,7 +47,7 @@ class VQGANTrainer:
         """Run the training; returns the evaluation's figures."""
         args, run = self.args, TrainingRun(self.args, "vqgan")
         accelerator = run.accelerator
-        optimizer = run.optimizer(self.model.parameters())
+        optimizer = run.optimizer(self.model.requires_grad_(True).parameters())
         d_optimizer = run.optimizer(self.discriminators.parameters(), args.discriminator_learning_rate)
         updates = args.max_steps // args.gradient_accumulation_steps
         scheduler = run.lr_scheduler(optimizer, updates)

@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel`, warmed up, on a device of its own.
 
-    It stays there when it is loaded: accelerate reads checkpoints of such objects to the CPU.
+    It stays there when it is loaded, with its decay: accelerate reads checkpoints of such objects to the CPU.
 
     Args:
         parameters: what is averaged.
@@ -24,5 +24,5 @@ class WeightAverage(EMAModel):
 
     def load_state_dict(self, state_dict: dict) -> None:
         device = self.shadow_params[0].device
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "decay": self.decay})
         self.to(device)
