@@ -258,7 +258,7 @@ def test_the_card_of_an_adapter_of_images(tmp_path):
     card = render_card(None, folder)
     metadata = metadata_of(card, tmp_path)
     assert (metadata["pipeline_tag"], metadata["base_model"]) == ("text-to-image", "somebody/stable-diffusion")
-    assert (metadata["datasets"], metadata["license"]) == (["dermoscopy"], "apache-2.0")
+    assert (metadata["datasets"], metadata["license"]) == (["dermoscopy"], "unknown")  # that of the base
     assert metadata["tags"] == ["msrl_diffusers", "not-for-clinical-use", "lora"]
     assert "Drawn dermoscopy images." in card
     assert "They are in `facts.json`." in card

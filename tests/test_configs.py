@@ -80,6 +80,8 @@ def test_an_unknown_precision_is_refused(config_class):
         (DiffusionPPOConfig, {"adv_clip_max": 0.0}, "adv_clip_max must be positive, got 0.0"),
         (DiffusionPPOConfig, {"max_grad_norm": -1.0}, "max_grad_norm must be positive, got -1.0"),
         (DiffusionPPOConfig, {"lr_scheduler_type": "piecewise_constant"}, "lr_scheduler_type must be one of"),
+        (RewardConfig, {"max_steps": 1, "gradient_accumulation_steps": 2}, "so not one update would be made"),
+        (StudyConfig, {"max_steps": 2, "diffusion": {"gradient_accumulation_steps": 8}}, "so not one update would be made"),
         (DiffusionPPOConfig, {"watch_limits": {"diversity": [0.02, None]}}, r"diversity needs \[low, high\], two numbers"),
         (DiffusionPPOConfig, {"watch_limits": {"diversity": [0, "1e3"]}}, r"diversity needs \[low, high\], two numbers"),
         (DiffusionPPOConfig, {"watch_limits": {"diversity": [2, 1]}}, r"diversity needs \[low, high\], .*, got \[2, 1\]"),

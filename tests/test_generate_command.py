@@ -155,6 +155,16 @@ def test_other_settings_are_refused(model, five, tmp_path, options, message):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_folder_of_volumes_that_do_not_say_their_intensities_are_final_is_refused(model, tmp_path):
+    """Readers would scale these, and not those that came beside them."""
+    out = generate(model, tmp_path / "out", "--num_volumes", "1")
+    record = json.loads((out / "generation.json").read_text())
+    del record["settings"]["intensities"]
+    (out / "generation.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="with intensities None, not final; give another --output_dir"):
+        generate(model, out, "--num_volumes", "2")
+
+
 def test_other_weights_are_refused_and_a_moved_model_is_not(model, tmp_path):
     out = generate(model, tmp_path / "out", "--num_volumes", "1")
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")

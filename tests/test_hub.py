@@ -27,6 +27,7 @@ from msrl_diffusers import (
 )
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.hub import NO_AUDIT, inspect_folder, push_folder
+from msrl_diffusers.hub.contents import shared_json
 from msrl_diffusers.pipelines.remote_code import plain_index, remote_index
 
 
@@ -265,6 +266,10 @@ def test_a_lora_adapter_saved_by_peft(hub, tmp_path, given):
     settings["base_model_name_or_path"] = str(tmp_path / "unet")  # as peft writes it of models of transformers
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     push_folder(tmp_path / "adapter", "somebody/adapter", without_audit=True, base_model=NAME)
+    for place in ("outputs/study/pipeline_standard/unet", "./unet", "~/unet"):
+        assert shared_json("adapter_config.json", {"base_model_name_or_path": place, "r": 2}) == {"r": 2}
+    named = {"base_model_name_or_path": NAME}
+    assert shared_json("adapter_config.json", named) == named
     assert not any(str(tmp_path).encode() in content for content in stored(hub, "somebody/adapter").values())
     card = stored(hub, "somebody/adapter")["README.md"].decode()
     assert "More Information Needed" not in card

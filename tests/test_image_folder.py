@@ -170,8 +170,7 @@ def test_a_changed_table_is_read_again(tmp_path):
     ],
 )  # fmt: skip
 def test_missing_columns(tmp_path, header, sentence):
-    rows = [row.replace(",", ";") if ";" in header else row for row in four_rows()]
-    message = failure(write_folder(tmp_path, rows, header))
+    message = failure(write_folder(tmp_path, header=header))
     assert message.startswith(f"{tmp_path / 'metadata.csv'} ")
     assert sentence in message
 

@@ -171,6 +171,12 @@ def test_metadata_may_have_a_default():
     torch.testing.assert_close(checked(reward, samples, ["a", "b"]), samples.flatten(1).mean(dim=1) / 2 + 0.5)
 
 
+def test_what_takes_samples_gets_samples_whatever_else_it_may_take():
+    samples = torch.rand(2, 3, 4, 4) * 2 - 1
+    reward = as_reward(lambda samples, conditions, metadata=None: samples.flatten(1).mean(dim=1))
+    torch.testing.assert_close(checked(reward, samples, ["a", "b"]), samples.flatten(1).mean(dim=1))
+
+
 def test_a_function_without_metadata_that_answers_in_the_ddpo_form_is_refused():
     reward = as_reward(lambda images, prompts: (images.flatten(1).mean(dim=1), {}))
     with pytest.raises(

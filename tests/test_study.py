@@ -334,6 +334,7 @@ def test_a_release_of_other_volumes_is_refused(finished, tmp_path):
         InputError, match=r"was trained on 8 phantoms or more, and with num_per_class=2 .* give num_per_class=4"
     ):
         run_study(settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2), ["prepare"])
+    run_study(settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2, data_seed=5), ["prepare"])
     (release / "scores.json").unlink()
     with pytest.raises(
         InputError, match=r"release has no scores\.json; give a folder written by run_study.py --release"

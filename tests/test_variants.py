@@ -127,10 +127,14 @@ def test_runs_side_by_side(tmp_path):
         folder = tmp_path / f"full-seed{seed}"
         assert (folder / "validity" / "stage.json").is_file()
         assert "a policy would game it" in outcome(folder)
-        assert not (folder / "report.json").exists()  # which was of other settings
+        (folder / "refused.json").rename(folder / "kept.json")
+        assert outcome(folder) is None  # the report is of other settings
+        (folder / "kept.json").rename(folder / "refused.json")
     again = {FULL: {seed: variant_config(strict, FULL, seed) for seed in (0, 1)}}
     assert runs_module.run_configs(strict, again, only=["prepare"]) == {}
     assert not list(tmp_path.glob("*/refused.json"))
+    run_variants(config, [0, 1], QUICK, jobs=2)
+    assert [outcome(tmp_path / f"full-seed{seed}")["seed"] for seed in (0, 1)] == [0, 1]
 
 
 def test_a_refusal_outlasts_a_batch_that_is_killed(monkeypatch, tmp_path):

@@ -69,9 +69,9 @@ def chosen_rows(rewards: torch.Tensor, count: int, seed: int) -> dict[str, list[
     return {"best": [order[:count]], "random": draws, "worst": [order[-count:]]}
 
 
-def measure(config: StudyConfig, sampler: dict, shares: list[float], seed: int) -> dict:
-    """Distances by class, share, choice and extractor."""
-    train, extractors = load_split(config, "train"), load_extractors(config)
+def measure(config: StudyConfig, train: VolumeDataset, sampler: dict, shares: list[float], seed: int) -> dict:
+    """Distances to `train` by class, share, choice and extractor."""
+    extractors = load_extractors(config)
     samples = sample_with(load_pipeline(config), train, sampler, config, fold_seed(seed, "selection"))
     rewards, rows = rewards_of(config, samples), []
     features = {
@@ -143,14 +143,16 @@ def main() -> None:
     parser.add_argument("--output_dir", default="outputs/selection", help="folder of the prepared volumes")
     parser.add_argument("--output", type=Path, default=Path("outputs/selection.json"))
     args = parser.parse_args()
-    changes = {"num_per_class": args.num_per_class} if args.num_per_class else {}
-    config = StudyConfig(**{**read_study(args.config), "output_dir": args.output_dir, **changes})
+    config = StudyConfig(**{**read_study(args.config), "output_dir": args.output_dir})
     if not (config.pretrained and config.pretrained_rewards):
         raise InputError(f"{args.config} names no release whose rewards could be tried: set pretrained.")
     started = time.monotonic()
     run_study(config, ["prepare"])
     sampler = {name: getattr(args, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
-    measured = measure(config, sampler, args.shares, args.seed)
+    train = load_split(config, "train")
+    if args.num_per_class:
+        train = train.take_per_class(args.num_per_class)
+    measured = measure(config, train, sampler, args.shares, args.seed)
     content = {
         "what": "Frechet distance of the samples that the rewards like best",
         "seed": args.seed,

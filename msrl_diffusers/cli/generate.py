@@ -215,6 +215,7 @@ def _settings(pipeline: MedVolumePipeline, classes: Sequence[int], args: Generat
         "seed": args.seed,
         "dtype": args.dtype,
         "spacing": pipeline.spacing,
+        "intensities": "final",  # earlier versions did not mark them so, and readers would scale half of a folder
     }
     return json.loads(json.dumps(settings))  # as it will be read
 

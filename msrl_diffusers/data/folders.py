@@ -74,7 +74,8 @@ def read_table(path: Path, delimiters: str = ",;\t") -> list[dict[str, str]]:
         delimiter = max(delimiters, key=text.partition("\n")[0].count)
         reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, restval="")
         for row in reader:
-            if any(cell.strip() for cell in row.pop(None, [])):
+            surplus = row.pop(None, [])
+            if any(cell.strip() for cell in surplus) and len(row) > 1:  # of one column the delimiter may be another
                 raise InputError(
                     f"{path}, line {reader.line_num} has more cells than the header; quote cells that hold {delimiter!r}."
                 )

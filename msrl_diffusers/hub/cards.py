@@ -235,7 +235,10 @@ def _values(
     task, base_model = _task(contents, facts), stated["base_model"] or facts.get("base_model")
     on_hub = stated["base_model"] or "/" in (base_model or "")  # a study names a folder by its last part
     of_images = "attribute_match" in report  # a text-to-image study's
-    license = stated["license"] or ("apache-2.0" if dataset in COMPUTED else "unknown")  # an id of the Hub's
+    own_base = not facts.get("base_model") and "pretrained_model_name_or_path" not in report.get("given", {})
+    license = stated["license"] or (
+        "apache-2.0" if dataset in COMPUTED and own_base else "unknown"
+    )  # an id of the Hub's
     generates = contents.kind != "model" or contents.class_name in GENERATORS
     return {
         "name": name or contents.folder.resolve().name,

@@ -137,8 +137,10 @@ def shared_json(name: str, content: dict) -> dict:
 
 
 def is_local(place: object) -> bool:
-    """Whether this names a place on a machine, and no repository."""
-    return isinstance(place, str) and Path(place).is_absolute()
+    """Whether this names a place on a machine, and no repository, `OWNER/NAME` or `NAME`."""
+    return isinstance(place, str) and (
+        place.startswith((".", "~", "/")) or place.count("/") > 1 or Path(place).is_dir()
+    )
 
 
 def _last(name: str) -> str:

@@ -86,7 +86,8 @@ def as_reward(source: Reward | nn.Module | Callable | str) -> Reward:
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    ddpo = len(required) == DDPO_ARGUMENTS or "metadata" in parameters  # which may have a default
+    # metadata may have a default; but what names its first argument as a reward does wants what a reward gets
+    ddpo = len(required) == DDPO_ARGUMENTS or ("metadata" in parameters and next(iter(parameters)) != "samples")
     return (DDPOReward if ddpo else FunctionReward)(name, source)
 
 

@@ -1,6 +1,6 @@
 """StudyConfig: one study, as its YAML file states it."""
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 
 from ..data.cases import LOADERS
@@ -332,10 +332,12 @@ class StudyConfig:
         settings["output_dir"] = str(Path(self.output_dir) / stage / (name or ""))
         settings["resume_from_checkpoint"] = resumed(settings)
         config = make_trainer_config(stage, settings)
-        for name in ("max_steps", "pretrain_steps"):
-            if self.max_steps is not None and getattr(config, name, None) is not None:
-                setattr(config, name, min(getattr(config, name), self.max_steps))
-        return config
+        if self.max_steps is None:
+            return config
+        steps = {name: getattr(config, name, None) for name in ("max_steps", "pretrain_steps")}
+        return replace(
+            config, **{name: min(value, self.max_steps) for name, value in steps.items() if value is not None}
+        )
 
     def changed(self, *names: str) -> tuple[str, ...]:
         """Which of these fields differ from their defaults."""

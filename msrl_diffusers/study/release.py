@@ -28,7 +28,8 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     for role, model in load_extractors(config).items():
         model.half().save_pretrained(path / f"extractor_{role}")
     forget_places(path)
-    write_json(path / "scores.json", {**load_scores(config), **load_samplers(config)})
+    scores = {**load_scores(config), **load_samplers(config), "data_seed": config.data_seed}
+    write_json(path / "scores.json", scores)
     facts = {
         "dataset": config.dataset,
         "data": prepared,

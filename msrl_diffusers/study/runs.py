@@ -7,7 +7,7 @@ from ..errors import Busy, InputError
 from ..processes import process_state
 from .chain import enabled_stages, run_study
 from .config import StudyConfig
-from .outcomes import forget_outcome, record_refusal
+from .outcomes import expect, record_refusal
 from .side_by_side import Runs, run_side_by_side
 from .variants import FULL, link_finished, shared_stages, variant_config
 
@@ -56,7 +56,7 @@ def run_configs(
     runs = [(run, [stage for stage in stages if only is None or stage in only]) for run, stages in runs]
     if process_state().is_main_process:
         for run, _ in runs[1:]:
-            forget_outcome(run)
+            expect(run)
     refused = run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
     if config.output_dir in refused:
         raise InputError(refused[config.output_dir])

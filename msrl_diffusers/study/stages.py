@@ -124,11 +124,12 @@ def _check_pretrained(config: StudyConfig, train: VolumeDataset) -> None:
     check_same_kind(train, made, f"The pipeline {config.pretrained}")
     if not scores.is_file():
         raise InputError(f"{config.pretrained} has no scores.json; give a folder written by run_study.py --release.")
-    seen = json.loads(scores.read_text())["n"]  # volumes that its reward data were compared with
-    if config.dataset == "phantoms" and seen > len(train):
+    known = json.loads(scores.read_text())
+    same_phantoms = config.dataset == "phantoms" and known.get("data_seed", 0) == config.data_seed
+    if same_phantoms and known["n"] > len(train):  # n: volumes that its reward data were compared with
         raise InputError(
-            f"{config.pretrained} was trained on {seen} phantoms or more, and with num_per_class={config.num_per_class} the later "
-            f"ones would be held out here; give num_per_class={seen // train.num_classes} or more."
+            f"{config.pretrained} was trained on {known['n']} phantoms or more, and with num_per_class={config.num_per_class} the "
+            f"later ones would be held out here; give num_per_class={known['n'] // train.num_classes} or more, or another data_seed."
         )
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -268,9 +268,7 @@ class TextToImageStudyConfig:
                 f"{sorted(config_class.__dataclass_fields__)}."
             )
         config = config_class(**settings)
-        if self.max_steps is not None:
-            config.max_steps = min(config.max_steps, self.max_steps)
-        return config
+        return config if self.max_steps is None else replace(config, max_steps=min(config.max_steps, self.max_steps))
 
     def settings(self) -> dict:
         """All settings that results depend on: trainers with their defaults, given folders by their contents."""

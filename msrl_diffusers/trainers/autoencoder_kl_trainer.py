@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from ..data.image_folder import ImageDataset
 from ..seeding import batch_indices, generator_for
 from .autoencoder_kl_config import AutoencoderKLConfig
-from .base import TrainingRun, in_fast_memory_format
+from .base import TrainingRun, in_fast_memory_format, thaw
 from .vqgan_trainer import psnr
 
 
@@ -33,6 +33,7 @@ class AutoencoderKLTrainer:
         """Run the training; returns the evaluation's figures."""
         args, run = self.args, TrainingRun(self.args, "autoencoder")
         accelerator = run.accelerator
+        thaw(self.model)
         optimizer = run.optimizer(self.model.parameters())
         scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         network, optimizer, scheduler = accelerator.prepare(_Reconstruction(self.model), optimizer, scheduler)

@@ -160,15 +160,7 @@ class TrainingRun:
         """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.
 
         History lines of an earlier run past this point are dropped, so the file never holds a step twice.
-
-        Raises:
-            InputError: fewer steps than one update accumulates.
         """
-        if self.args.max_steps < self.args.gradient_accumulation_steps:
-            raise InputError(
-                f"max_steps={self.args.max_steps} is less than gradient_accumulation_steps={self.args.gradient_accumulation_steps}: "
-                "not one update would be made; take more steps, or accumulate fewer."
-            )
         if self.is_main:
             write_log(self.output_dir, self.history)
         self._tell("train_begin", self.step)
@@ -307,6 +299,15 @@ def read_log(output_dir: str | Path, up_to: int | None = None) -> list[dict]:
 def write_log(output_dir: str | Path, lines: list[dict]) -> None:
     """Replace `log.jsonl`."""
     write_text(Path(output_dir) / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def thaw(module: torch.nn.Module) -> bool:
+    """Let all weights be trained where none may be, as an adapter that was merged leaves a denoiser; where some may, these alone are
+    trained. Whether all were frozen."""
+    frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    if frozen:
+        module.requires_grad_(True)
+    return frozen
 
 
 def in_fast_memory_format(module: torch.nn.Module, mixed_precision: str) -> torch.nn.Module:

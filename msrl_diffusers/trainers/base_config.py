@@ -62,6 +62,11 @@ class TrainingConfig:
             check_positive(self, name)
         for name in ("save_steps", "warmup_steps"):
             check_not_negative(self, name)
+        if self.max_steps < self.gradient_accumulation_steps:
+            raise InputError(
+                f"{type(self).__name__}: max_steps={self.max_steps} is less than gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}, so not one update would be made; take more steps, or accumulate fewer."
+            )
         check_choice(self, "lr_scheduler_type", LR_SCHEDULERS)
         check_choice(self, "report_to", ("none", *(tracker.value for tracker in LoggerType)))
         check_choice(self, "mixed_precision", PRECISIONS)

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from ..data.volumes import VolumeDataset
 from ..pipelines.med_volume import MedVolumePipeline
 from ..seeding import batch_indices, generator_for
-from .base import TrainingRun, in_fast_memory_format
+from .base import TrainingRun, in_fast_memory_format, thaw
 from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .diffusion_config import LatentDiffusionConfig
 from .weight_average import WeightAverage
@@ -32,7 +32,7 @@ class LatentDiffusionTrainer:
         accelerator, scheduler = run.accelerator, DDIMScheduler.from_config(self.pipeline.scheduler.config)
         unet = in_fast_memory_format(self.pipeline.unet, args.mixed_precision)
         latents, labels = self._cache_latents(run.device)
-        unet.requires_grad_(True)  # an adapter that was merged leaves all frozen
+        thaw(unet)
         optimizer = run.optimizer(unet.parameters())
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)

@@ -14,7 +14,7 @@ from ..data.degradations import DEGRADATIONS
 from ..data.volumes import VolumeDataset
 from ..seeding import batch_indices, generator_for
 from .augmentation import augment_volumes, degrade_some
-from .base import TrainingRun, in_fast_memory_format
+from .base import TrainingRun, in_fast_memory_format, thaw
 from .feature_config import FeatureConfig
 
 
@@ -57,7 +57,8 @@ class FeatureTrainer:
     def train(self) -> dict[str, float]:
         """Run the training; returns the last logged figures (accuracy of every head on augmented volumes)."""
         args, run = self.args, TrainingRun(self.args, f"features {type(self.model).__name__}")
-        optimizer = run.optimizer(self.network.requires_grad_(True).parameters())
+        thaw(self.model)
+        optimizer = run.optimizer(self.network.parameters())
         scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         network, optimizer, scheduler = run.accelerator.prepare(self.network, optimizer, scheduler)
         run.resume()

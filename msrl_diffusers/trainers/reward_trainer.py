@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..models.reward_models import SliceRewardModel, is_conditional, pessimistic_score, scores_of
 from ..seeding import batch_indices, fold_seed, generator_for
 from .augmentation import augment_volumes, draw_slices
-from .base import TrainingRun, in_fast_memory_format
+from .base import TrainingRun, in_fast_memory_format, thaw
 from .reward_config import RewardConfig
 
 
@@ -170,9 +170,7 @@ class RewardTrainer:
     def train(self) -> dict[str, float]:
         """Run the training; returns the figures of `evaluate()`."""
         args, run = self.args, TrainingRun(self.args, f"reward {type(self.model).__name__}")
-        frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
-        if frozen:
-            self.model.requires_grad_(True)
+        frozen = thaw(self.model)
         optimizer = run.optimizer(self.model.parameters())
         scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         model, optimizer, scheduler = run.accelerator.prepare(self.model, optimizer, scheduler)

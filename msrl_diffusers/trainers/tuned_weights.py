@@ -20,7 +20,7 @@ from ..policies import DenoisingPolicy, make_policy
 from ..precision import resolve_precision
 from ..processes import process_state
 from ..seeding import fold_seed
-from .base import TrainingRun, in_fast_memory_format
+from .base import TrainingRun, in_fast_memory_format, thaw
 from .lora import merge_lora
 from .online_config import OnlineConfig
 from .weight_average import WeightAverage
@@ -92,8 +92,8 @@ def tunable_policy(pipeline, args: OnlineConfig) -> DenoisingPolicy:
             raise InputError(
                 f"The denoiser carries the LoRA adapter {names}, which the reference that training is held to would lack; {REMEDY}."
             )
-    elif not any(value.requires_grad for value in pipeline.unet.parameters()):
-        pipeline.unet.requires_grad_(True)
+    else:
+        thaw(pipeline.unet)
     check_precision(pipeline.unet, args.mixed_precision)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()

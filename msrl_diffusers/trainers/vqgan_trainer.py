@@ -17,7 +17,7 @@ from ..data.volumes import VolumeDataset
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.layers import Conv3d
 from ..seeding import batch_indices, generator_for
-from .base import TrainingRun, in_fast_memory_format
+from .base import TrainingRun, in_fast_memory_format, thaw
 from .vqgan_config import VQGANConfig
 
 
@@ -47,7 +47,8 @@ class VQGANTrainer:
         """Run the training; returns the evaluation's figures."""
         args, run = self.args, TrainingRun(self.args, "vqgan")
         accelerator = run.accelerator
-        optimizer = run.optimizer(self.model.requires_grad_(True).parameters())
+        thaw(self.model)
+        optimizer = run.optimizer(self.model.parameters())
         d_optimizer = run.optimizer(self.discriminators.parameters(), args.discriminator_learning_rate)
         updates = args.max_steps // args.gradient_accumulation_steps
         scheduler = run.lr_scheduler(optimizer, updates)
