@@ -23,12 +23,14 @@ def test_a_fingerprint_follows_what_a_stage_depends_on(tmp_path):
         "target_map": {"score", "rewards", "validity", "ppo", "evaluate", "downstream", "report"},
         "bootstrap_draws": {"evaluate", "baseline_downstream", "downstream", "report"},
         "downstream": {"baseline_downstream", "downstream", "report"},
+        "sampling_batch_size": set(),  # what is tuned for memory costs nothing that is done
         "output_dir": set(),
     }
     values = {
         "num_per_class": 5,
         "unet": {"dropout": 0.1},
         "target_map": "rank",
+        "sampling_batch_size": 3,
         "bootstrap_draws": 3,
         "downstream": {"widen_factor": 0.125},
     }

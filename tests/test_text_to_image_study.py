@@ -231,6 +231,7 @@ def test_other_settings_run_what_depends_on_them_again(finished):
         "rl_seed": (3, from_ppo_on),
         "num_samples_per_prompt": (3, ["evaluate", "report"]),
         "augmentation_seeds": ([1], ["augmentation", "report"]),
+        "sampling_batch_size": (3, []),
         "num_per_prompt": (3, list(STAGES)),
         "unet": ({"norm_num_groups": 2}, ["diffusion", *from_ppo_on]),
         "classifier_models": ({**models, "judge": VIT}, ["classifiers", *from_ppo_on]),

@@ -33,7 +33,7 @@ __all__ = [
     "study_chain",
 ]
 
-_SAMPLING = ("sampling_batch_size", "mixed_precision", "seed")
+_SAMPLING = ("mixed_precision", "seed")  # by how many at once tells in the rounding alone
 _COMMON = ("max_steps", "pretrained", "pretrained_rewards")
 
 

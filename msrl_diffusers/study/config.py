@@ -173,7 +173,9 @@ class StudyConfig:
             "help": "{name: folder or .safetensors}: samples of other policies, on which rewards are checked too."
         },
     )
-    sampling_batch_size: int = field(default=32, metadata={"help": "Volumes sampled at once."})
+    sampling_batch_size: int = field(
+        default=32, metadata={"help": "Volumes sampled at once; with another number what is done stays."}
+    )
     samplers: list[dict] = field(
         default_factory=lambda: [
             {"num_inference_steps": 10, "eta": 0.0},

@@ -9,7 +9,7 @@ from .evaluate import evaluate
 from .report import report
 
 
-_SAMPLING = ("evaluation_sampler", "sampling_batch_size", "mixed_precision")
+_SAMPLING = ("evaluation_sampler", "mixed_precision")  # by how many at once tells in the rounding alone
 _PROMPTS = ("diagnoses", "artifacts")
 _REWARD = ("reward_classifier", "judge_classifier", "image_text_model")
 STAGES: dict[str, Stage] = {

@@ -175,7 +175,9 @@ class TextToImageStudyConfig:
     sampler: dict = field(
         default_factory=dict, metadata={"help": f"Of the evaluation: {', '.join(SAMPLER)}; the rollouts' if unset."}
     )
-    sampling_batch_size: int = field(default=32, metadata={"help": "Images sampled at once."})
+    sampling_batch_size: int = field(
+        default=32, metadata={"help": "Images sampled at once; with another number what is done stays."}
+    )
     bootstrap_draws: int = field(
         default=1000,
         metadata={"help": "Bootstrap draws of the intervals; of distances at most 200, of augmentation at most 300."},
