@@ -7,7 +7,7 @@ from ..errors import Busy, InputError
 from ..processes import process_state
 from .chain import enabled_stages, run_study
 from .config import StudyConfig
-from .outcomes import expect, record_refusal
+from .outcomes import begin_run, end_run, record_refusal
 from .side_by_side import Runs, run_side_by_side
 from .variants import FULL, link_finished, shared_stages, variant_config
 
@@ -56,10 +56,14 @@ def run_configs(
     runs = [(run, [stage for stage in stages if only is None or stage in only]) for run, stages in runs]
     if process_state().is_main_process:
         for run, _ in runs[1:]:
-            expect(run)
+            begin_run(run)
     refused = run_side_by_side(runs, jobs) if jobs > 1 else run_in_turn(runs)
     if config.output_dir in refused:
         raise InputError(refused[config.output_dir])
+    if process_state().is_main_process:
+        for run, stages in runs[1:]:
+            if "report" in stages and run.output_dir not in refused:
+                end_run(run)
     return refused
 
 
