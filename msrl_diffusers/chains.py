@@ -1,9 +1,8 @@
 """Chains of stages: each with its own folder and fingerprint, skipped when done, resumed when killed.
 
 A stage writes into `output_dir/<name>/`; its result, its seconds (null where it was interrupted and went on: nobody measured
-those before) and its fingerprint are `stage.json` there. The fingerprint
-hashes all that the result depends on: settings and the stages it reads. A stage whose folder has the right one is not
-run again.
+those before) and its fingerprint are `stage.json` there. The fingerprint hashes all that the result depends on: settings and
+the stages it reads. A stage whose folder has the right one is not run again.
 """
 
 import contextlib

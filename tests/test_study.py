@@ -6,22 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from layouts import write_brats
-from tiny import copied, differing, settings_with, tiny_study
+from tiny import copied, differing, settings_with
 
 from msrl_diffusers import (
     MedVolumePipeline,
     StudyConfig,
     VolumeDataset,
-    VolumeProcessor,
     VolumeRewardModel,
-    load_phantoms,
     run_study,
     write_phantoms,
 )
-from msrl_diffusers.data.cases import list_cases
-from msrl_diffusers.data.preparation import prepare_cases
-from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
@@ -384,76 +378,6 @@ def test_scripts_of_one_stage_share_their_results_with_the_study(tmp_path):
     for section in ("extractors", "vqgan", "diffusion", "rewards", "ppo", "downstream"):
         script = parse_study(section, CPU_CONFIG, [])
         assert fingerprint(script, section) == fingerprint(study, section), section
-
-
-def test_prepare_from_a_folder_of_images(tmp_path):
-    write_phantoms(tmp_path / "data", 4, image_size=16)
-    config = settings_with(
-        tmp_path / "out", dataset="nifti_folder", data_dir=str(tmp_path / "data"), holdout_fraction=0.5,
-        label_column="grade",
-    )  # fmt: skip
-    result = run_study(config, ["prepare"])
-    assert result["train"] == result["heldout"] == {"HGG": 2, "LGG": 2}
-    assert result["shape"] == [1, 16, 16, 16]
-
-
-def test_a_study_of_one_class(tmp_path):
-    """Brains of which nothing is known."""
-    write_phantoms(tmp_path / "data", 3, image_size=16)
-    settings = tiny_study() | {
-        "dataset": "nifti_folder", "data_dir": str(tmp_path / "data"), "holdout_fraction": 0.5,
-        "conditional_rewards": True, "label_column": "none",
-    }  # fmt: skip
-    with pytest.raises(InputError, match="'downstream' trains classifiers, and these data have one class; remove it"):
-        run_study(StudyConfig(output_dir=str(tmp_path / "out"), **settings))
-    settings.pop("downstream")
-    run_study(StudyConfig(output_dir=str(tmp_path / "out"), **settings))
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["n"] == {"all": 3, "unlabelled": 3}
-    pipe = MedVolumePipeline.from_pretrained(tmp_path / "out" / "pipeline_rl")
-    assert pipe("unlabelled", num_inference_steps=2, output_type="pt").volumes.shape == (1, 1, 16, 16, 16)
-
-
-def test_a_study_runs_from_a_prepared_cache(tmp_path):
-    """With two modalities as channels."""
-    write_brats(tmp_path / "data", per_class=4)
-    listing = list_cases("brats2019", tmp_path / "data", modality=["t1ce", "flair"])
-    prepare_cases(listing, VolumeProcessor(16), SplitPlan(0.5), tmp_path / "cache")
-    config = settings_with(tmp_path / "out", dataset="prepared", data_dir=str(tmp_path / "cache"))
-    result = run_study(config, ["prepare"])
-    assert (result["train"], result["shape"]) == ({"HGG": 2, "LGG": 2}, [2, 16, 16, 16])
-    assert result["dataset"] == "brats2019"
-    run_study(config, stages_up_to("diffusion"))
-    pipeline = MedVolumePipeline.from_pretrained(tmp_path / "out" / "diffusion" / "pipeline")
-    assert pipeline("LGG", 2).volumes.shape == (1, 2, 16, 16, 16)
-    summary = tmp_path / "cache" / "summary.json"
-    summary.write_text(summary.read_text().replace('"dataset": "brats2019"', '"dataset": null'))
-    assert run_study(config, ["prepare"])["dataset"] == "prepared"  # as of what was prepared before summaries said it
-    missing = settings_with(tmp_path / "no", dataset="prepared", data_dir=str(tmp_path / "data"))
-    with pytest.raises(InputError, match=r"train\.safetensors can't be read as prepared volumes"):
-        run_study(missing, ["prepare"])
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda train, heldout: train, "4 subjects are in the training set and in the hold-out"),
-        (lambda train, heldout: heldout.take_per_class(1), "Class 'HGG' needs 2 volumes or more in the hold-out and has 1"),
-        (lambda train, heldout: replace(heldout, pixel_values=heldout.pixel_values[..., :8]), "The hold-out has volumes of shape"),
-        (lambda train, heldout: replace(heldout, id2label={0: "LGG", 1: "HGG"}), "The hold-out has classes"),
-        (lambda train, heldout: replace(heldout, spacing=(1.0, 1.0, 1.0)), "The hold-out has voxels of"),
-    ],
-    ids=["leak", "few", "shape", "classes", "spacing"],
-)  # fmt: skip
-def test_a_split_that_later_stages_can_not_use_is_refused_at_once(change, sentence, tmp_path):
-    train, heldout = load_phantoms(2, 16), load_phantoms(2, 16, first_index=2)
-    train.save(tmp_path / "cache" / "train.safetensors")
-    change(train, heldout).save(tmp_path / "cache" / "heldout.safetensors")
-    config = settings_with(tmp_path / "out", dataset="prepared", data_dir=str(tmp_path / "cache"))
-    with pytest.raises(InputError, match=sentence):
-        run_study(config, ["prepare"])
-    heldout.save(tmp_path / "cache" / "heldout.safetensors")
-    assert run_study(config, ["prepare"])["heldout"] == {"HGG": 2, "LGG": 2}
 
 
 def test_reward_models_are_ready_to_score(finished):

@@ -6,6 +6,7 @@ from diffusers import StableDiffusionPipeline
 from msrl_diffusers.data.dermoscopy import load_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset
 from msrl_diffusers.data.prompts import PromptBuilder
+from msrl_diffusers.text_to_image import TextToImageStudyConfig
 from msrl_diffusers.text_to_image.small import make_autoencoder, make_stable_diffusion
 
 
@@ -65,3 +66,8 @@ def tiny_text_to_image_study() -> dict:
         "augmentation": quiet,
         "augmentation_seeds": [0],
     }  # fmt: skip
+
+
+def config(folder, **changes) -> TextToImageStudyConfig:
+    """The study of these fields."""
+    return TextToImageStudyConfig(**{**tiny_text_to_image_study(), "output_dir": str(folder), **changes})

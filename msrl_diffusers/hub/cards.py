@@ -105,7 +105,7 @@ def render_card(
         arm: which one of the report's the folder holds, `"rl"` or `"standard"`. By default told from the names
             `pipeline_rl` and `pipeline_standard`.
         name: repository or folder it is loaded from; the folder's name by default.
-        license: of the weights; by default Apache-2.0 where the data were computed and `unknown` elsewhere.
+        license: of the weights; by default Apache-2.0 where the data were computed and no other model was the base, else `unknown`.
         data_terms: a sentence on the terms of the training data.
         base_model: Hub repository that was fine-tuned or that an adapter belongs to.
 
@@ -236,9 +236,7 @@ def _values(
     on_hub = stated["base_model"] or "/" in (base_model or "")  # a study names a folder by its last part
     of_images = "attribute_match" in report  # a text-to-image study's
     own_base = not facts.get("base_model") and "pretrained_model_name_or_path" not in report.get("given", {})
-    license = stated["license"] or (
-        "apache-2.0" if dataset in COMPUTED and own_base else "unknown"
-    )  # an id of the Hub's
+    known = "apache-2.0" if dataset in COMPUTED and own_base else "unknown"  # ids of the Hub's
     generates = contents.kind != "model" or contents.class_name in GENERATORS
     return {
         "name": name or contents.folder.resolve().name,
@@ -270,7 +268,7 @@ def _values(
         "report": report,
         "memorization": find_memorization(source, arm),
         "no_audit": NO_AUDIT,
-        "license": license,
+        "license": stated["license"] or known,
         "base_model": base_model if on_hub else None,
         "base_folder": None if on_hub else base_model,
     }  # fmt: skip
