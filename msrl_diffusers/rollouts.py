@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .errors import InputError
 from .functional.denoising import StepMoments, ddim_moments, ddim_std, gaussian_log_prob
+from .pipelines.schedulers import space_timesteps
 from .policies.base import Conditioning, DenoisingPolicy
 
 
@@ -42,8 +43,7 @@ class StepTable:
                 f"Rollouts need the DDIM transition; {type(scheduler).__name__} has none. "
                 "Use DDIMScheduler.from_config(pipeline.scheduler.config)."
             )
-        scheduler.set_timesteps(num_inference_steps)
-        timesteps = scheduler.timesteps.cpu()
+        timesteps = space_timesteps(scheduler, num_inference_steps).cpu()
         previous = timesteps - scheduler.config.num_train_timesteps // num_inference_steps
         table = scheduler.alphas_cumprod.double().cpu()  # add_noise moves it
         final = torch.as_tensor(scheduler.final_alpha_cumprod).double()

@@ -14,6 +14,7 @@ from msrl_diffusers import (
     VolumeRewardModel,
     VQModel3D,
 )
+from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.layers import Conv3d, channels_to_voxels, voxels_to_channels
 from msrl_diffusers.trainers.tuned_weights import LORA_TARGETS
 
@@ -85,6 +86,15 @@ def test_feature_and_score_shapes():
     assert shapes["slice-features"] == (2, 3, 8, 5)
     assert shapes["volume-features"] == (2, 1, 1, 5)
     assert shapes["volume-reward"] == shapes["slice-reward"] == (2,)
+
+
+def test_a_sample_of_which_one_voxel_is_left_has_no_score():
+    model = VolumeRewardModel(block_out_channels=(8, 8, 8)).eval()
+    with pytest.raises(
+        InputError, match=r"Samples \[8, 8, 8\] are down to one voxel .*; give it fewer block_out_channels"
+    ):
+        model(torch.rand(2, 1, 8, 8, 8))
+    assert model(torch.rand(2, 1, 8, 8, 16)).isfinite().all()
 
 
 def test_attention_of_the_autoencoder_is_used():

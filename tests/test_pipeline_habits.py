@@ -140,6 +140,41 @@ def test_schedulers_for_other_noise_are_refused(pipeline, volumes):
         pipeline.reconstruct(volumes, 2, [0, 1], num_inference_steps=STEPS)
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_rounding_adds_no_step_below_zero(name, volumes):
+    """diffusers' trailing grid of 61 steps has a 62nd timestep, -1: at the noisy end of a table of noise levels."""
+    pipeline = with_scheduler(name)
+    pipeline.scheduler.set_timesteps(61)
+    assert pipeline.scheduler.timesteps[-1] == -1
+    generate(pipeline, num_inference_steps=61)
+    assert pipeline.num_timesteps == 61
+    assert (pipeline.scheduler.timesteps >= 0).all()
+    near, far = (
+        pipeline.reconstruct(volumes, step, [0, 1], 61, generator=generator(), output_type="latent").volumes
+        for step in (1, 61)
+    )
+    latents = pipeline.encode_volumes(volumes)
+    assert (near - latents).square().mean() < 0.1 * (far - latents).square().mean()
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_scheduler_whose_grid_cannot_be_mended_refuses_such_a_number(name):
+    with pytest.raises(InputError, match=f"of 61 steps of {name} end below zero, .*; take another number"):
+        generate(with_scheduler(name), num_inference_steps=61)
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_a_scheduler_that_clips_latents_is_refused(option, volumes):
+    pipeline = with_scheduler("DDIMScheduler", **{option: True})
+    with pytest.raises(InputError, match=rf"has {option}, which clips latents .* set pipe.scheduler = DDIMScheduler"):
+        generate(pipeline)
+    with pytest.raises(InputError, match=rf"has {option}"):
+        pipeline.reconstruct(volumes, 2, [0, 1], num_inference_steps=STEPS)
+    # it keeps the value and has no such option
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    assert generate(pipeline).isfinite().all()
+
+
 def test_a_swapped_scheduler_is_saved_and_swapped_back(tmp_path):
     pipeline = with_scheduler("UniPCMultistepScheduler")
     pipeline.save_pretrained(tmp_path)

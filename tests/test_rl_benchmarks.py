@@ -117,7 +117,7 @@ def test_rows_and_tables_of_reports(benchmarks):
     assert _runs.merged({"ppo": {"a": 1}}, {"ppo": {"b": 2}, "x": 1}) == {"ppo": {"a": 1, "b": 2}, "x": 1}
 
 
-def test_what_is_gathered_says_where_the_runs_are_from(benchmarks, tmp_path, monkeypatch):
+def test_what_is_gathered_says_where_the_runs_are_from(benchmarks, monkeypatch):
     """Not what the command line's base says, which is of other data."""
     import _runs
 
@@ -126,7 +126,7 @@ def test_what_is_gathered_says_where_the_runs_are_from(benchmarks, tmp_path, mon
         "versions": {},
     }  # fmt: skip
     monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed)})
-    content = _runs.gathered(StudyConfig(output_dir=str(tmp_path)), {"ppo": {0: origin}}, "What")
+    content = _runs.gathered({"ppo": {0: origin}}, "What")
     assert StudyConfig().dataset != "nifti_folder" == content["dataset"]
     assert "cpu_count" not in content  # the gathering machine's
 
@@ -139,29 +139,28 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
         "dataset": "phantoms", "data_fingerprint": "d", "pretrained": "p", "n": {"all": 8}, "extractors": {"judge": "j"},
         "commit": "new", "device": "CPU", "versions": {"torch": "2"},
     }  # fmt: skip
-    base, old = (
-        StudyConfig(output_dir=str(tmp_path)),
-        {**origin, "commit": "old", "versions": {"torch": "1", "numpy": "2"}},
-    )
-    earlier = _runs.gathered(base, {"paper": {0: old, 3: origin}}, "What", note="on a GPU")
+    old = {**origin, "commit": "old", "versions": {"torch": "1", "numpy": "2"}}
+    earlier = _runs.gathered({"paper": {0: old, 3: origin}}, "What", note="on a GPU")
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(earlier))
     args = _runs.BenchmarkArguments(finished=[str(path), "runs"])
-    content = _runs.gathered(base, {"refresh": {1: origin}}, "What", "on a CPU", _runs.earlier_results(args))
+    content = _runs.gathered({"refresh": {1: origin}}, "What", "on a CPU", _runs.earlier_results(args))
     assert content["variants"] == {"paper": {"seeds": [0, 3]}, "refresh": {"seeds": [1]}}
     assert content["seeds"] == [0, 1, 3]
     assert content["commits_of_runs"] == ["new", "old"]
     assert content["versions"] == {"torch": "1, 2", "numpy": "2"}
     assert content["what"] == "What; on a GPU; on a CPU"
     with pytest.raises(InputError, match=r"have 'paper' with the seeds \[3\] too: give the folder of these runs"):
-        _runs.gathered(base, {"paper": {0: origin, 1: origin}}, "What", earlier=[earlier])
-    content = _runs.gathered(base, {"paper": {0: origin, 1: origin, 3: origin}}, "What", earlier=[earlier])
+        _runs.gathered({"paper": {0: origin, 1: origin}}, "What", earlier=[earlier])
+    content = _runs.gathered({"paper": {0: origin, 1: origin, 3: origin}}, "What", earlier=[earlier])
     assert content["variants"]["paper"] == {"seeds": [0, 1, 3]}
+    content = _runs.gathered({"refresh": {1: origin}}, "What", earlier=[earlier], untimed=["paper"])
+    assert content["variants"] == {"paper": {"seeds": [0, 3], "seconds": None}, "refresh": {"seeds": [1]}}
     with pytest.raises(InputError, match="of other runs: their pretrained differs"):
-        _runs.gathered(base, {"refresh": {1: {**origin, "pretrained": "q"}}}, "What", earlier=[earlier])
+        _runs.gathered({"refresh": {1: {**origin, "pretrained": "q"}}}, "What", earlier=[earlier])
     monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed), "kid": None})
     with pytest.raises(InputError, match="of an older version, which gathered less; give the folders of these runs"):
-        _runs.gathered(base, {"refresh": {1: origin}}, "What", earlier=[earlier])
+        _runs.gathered({"refresh": {1: origin}}, "What", earlier=[earlier])
     path.write_text("{")
     with pytest.raises(InputError, match=r"earlier.json can't be read .*; give a JSON that this benchmark wrote"):
         _runs.earlier_results(args)
@@ -270,9 +269,10 @@ def test_recipes_run_and_resume(benchmarks, tmp_path, monkeypatch, capsys):
     run("recipes.py", *arguments, monkeypatch=monkeypatch)
     assert records(runs) == before
     assert set(json.loads(capsys.readouterr().out)) >= {"paper", "gated_kl"}
-    with pytest.raises(SystemExit):
-        run("recipes.py", "--config", config, "--variants", "magic", monkeypatch=monkeypatch)
-    assert "There is no variant 'magic'" in capsys.readouterr().err
+    for option in ("--variants", "--untimed"):
+        with pytest.raises(SystemExit):
+            run("recipes.py", "--config", config, option, "magic", monkeypatch=monkeypatch)
+        assert "There is no variant 'magic'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

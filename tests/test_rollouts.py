@@ -82,6 +82,15 @@ def test_a_scheduler_that_clips_latents_is_refused(option):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{option: True})
     with pytest.raises(InputError, match=rf"has {option}, which clips latents .* set pipe.scheduler = DDIMScheduler"):
         make_policy(pipeline)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)  # which has no such option
+    assert not make_policy(pipeline).scheduler.config[option]
+
+
+def test_rounding_adds_no_step_below_zero():
+    table = StepTable.of(tiny_pipeline().scheduler, 61, 1.0, 0.0)
+    assert len(table) == 61
+    assert (table.timesteps >= 0).all()
+    assert (table.alpha_prods.diff() > 0).all()
 
 
 @pytest.mark.parametrize(

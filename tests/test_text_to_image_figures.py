@@ -125,6 +125,11 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in():
     assert not torch.equal(together.pixel_values, other.pixel_values)
 
 
+def test_a_number_of_steps_that_would_end_below_zero_is_refused():
+    with pytest.raises(InputError, match="The timesteps of 61 steps of DDIMScheduler end below zero"):
+        sample_images(tiny_text_to_image(), PROMPTS[:1], {**SAMPLER, "num_inference_steps": 61}, 5, BUILDER)
+
+
 def test_reconstructions_keep_prompts_and_attributes(images):
     made = reconstruct(tiny_text_to_image().vae, images, BUILDER, batch_size=48)
     assert (made.prompts, made.attributes.tolist()) == (images.prompts, images.attributes.tolist())

@@ -304,6 +304,13 @@ def test_a_release_loads_and_a_study_s_file_may_name_it_by_a_path_of_its_own(fin
     assert load_match(found, "judge").model.config.model_type == "convnext"
 
 
+def test_distances_that_could_not_be_measured_are_refused_before_the_rollouts(study, tmp_path):
+    given = config(study, fid_extractor=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="nowhere"):
+        CHAIN.run(given, CHAIN.up_to("ppo"))
+    assert not (study / "ppo" / "log.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_given_models_are_used_and_not_trained(finished, tmp_path):
     # the pipeline's size rules

@@ -4,12 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import tiny_pipeline
 from torch import nn
 
 from msrl_diffusers import VQModel3D, load_phantoms
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.models import tiling
+from msrl_diffusers.models.layers import GroupNorm
 from msrl_diffusers.models.tiling import run_tiled, spans
 
 
@@ -56,7 +58,7 @@ class Halves(nn.Sequential):
 
     def __init__(self, resize):
         torch.manual_seed(0)
-        norms = [nn.GroupNorm(2, 4), nn.GroupNorm(1, 4)]
+        norms = [GroupNorm(2, 4), GroupNorm(1, 4)]
         for norm in norms:
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
@@ -77,10 +79,14 @@ def test_norms_take_the_statistics_of_the_whole_volume(scale, step, edges):
     tiled = run_tiled(network, network, sample, 8, step, scale)
     assert tiled.shape == expected.shape
     torch.testing.assert_close(tiled, expected, rtol=1e-4, atol=1e-4)
-    assert not any(layer._forward_hooks for layer in network.modules())
+    assert norms_are_as_before(network)
 
 
-def test_hooks_are_removed_after_an_error():
+def norms_are_as_before(network):
+    return all(layer.normalize is None for layer in network.modules() if isinstance(layer, GroupNorm))
+
+
+def test_norms_are_as_before_after_an_error():
     network = Halves(nn.Identity())
 
     def fails(sample):
@@ -88,7 +94,7 @@ def test_hooks_are_removed_after_an_error():
 
     with pytest.raises(RuntimeError, match="out of memory"):
         run_tiled(fails, network, torch.zeros(1, 1, 16, 8, 8), 8, 4, 1.0)
-    assert not any(layer._forward_hooks for layer in network.modules())
+    assert norms_are_as_before(network)
 
 
 @pytest.mark.parametrize(("edge", "step"), [(12, 12), (16, 4), (20, 8), (20, 11), (24, 12), (40, 8), (44, 12)])
@@ -247,7 +253,32 @@ def test_attention_works_within_a_tile():
     model.enable_tiling(16, 0.5)
     sample = torch.rand(1, 1, *(32, 16, 16))
     assert model.decode(model.encode(sample).latents).sample.shape == sample.shape
-    assert not any(layer._forward_hooks for layer in model.modules())
+    assert norms_are_as_before(model)
+
+
+def test_gradients_go_through_tiles(model, volume):
+    """Those of the volume's statistics are left out."""
+    sample = volume.clone().requires_grad_()
+    model.enable_tiling(TILE)
+    with torch.enable_grad():
+        latents = model.encode(sample).latents
+        latents.square().sum().backward()
+        assert (sample.grad.flatten(3).abs().sum(dim=3) > 0).all()  # of every slice
+        latents = latents.detach().requires_grad_()
+        model.decode(latents, force_not_quantize=True).sample.square().sum().backward()
+    assert (latents.grad.abs() > 0).all()
+    assert all(weight.grad is not None for weight in model.decoder.parameters())
+
+
+def test_tiling_with_weights_that_are_brought_for_each_call(model, volume):
+    """As `enable_sequential_cpu_offload` has it."""
+    model.enable_tiling(TILE)
+    latents = model.encode(volume).latents
+    decoded = model.decode(latents).sample
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.encoder.norm_out.weight.device.type == "meta"
+    assert torch.equal(model.encode(volume).latents, latents)
+    assert torch.equal(model.decode(latents).sample, decoded)
 
 
 def test_settings_that_cannot_be_raise(model):

@@ -16,8 +16,9 @@ def story_lines(reports: dict[Path, dict]) -> list[str]:
         f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}, {_rank_of_sampler(sampler)} before any tuning. Seeds are of PPO and "
         "what follows; the fine-tuned model is one. *Exact match*: share of "
         f"images that show all six attributes as their prompt states them; by the judge {limits['real']:.0%} of real images do and "
-        f"{limits['reconstruction']:.0%} of reconstructions by the autoencoder. FID: {first['fid']['n']} on each side, by a third classifier; its "
-        f"intervals are of draws {'within each prompt' if 'drawn_within' in first['fid'] else 'over the images of all prompts at once'}.",
+        f"{limits['reconstruction']:.0%} of reconstructions by the autoencoder. FID: {first['fid']['n']} on each side, by a third classifier. In "
+        "brackets 95 % bootstrap intervals: of the match by draws within each prompt, of FID by draws "
+        f"{'within each prompt' if 'drawn_within' in first['fid'] else 'over the images of all prompts at once'}.",
         "",
         "| seed | exact match by the judge | difference | by the reward classifier | FID | difference | KL | MS-SSIM within prompts |",
         "|---|---|---|---|---|---|---|---|",

@@ -38,7 +38,7 @@ def method_lines(content: dict, memory: dict) -> list[str]:
     lines = [
         f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(rows)}); one set "
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
-        "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to volumes that no stage has seen; KID is "
+        "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to held-out volumes, on which nothing was trained; KID is "
         "the kernel distance, unbiased at any number of volumes. Settings were chosen on other seeds and without the judges, with one "
         "exception: draft_cheap looked at the label distance once at first, and its second look was added when the judges' figures of runs "
         "with one look, of two of those other seeds, were known. Of ddo a first setting was given up when the label distance of a run "
@@ -119,7 +119,7 @@ def perfect_sampler(row: dict) -> str:
     return (
         "A gap closed by 100 % is out of reach: the limit reconstructs the training volumes, so it is compared with its own originals. "
         f"Reconstructions of held-out volumes, which a perfect sampler of new subjects would give, are {fid['limit_heldout']:.3f} from the "
-        f"training volumes by the judge: {closed:.0%} of the gap. What closes more lies nearer to these very subjects than new ones would, so "
+        f"training volumes by the judge: {closed:.0%} of the gap (seeds {listed(row['seeds'])}). What closes more lies nearer to these very subjects than new ones would, so "
         "distances to held-out volumes are measured too."
     )
 

@@ -20,8 +20,8 @@ def summary_lines(
     over seeds wrote."""
     lines = [
         "*Judges* are networks that had no part in training. *Gap closed*: (before - after) / (before - reconstructions), of Frechet "
-        "distances to the training volumes; means over seeds, in brackets the 95 % interval over seeds. Below zero: farther from the real "
-        "volumes than before.",
+        "distances to the training volumes. Means over seeds, with +- their standard deviation, in brackets the 95 % t interval. Below zero: "
+        "farther from the real volumes than before.",
         "",
         "| what was tuned, and how | seeds | judge's distance | gap closed, judge | gap closed, second judge |",
         "|---|---|---|---|---|",
@@ -91,8 +91,8 @@ def _demo_line(reports: list[dict], agreement: dict) -> str:
         for arm in ("standard", "rl")
     ]
     return (
-        f"- After `make demo` the distances by both judges are lower in {lower} of {len(reports)} seeds by more than the bootstrap interval "
-        f"within each. Samples get more diverse (MS-SSIM of pairs {change('value', 'ms_ssim')}; real volumes "
+        f"- After `make demo` the distances by both judges are lower in {lower} of {len(reports)} seeds, with 95 % bootstrap intervals of the "
+        f"differences that leave out zero. Samples get more diverse (MS-SSIM of pairs {change('value', 'ms_ssim')}; real volumes "
         f"{fmean(report['diversity']['real']['ms_ssim']['value'] for report in reports):.2f}), show the tumor that was asked for more often "
         f"({shown[0]:.0%} -> {shown[1]:.0%}), and lie less densely near real ones (precision {change('precision')}, density "
         f"{change('density')}, coverage {change('coverage')})."
@@ -103,11 +103,12 @@ def _recipe_line(content: dict) -> str:
     paper = content["variants"]["paper"]
     turning = [points[lowest(points, "judge")]["rollout"] for points in paper["curves"]]
     return (
-        f"- Over-optimization: by the published recipe the judge's distance turns after {listed(turning)} of {paper['rollouts'][0]} rollouts, "
+        f"- Over-optimization: by the published recipe the judge's distance is lowest after {listed(turning)} of {paper['rollouts'][0]} rollouts, "
         f"by seed; after it the reward that is trained on rises in {rising('mean', paper['curves'])}, and so does that of a model which only "
         f"watches in {rising('heldout', paper['curves'])}. What helps is not to go as far, by weights that the label distance picks, which takes "
-        f"only samples, or by a stronger KL term where rewards disagree: {listed(list(that_help(content['variants'])) or ['none'])} end nearer to the real volumes in "
-        f"every seed. The label distance is no alarm that stops a run in time ([curves]({PAGE}#rewards-under-optimization))."
+        f"only samples, or by a stronger KL term where rewards disagree: of the [recipes]({PAGE}#rewards-under-optimization) "
+        f"{listed(list(that_help(content['variants'])) or ['none'])} end nearer to the real volumes in every seed. The label distance is no "
+        "alarm that stops a run in time."
     )
 
 
@@ -138,8 +139,8 @@ def _story_line(reports: list[dict]) -> str:
     beyond = sum(report["fid"]["difference"]["interval"][0] > 0 for report in reports)
     return (
         f"- Text to image (drawn images, a small model): PPO raises the share of images that show all their prompt states from {match[0]:.0%} "
-        f"to {match[1]:.0%} by a classifier that gave no reward; FID goes from {fid[0]:.1f} to {fid[1]:.1f}, beyond its interval in {beyond} "
-        f"of {len(reports)} seeds. By the classifier that did, a "
+        f"to {match[1]:.0%} by a classifier that gave no reward; FID goes from {fid[0]:.1f} to {fid[1]:.1f}, and the 95 % bootstrap "
+        f"interval of the rise leaves out zero in {beyond} of {len(reports)} seeds. By the classifier that did, a "
         f"model trained for longer, and guided, gets as far without PPO "
         f"([results]({PAGE}#text-to-image-drawn-dermoscopy-images-at-32-x-32))."
     )

@@ -52,7 +52,7 @@ def study_lines(reports: dict[Path, dict]) -> list[str]:
             lines.append(f"| {seed} | {role.replace('_', ' ')} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Cost and rewards. A *rollout* is one batch of samples that the policy learns from; gains are in standard deviations of the "
+        "Cost and rewards. A *rollout* is one set of samples that the policy learns from; gains are in standard deviations of the "
         "reward before tuning; AUC (reconstructions against samples) and rank correlation (of all sets) of the reward models are on "
         "held-out subjects.",
         "",
@@ -143,8 +143,9 @@ def agreement_lines(content: dict) -> list[str]:
     first = next(iter(content["studies"].values()))
     real = first["agreement"]["real_floor"]["all"]["value"]
     lines = [
-        f"Of the samples above, and of {real:.1%} of held-out real volumes, {content['classifiers']} classifiers that were trained on real "
-        "volumes alone and had no part in anything else read it ([with intervals and by class](class-agreement.md)):",
+        f"The share of the samples above in which {content['classifiers']} classifiers, trained on real volumes alone and with no part in "
+        f"anything else, see the class that was asked for; in brackets 95 % bootstrap intervals. Of held-out real volumes they see it in "
+        f"{real:.1%} ([all intervals, and by class](class-agreement.md)).",
         "",
         "| run | before | after | after minus before, paired | HGG (ring), before | HGG, after |",
         "|---|---|---|---|---|---|",

@@ -53,6 +53,12 @@ class BenchmarkArguments:
         },
     )
     note: str = field(default="", metadata={"help": "What the page should say of how the runs were made."})
+    untimed: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Variants whose seconds are left out, since they ran on another machine than the others, say, or beside other work."
+        },
+    )
     output: str = field(
         default="outputs/benchmark.json", metadata={"help": "The JSON; the table and the figure lie beside it."}
     )
@@ -100,6 +106,7 @@ def reports_of(
         InputError: what `chosen`, `finished_reports` and `run_all` refuse.
     """
     asked = chosen(variants, args.variants)
+    chosen(variants, args.untimed)  # refused now, not after hours
     if not args.finished:
         return run_all(base, asked, args.seeds, args.jobs)
     return finished_reports([path for path in args.finished if not _is_result(path)], asked)
@@ -183,13 +190,14 @@ def configs_of(
 
 
 def gathered(
-    base: StudyConfig,
     reports: Mapping[str, Mapping[int, dict | str]],
     what: str,
     note: str = "",
     earlier: Sequence[Mapping] = (),
+    untimed: Sequence[str] = (),
 ) -> dict:
-    """The content of the JSON: a row of figures per variant, and where they come from. Variants of `earlier` contents stay.
+    """The content of the JSON: a row of figures per variant, and where they come from. Variants of `earlier` contents stay;
+    those in `untimed` have no seconds.
 
     Raises:
         InputError: every run was refused, or `earlier` is of an older version, has a variant with further seeds, or is of other volumes,
@@ -216,6 +224,8 @@ def gathered(
     }
     for each in earlier:
         _add_earlier(content, each)
+    for name in content["variants"].keys() & set(untimed):
+        content["variants"][name]["seconds"] = None
     return content
 
 

@@ -133,7 +133,7 @@ def main() -> None:
     args, base = parse_benchmark(CONFIG, "outputs/objectives.json")
     reports = reports_of(args, base, VARIANTS)
     what = "One pretrained pipeline tuned by several methods"
-    content = gathered(base, reports, what, args.note, earlier_results(args))
+    content = gathered(reports, what, args.note, earlier_results(args), args.untimed)
     content["share_of_ppo"] = shares_of_ppo(content)
     write_results(content, "Objectives", lines(content), draw(content), args.output)
     sys.stdout.write(json.dumps(content["share_of_ppo"], indent=2) + "\n")

@@ -161,7 +161,7 @@ def main() -> None:
     args, base = parse_benchmark(RECIPES / "paper.yaml", "outputs/recipes.json")
     reports = reports_of(args, base, VARIANTS)
     what = "PPO by the published recipe, with each remedy alone, and by the default recipe"
-    content = gathered(base, reports, what, args.note, earlier_results(args))
+    content = gathered(reports, what, args.note, earlier_results(args), args.untimed)
     write_results(content, "Recipes", lines(content), draw(content), args.output)
     closed = {name: row["gap_closed"]["judge"] for name, row in content["variants"].items() if row["seeds"]}
     sys.stdout.write(json.dumps({name: value and value["mean"] for name, value in closed.items()}, indent=2) + "\n")

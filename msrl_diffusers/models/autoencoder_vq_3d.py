@@ -24,6 +24,7 @@ from ..functional.quantization import (
 from .layers import (
     Conv3d,
     Downsample3D,
+    GroupNorm,
     ResnetBlock,
     SpatialAttention3D,
     Upsample3D,
@@ -159,7 +160,7 @@ class Encoder3D(nn.Module):
         if attention:
             layers.append(SpatialAttention3D(channels, channels, norm_num_groups))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+        self.norm_out = GroupNorm(norm_num_groups, channels, eps=1e-6)
         self.conv_out = Conv3d(channels, latent_channels, 1)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
@@ -182,7 +183,7 @@ class Decoder3D(nn.Module):
             if level:
                 layers.append(Upsample3D(channels, block_out_channels[level - 1]))
         self.layers = nn.Sequential(*layers)
-        self.norm_out = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+        self.norm_out = GroupNorm(norm_num_groups, channels, eps=1e-6)
         self.conv_out = Conv3d(channels, out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Blocks shared by the networks of this package: residual convolutions in 2D and 3D."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
@@ -21,6 +23,16 @@ class Conv3d(nn.Conv3d):
         """Of input and output."""
         sizes = zip(hidden.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
         return min(min(edge, (edge + 2 * pad - kernel) // stride + 1) for edge, kernel, stride, pad in sizes)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that may be told to normalize otherwise: tiling does so by the statistics of the whole volume. Not by a
+    hook, which would come too late for weights that offloading brings for the call alone."""
+
+    normalize: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) if self.normalize is None else self.normalize(hidden)
 
 
 def conv(spatial_dims: int, *args, **kwargs) -> nn.Module:
@@ -45,10 +57,10 @@ class ResnetBlock(nn.Module):
         zero_init: bool = False,
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=1e-6)
         self.conv1 = conv(spatial_dims, in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels) if temb_channels else None
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(norm_num_groups, out_channels, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(spatial_dims, out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = conv(spatial_dims, in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -95,7 +107,7 @@ class SpatialAttention3D(nn.Module):
         self.attention = Attention(
             query_dim=channels, heads=max(1, channels // head_dim), dim_head=head_dim, bias=True, eps=1e-6
         )
-        self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(norm_num_groups, channels, eps=1e-6)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         tokens = self.norm(hidden).flatten(2).transpose(1, 2)

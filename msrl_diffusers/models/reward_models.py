@@ -56,8 +56,17 @@ class ScoreNetwork(nn.Module):
         return self.head[0].weight.dtype
 
     def features(self, sample: torch.Tensor) -> torch.Tensor:
-        """What the heads score: pooled features `[B, F]`, float32."""
+        """What the heads score: pooled features `[B, F]`, float32.
+
+        Raises:
+            InputError: samples so small that after all levels one voxel is left, which has no deviation.
+        """
         hidden = F.silu(self.layers(sample)).float().flatten(2)
+        if hidden.shape[2] < 2:
+            raise InputError(
+                f"Samples {list(sample.shape[2:])} are down to one voxel after the levels of the reward model; give it fewer "
+                "block_out_channels."
+            )
         # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
         pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
         return self.norm_out(pooled.to(self._dtype)).float()

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .layers import GroupNorm
 
 
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -34,11 +37,12 @@ def run_tiled(
     From one cube to the next it goes over linearly, in the middle half of what they share. The outer quarters, where
     convolutions lack neighbours, are not used; at the edges of the volume everything is, unlike in MONAI's sliding window,
     which gives every cube the same weights. GroupNorm layers normalize by the statistics of the whole volume, as they do
-    without tiles: these are gathered first, which takes two to three times as long as the rest. Attention sees one cube.
+    without tiles: these are gathered first, which takes two to three times as long as the rest, and are constants for
+    gradients. Attention sees one cube.
 
     Args:
         network: maps `[1, C, D, H, W]` to `[1, C', D * scale, H * scale, W * scale]`.
-        module: holds the GroupNorm layers of `network`.
+        module: holds the `layers.GroupNorm` of `network`.
         sample: `[1, C, D, H, W]`. Axes of at most `tile_size` are not cut; if none is, the result is `network(sample)`.
         tile_size: edge of a cube.
         step: from the start of a cube to that of the next, 1 .. `tile_size`. With a `scale` below 1, `1 / scale` divides
@@ -56,7 +60,7 @@ def run_tiled(
             output = network(_cut(sample, tile)).float()
             for axis, (span, edge) in enumerate(zip(tile, edges, strict=True), start=2):
                 weights = _weights(span, edge, output.shape[axis], width).to(output)
-                output *= weights.view(-1, *[1] * (4 - axis))
+                output = output * weights.view(-1, *[1] * (4 - axis))
             if not torch.is_tensor(result):
                 result = output.new_zeros(*output.shape[:2], *(round(edge * scale) for edge in edges))
             result[(..., *(slice(round(span.start * scale), round(span.stop * scale)) for span in tile))] += output
@@ -100,8 +104,7 @@ def _whole_volume_norm(network: Network, module: nn.Module, sample: torch.Tensor
     """
     statistics, sums, current = {}, {}, {}
 
-    def normalize(norm: nn.GroupNorm, inputs: tuple[torch.Tensor], _) -> torch.Tensor:
-        hidden = inputs[0]
+    def normalize(norm: GroupNorm, hidden: torch.Tensor) -> torch.Tensor:
         if norm not in statistics:
             sums[norm] = sums.get(norm, 0) + _moments(hidden, current["tile"], norm.num_groups)
             raise _StatisticsFound
@@ -109,13 +112,14 @@ def _whole_volume_norm(network: Network, module: nn.Module, sample: torch.Tensor
         parameters = [None if value is None else value.float() for value in (norm.weight, norm.bias)]
         return F.batch_norm(hidden.float(), *statistics[norm], *parameters, eps=norm.eps).to(hidden.dtype)
 
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
-    handles = [norm.register_forward_hook(normalize) for norm in norms]
+    norms = [layer for layer in module.modules() if isinstance(layer, GroupNorm)]
+    for norm in norms:
+        norm.normalize = partial(normalize, norm)
     try:
         for _ in norms:
             for tile in tiles:
                 current["tile"] = tile
-                with suppress(_StatisticsFound):
+                with suppress(_StatisticsFound), torch.no_grad():
                     network(_cut(sample, tile))
             for norm in sums.keys() - statistics.keys():
                 count, total, squares = sums[norm]
@@ -125,8 +129,8 @@ def _whole_volume_norm(network: Network, module: nn.Module, sample: torch.Tensor
                 statistics[norm] = [value.float().repeat_interleave(repeats) for value in (mean, variance)]
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for norm in norms:
+            norm.normalize = None
 
 
 def _moments(hidden: torch.Tensor, tile: Tile, num_groups: int) -> torch.Tensor:

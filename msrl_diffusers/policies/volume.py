@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from diffusers import DDIMParallelScheduler, DDIMScheduler
 
-from ..errors import InputError
 from ..pipelines.med_volume import MedVolumePipeline
+from ..pipelines.schedulers import CLIPPING, check_unclipped
 from .base import Conditioning
 from .unet import UNetPolicy
 
@@ -23,16 +23,11 @@ class VolumePolicy(UNetPolicy):
 
     def __init__(self, pipeline: MedVolumePipeline):
         super().__init__(pipeline)
-        clips = [name for name in ("clip_sample", "thresholding") if pipeline.scheduler.config.get(name)]
-        if clips:
-            raise InputError(
-                f"The pipeline's scheduler has {clips[0]}, which clips latents that are not bounded: set pipe.scheduler = "
-                f"{type(pipeline.scheduler).__name__}.from_config(pipe.scheduler.config, {clips[0]}=False)."
-            )
+        check_unclipped(pipeline.scheduler)
         has_steps = isinstance(self.sampler, DDIMScheduler | DDIMParallelScheduler)
         # one for other noise than DDPM's has no such table; it stays, and is refused where it is used
         if not has_steps and hasattr(self.sampler, "alphas_cumprod"):
-            self.scheduler = DDIMScheduler.from_config(self.sampler.config, clip_sample=False)
+            self.scheduler = DDIMScheduler.from_config(self.sampler.config, **dict.fromkeys(CLIPPING, False))
         self.latent_shape = pipeline.latent_shape
 
     def encode(self, conditions: Sequence[int] | Sequence[str] | torch.Tensor) -> Conditioning:

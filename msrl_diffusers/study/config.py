@@ -191,12 +191,12 @@ class StudyConfig:
     )
     select_by: str = field(
         default="heldout_reward",
-        metadata={"help": "heldout_reward (highest) or -label_fid (lowest): picks the weights that PPO keeps."},
+        metadata={"help": "heldout_reward (highest) or -label_fid (lowest): picks the weights that are kept."},
     )
     watch_per_class: int = field(
         default=0,
         metadata={
-            "help": "Volumes per class, at the standard arm's best sampler, that -label_fid is measured on after every rollout; "
+            "help": "Volumes per class, at the standard arm's best sampler, that -label_fid is measured on, every watch_steps rollouts; "
             "0: the rollout's own."
         },
     )

@@ -110,7 +110,10 @@ class TextToImageStudyConfig:
     data_seed: int = field(default=0, metadata={"help": "Seed of drawn images and of the split by subject."})
     holdout_fraction: float = field(default=0.3, metadata={"help": "Share of held-out subjects of a data_dir."})
     judge_fraction: float = field(
-        default=0.3, metadata={"help": "Share of the other subjects of a data_dir that only the judge is trained on."}
+        default=0.3,
+        metadata={
+            "help": "Share of the other subjects of a data_dir on which only the judge and the network of the distances are trained."
+        },
     )
     diagnoses: list[str] = field(
         default_factory=lambda: list(DIAGNOSES), metadata={"help": "Of which an image has one."}

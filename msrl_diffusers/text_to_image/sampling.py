@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from ..data.image_folder import ImageDataset
 from ..data.prompts import PromptBuilder
+from ..pipelines.schedulers import bad_number
 from ..precision import autocast
 from ..seeding import sample_generators
 
@@ -30,7 +31,14 @@ def sample_images(
         seed: pipelines sampled with the same seed and prompts start from the same noise, image by image.
         builder: of the prompts.
         name: of the images; they are their own subjects.
+
+    Raises:
+        InputError: a number of steps that the pipeline's scheduler would end below zero.
     """
+    steps = sampler["num_inference_steps"]
+    pipeline.scheduler.set_timesteps(steps)  # as diffusers' pipeline does
+    if (pipeline.scheduler.timesteps < 0).any():
+        raise bad_number(pipeline.scheduler, steps)
     vae, images = pipeline.vae, []
     shown = tqdm(total=len(prompts), desc=name, unit="image", leave=False, disable=None)
     for start in range(0, len(prompts), batch_size):

@@ -16,7 +16,7 @@ from ..trainers.attribute_trainer import AttributeTrainer
 from ..trainers.autoencoder_kl_trainer import AutoencoderKLTrainer
 from ..trainers.text_to_image_trainer import TextToImageTrainer
 from ..trainers.tuned_weights import LORA_TARGETS
-from .artifacts import dataset_name, load_base, load_match, load_split, place_name
+from .artifacts import dataset_name, load_base, load_features, load_match, load_split, place_name
 from .config import TextToImageStudyConfig
 from .data import make_splits
 from .figures import plot_prompts
@@ -101,7 +101,12 @@ def train_classifiers(config: TextToImageStudyConfig) -> dict:
 
 
 def train_ppo(config: TextToImageStudyConfig) -> dict:
-    """The pipeline tuned by PPO on what the reward classifier sees. The judge is watched and picks nothing."""
+    """The pipeline tuned by PPO on what the reward classifier sees. The judge is watched and picks nothing.
+
+    Raises:
+        InputError: given models that can't be loaded, that of the distances too.
+    """
+    load_features(config)  # what the evaluation can't load is told now, not after the rollouts
     pipeline, args = load_base(config), config.trainer_config("ppo")
     train_prompts, heldout_prompts = split_prompts(config.builder, config.num_heldout_prompts, config.seed_of("ppo"))
     rewards = [load_match(config, "reward", config.reward_kind)]
