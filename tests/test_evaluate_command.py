@@ -1,6 +1,7 @@
 """msrl evaluate from the command line, and the comparison of sets behind it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def test_blur_is_worse_than_new_volumes_and_both_worse_than_the_real_ones_themse
     }
     assert values["train"] == pytest.approx(0, abs=1e-6)
     assert values["train"] < values["sharp"] < values["blurred"]
+
+
+def test_differences_are_generated_less_real_and_precision_is_of_the_generated():
+    real = load_phantoms(8, 16)
+    two = real.take_per_class(1)
+    few = two.select(torch.arange(len(two)).repeat(8))
+    found = compare_sets(open_source(real), open_source(few), load_extractor("random"), bootstrap_draws=2)
+    assert found["manifold"]["precision"] == 1 > found["manifold"]["recall"]
+    dark = replace(real, pixel_values=(real.pixel_values.float() - 0.2).clamp(-1, 1).to(real.pixel_values.dtype))
+    found = compare_sets(open_source(real), open_source(dark), load_extractor("random"), bootstrap_draws=2)
+    assert found["statistics"]["difference"]["intensity"]["mean_difference"][0] < 0
 
 
 def test_the_distance_is_that_of_the_features(sets):

@@ -131,6 +131,23 @@ def test_kernel_distance():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_the_kernel_distance_is_the_mean_over_planes_of_features_averaged_over_slices():
+    real, fake = (gaussian(20, seed, shift, planes=2, slices=3) for seed, shift in ((0, 0.0), (1, 0.5)))
+    real[:, 1] += 1
+    by_plane = [
+        kernel_distance(*(features[:, plane : plane + 1].mean(dim=2, keepdim=True) for features in (real, fake)))
+        for plane in (0, 1)
+    ]
+    assert by_plane[0] != pytest.approx(by_plane[1], rel=0.1)
+    assert kernel_distance(real, fake) == pytest.approx(sum(by_plane) / 2)
+    averaged = [features.mean(dim=2, keepdim=True) for features in (real, fake)]
+    found, expected = (
+        bootstrap_kernel(real, {"f": fake}, draws=4),
+        bootstrap_kernel(averaged[0], {"f": averaged[1]}, draws=4),
+    )
+    torch.testing.assert_close(found["f"], expected["f"])
+
+
 def test_kernel_distance_has_no_bias_where_the_frechet_distance_has():
     kernel, frechet = [], []
     for seed in range(0, 200, 2):

@@ -89,6 +89,10 @@ def test_the_kl_mask_trains_and_at_first_as_the_clip_does(tmp_path):
         tmp_path / "long", max_steps=2, num_updates=2, policy_loss="kl_mask", kl_threshold=1e-12, learning_rate=1e-2
     )
     assert log[0]["ppo/clip_fraction"] > 0
+    _, _, log = train(
+        tmp_path / "wide", max_steps=1, num_updates=2, policy_loss="kl_mask", kl_threshold=0.1, learning_rate=1e-5
+    )
+    assert log[0]["ppo/clip_fraction"] == 0  # around the old policy's means, from which next to nothing has left
 
 
 def test_the_adaptive_coefficient_follows_its_target(tmp_path):

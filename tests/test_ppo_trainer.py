@@ -23,6 +23,16 @@ class Contrast:
         return 100 * samples.flatten(1).std(dim=1)
 
 
+class OfClass:
+    """Higher for one class than for the other, whatever the sample is."""
+
+    name = "of_class"
+    differentiable = False
+
+    def __call__(self, samples, conditions):
+        return conditions.float()
+
+
 class Broken:
     name = "broken_reward"
     differentiable = False
@@ -105,6 +115,27 @@ def test_two_updates_per_rollout_move_the_ratio(tmp_path):
     trainer.train()
     (line,) = read_log(tmp_path)
     assert line["ppo/ratio_deviation"] > 1e-6
+
+
+def test_what_differs_between_classes_alone_is_not_learned(tmp_path):
+    """Advantages are within a class."""
+    DiffusionPPOTrainer(tiny_pipeline(), OfClass(), config(tmp_path, max_steps=1, kl_coef=0.0)).train()
+    (line,) = read_log(tmp_path)
+    assert line["reward/std"] > 0
+    assert line["ppo/grad_norm"] == 0
+
+
+def test_every_rollout_draws_the_steps_it_trains_anew(tmp_path):
+    drawn = []
+
+    class Noting(DiffusionPPOTrainer):
+        def _update(self, run, weights, table, rollout, trained):
+            drawn.append(tuple(trained))
+            super()._update(run, weights, table, rollout, trained)
+
+    Noting(tiny_pipeline(), Brightness(), config(tmp_path, max_steps=6, timestep_fraction=0.5)).train()
+    assert len(drawn) == 6
+    assert len(set(drawn)) > 1
 
 
 def test_one_update_is_the_same_with_either_reduction(tmp_path):

@@ -134,7 +134,11 @@ def test_what_is_gathered_says_where_the_runs_are_from(benchmarks, monkeypatch):
 def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch):
     import _runs
 
-    monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed)})
+    def row_of(by_seed):
+        refused = {str(seed): one for seed, one in by_seed.items() if isinstance(one, str)}
+        return {"seeds": [seed for seed in by_seed if str(seed) not in refused], "refused": refused}
+
+    monkeypatch.setattr(_runs, "row_of", row_of)
     origin = {
         "dataset": "phantoms", "data_fingerprint": "d", "pretrained": "p", "n": {"all": 8}, "extractors": {"judge": "j"},
         "commit": "new", "device": "CPU", "versions": {"torch": "2"},
@@ -145,7 +149,7 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
     path.write_text(json.dumps(earlier))
     args = _runs.BenchmarkArguments(finished=[str(path), "runs"])
     content = _runs.gathered({"refresh": {1: origin}}, "What", "on a CPU", _runs.earlier_results(args))
-    assert content["variants"] == {"paper": {"seeds": [0, 3]}, "refresh": {"seeds": [1]}}
+    assert {name: row["seeds"] for name, row in content["variants"].items()} == {"paper": [0, 3], "refresh": [1]}
     assert content["seeds"] == [0, 1, 3]
     assert content["commits_of_runs"] == ["new", "old"]
     assert content["versions"] == {"torch": "1, 2", "numpy": "2"}
@@ -153,12 +157,16 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"have 'paper' with the seeds \[3\] too: give the folder of these runs"):
         _runs.gathered({"paper": {0: origin, 1: origin}}, "What", earlier=[earlier])
     content = _runs.gathered({"paper": {0: origin, 1: origin, 3: origin}}, "What", earlier=[earlier])
-    assert content["variants"]["paper"] == {"seeds": [0, 1, 3]}
+    assert content["variants"]["paper"]["seeds"] == [0, 1, 3]
+    one_refused = _runs.gathered({"paper": {0: origin, 7: "No."}}, "What")
+    with pytest.raises(InputError, match=r"have 'paper' with the seeds \[7\] too"):
+        _runs.gathered({"paper": {0: origin}}, "What", earlier=[one_refused])
     content = _runs.gathered({"refresh": {1: origin}}, "What", earlier=[earlier], untimed=["paper"])
-    assert content["variants"] == {"paper": {"seeds": [0, 3], "seconds": None}, "refresh": {"seeds": [1]}}
+    assert content["variants"]["paper"]["seconds"] is None
+    assert "seconds" not in content["variants"]["refresh"]
     with pytest.raises(InputError, match="of other runs: their pretrained differs"):
         _runs.gathered({"refresh": {1: {**origin, "pretrained": "q"}}}, "What", earlier=[earlier])
-    monkeypatch.setattr(_runs, "row_of", lambda by_seed: {"seeds": list(by_seed), "kid": None})
+    monkeypatch.setattr(_runs, "row_of", lambda by_seed: {**row_of(by_seed), "kid": None})
     with pytest.raises(InputError, match="of an older version, which gathered less; give the folders of these runs"):
         _runs.gathered({"refresh": {1: origin}}, "What", earlier=[earlier])
     path.write_text("{")

@@ -28,7 +28,12 @@ def test_a_rollout_is_what_the_pipeline_samples(guidance_scale):
         generator=sample_generators(0, "sd", [0, 1, 2]),
     ).images  # fmt: skip
     torch.testing.assert_close(rollout.latents[:, -1], expected, atol=1e-4, rtol=1e-4)
+    images = pipeline(
+        PROMPTS, num_inference_steps=4, eta=1.0, guidance_scale=guidance_scale, output_type="pt",
+        generator=sample_generators(0, "sd", [0, 1, 2]),
+    ).images  # fmt: skip
     assert rollout.samples.shape == (3, 3, 16, 16)
+    torch.testing.assert_close(rollout.samples.clamp(-1, 1), 2 * images - 1, atol=1e-3, rtol=0)
     for step in table.stochastic:
         mean, std = step_moments(policy, table, step, rollout.latents[:, step], rollout.conditioning, guidance_scale)
         ratio = (gaussian_log_prob(rollout.latents[:, step + 1], mean, std) - rollout.log_probs[:, step]).exp()

@@ -22,6 +22,7 @@ from msrl_diffusers.study.artifacts import (
 )
 from msrl_diffusers.study.stages import sample_with
 from msrl_diffusers.study.tuning import watchdogs
+from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trajectories import score_set
 
 
@@ -60,7 +61,8 @@ def test_the_label_distance_is_of_the_rollout_or_of_the_best_sampler(per_class, 
 
 def test_watching_counts_as_forwards(release, tmp_path):
     settings = {"watch_per_class": 3, "max_steps": 3, "ppo": {"max_steps": 3, "watch_steps": 2}}
-    run_study(StudyConfig(**released_study(tmp_path / "watched", release, **settings)), ["prepare", "ppo"])
+    config = StudyConfig(**released_study(tmp_path / "watched", release, **settings))
+    run_study(config, ["prepare", "ppo"])
     run_study(
         StudyConfig(**released_study(tmp_path / "plain", release, **settings | {"watch_per_class": 0})),
         ["prepare", "ppo"],
@@ -70,6 +72,12 @@ def test_watching_counts_as_forwards(release, tmp_path):
         for name in ("watched", "plain")
     ]
     assert forwards[0] - forwards[1] == 2 * 6 * 2  # looks x volumes x steps of the release's best sampler
+    wanted = load_split(config, "train").take_per_class(3)
+    seed = fold_seed(config.seed_of("ppo"), "watch")
+    sampled = sample_with(load_pipeline(config), wanted, best_sampler(config), config, seed)
+    by_class = score_set(load_extractors(config)["label"], wanted, sampled)  # and of no judge
+    first = read_log(tmp_path / "watched" / "ppo")[0]["watch/label_fid"]  # of the pretrained weights
+    assert first == pytest.approx((by_class["HGG"] + by_class["LGG"]) / 2, rel=1e-4)
 
 
 def test_a_frechet_watchdog_compares_as_many_of_every_class():

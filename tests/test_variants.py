@@ -299,7 +299,7 @@ def test_a_summary_of_missing_figures_is_none():
 
 
 def test_findings_of_a_downstream_study(finished):
-    """Accuracies made up, so that one claim holds and one is contradicted."""
+    """Accuracies, and distances of an ablation, made up, so that two claims hold and one is contradicted."""
     _, runs = finished
     reports = {}
     for variant, by_seed in runs.items():
@@ -311,10 +311,13 @@ def test_findings_of_a_downstream_study(finished):
                 arm: {"accuracy": value + 0.01 * seed * (arm != "real only"), "f1": value, "auc": value}
                 for arm, value in accuracies.items()
             }
+            if variant == "reward_3d_only":
+                report["fid"]["judge"]["rl"]["all"] += 1 + 0.1 * seed
             reports[variant][seed] = report
     by_claim = {finding["claim"]: finding["holds"] for finding in findings(reports)}
     assert [holds for claim, holds in by_claim.items() if "classifier" in claim] == [True]
     assert by_claim["pretraining on RL-tuned volumes raises it more than on standard ones"] is False
+    assert by_claim["2D and 3D rewards together give a lower distance (judge) than the 3D reward alone"] is True
 
 
 def test_the_page_of_results_says_what_the_tables_say(tables, monkeypatch):

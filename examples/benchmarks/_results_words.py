@@ -2,8 +2,10 @@
 
 
 def mean_and_sd(figure: dict | None, digits: int) -> str:
-    """Mean and deviation over seeds."""
-    return "" if figure is None else f"{figure['mean']:.{digits}f} +- {figure['sd']:.{digits}f}"
+    """Mean, and deviation over seeds where there are several."""
+    if figure is None:
+        return ""
+    return f"{figure['mean']:.{digits}f}" + ("" if figure["sd"] is None else f" +- {figure['sd']:.{digits}f}")
 
 
 def listed(values: list) -> str:
@@ -18,8 +20,8 @@ def copies(row: dict) -> str:
 
 
 def closed(figure: dict | None) -> str:
-    """A share of a gap that was closed, with its interval over seeds."""
+    """A share of a gap that was closed, with its interval where there are several seeds."""
     if figure is None:
         return "no gap"
-    low, high = figure["interval"]
-    return f"{figure['mean']:.0%} ({low:.0%} .. {high:.0%})"
+    interval = figure["interval"]
+    return f"{figure['mean']:.0%}" + (f" ({interval[0]:.0%} .. {interval[1]:.0%})" if interval else "")

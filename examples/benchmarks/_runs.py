@@ -239,7 +239,11 @@ def _add_earlier(content: dict, earlier: Mapping) -> None:
             "The earlier results are of an older version, which gathered less; give the folders of these runs."
         )
     for name in content["variants"].keys() & earlier["variants"].keys():
-        missing = sorted(set(earlier["variants"][name]["seeds"]) - set(content["variants"][name]["seeds"]))
+        known, new = (
+            {*row["seeds"], *map(int, row["refused"])}
+            for row in (earlier["variants"][name], content["variants"][name])
+        )
+        missing = sorted(known - new)
         if missing:
             raise InputError(
                 f"The earlier results have {name!r} with the seeds {missing} too: give the folder of these runs, or leave {name!r} "

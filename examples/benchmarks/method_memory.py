@@ -69,14 +69,13 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child[0], Path(args.child[1]))))
         return
-    results = {}
+    results = earlier(args.output)  # refused before anything is measured
     with tempfile.TemporaryDirectory() as folder:
         for name in tqdm(args.methods, desc="method memory"):
             run_study(config_of(name, Path(folder)), ["prepare"])
             command = [sys.executable, __file__, "--child", name, folder]
             lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
             results[name] = {"peak_memory": json.loads(lines[-1]), "commit": git_commit()}
-    results = {**earlier(args.output), **results}
     write_json(
         args.output, {"config": CONFIG.name, "device": device_name(), "results": results, "versions": versions()}
     )
