@@ -1,9 +1,12 @@
 """Labels of a policy's own samples, and reward models that train on with them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from test_ppo_trainer import config, timeless
 from tiny import copied, differing, tiny_phantoms, tiny_pipeline
 
@@ -21,8 +24,10 @@ from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.evaluation.set_labels import SetLabeler, place_on_scale
 from msrl_diffusers.functional.influence import frechet_influence
+from msrl_diffusers.trainers import refresh
 from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.refresh import RefreshConfig, RewardRefresh, _training_within
+from msrl_diffusers.trainers.reward_trainer import RewardTrainer
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,7 @@ def test_marginal_labels_single_out_the_worst_volume(real, anchors):
 # -------------------------------------------------------------------------------------------------------------- refresh
 
 
-def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, **settings):
+def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, watchdogs=None, **settings):
     """A tiny PPO run with a refresh after every second rollout; `of_models` are arguments of both reward models."""
     torch.manual_seed(0)
     models = {
@@ -119,11 +124,12 @@ def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, **settin
         name: RefreshConfig(every=2, max_steps=3, train_batch_size=4, report_to="none", validation_fraction=0.3)
         for name in models
     }
-    refresh = RewardRefresh(models, ScoredVolumes.cat(parts), SetLabeler(extractor(), real, anchors), args)
+    of_rewards = RewardRefresh(models, ScoredVolumes.cat(parts), SetLabeler(extractor(), real, anchors), args)
     pipeline = tiny_pipeline()
     trainer = DiffusionPPOTrainer(
-        pipeline, rewards, config(output_dir, max_steps=max_steps, save_steps=1, **settings), refresh=refresh
-    )
+        pipeline, rewards, config(output_dir, max_steps=max_steps, save_steps=1, **settings), refresh=of_rewards,
+        watchdogs=watchdogs,
+    )  # fmt: skip
     trainer.train()
     return pipeline, trainer, models, before
 
@@ -165,6 +171,38 @@ def test_a_refresh_changes_rewards_and_their_scales_from_the_next_rollout_on(rea
     assert 0 <= log[1]["refresh/target_HGG"] <= 1
     assert "refresh/volume_validation_spearman" in log[1]
     assert trainer.reward.scales.keys() == {"volume", "slice"}
+
+
+def test_a_refresh_trains_on_the_samples_of_all_so_far_and_standardizes_anew(real, anchors, tmp_path, monkeypatch):
+    added, rollouts = [], []
+
+    class Noting(RewardTrainer):
+        def __init__(self, model, args, data, additional):
+            added.append(additional)
+            super().__init__(model, args, data, additional)
+
+    def keep(rollout):
+        rollouts.append((rollout.samples.half().flatten(1), rollout.conditions.clone()))
+        return 0.0
+
+    monkeypatch.setattr(refresh, "RewardTrainer", Noting)
+    _, trainer, _, _ = refreshed_run(tmp_path, real, anchors, 6, watchdogs={"keep": keep})
+    assert [len(one) for one in added] == [8, 8, 16, 16]  # two models, two refreshes
+    for place, step in enumerate((1, 3)):
+        stored = load_file(tmp_path / f"refresh/{step:05d}/samples.safetensors")
+        samples, conditions = rollouts[step]
+        distances = (stored["samples"].flatten(1)[:, None].float() - samples[None].float()).abs().amax(dim=2)
+        assert (distances.amin(dim=1) == 0).all()
+        assert torch.equal(conditions[distances.argmin(dim=1)], stored["labels"])
+        rows = slice(8 * place, 8 * place + 8)
+        assert torch.equal(added[-1].pixel_values[rows], stored["samples"])
+        assert torch.equal(added[-1].targets[rows], stored["targets"])
+    reference = load_file(tmp_path / "refresh/reference.safetensors")
+    scales = {name: replace(scale) for name, scale in trainer.reward.scales.items()}
+    with torch.no_grad():
+        trainer.reward.fit(trainer.reward.parts(reference["samples"].float(), reference["labels"]))
+    for name, scale in trainer.reward.scales.items():
+        assert vars(scales[name]) == pytest.approx(vars(scale), rel=1e-4)
 
 
 @pytest.fixture
