@@ -164,6 +164,9 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
     content = _runs.gathered({"refresh": {1: origin}}, "What", earlier=[earlier], untimed=["paper"])
     assert content["variants"]["paper"]["seconds"] is None
     assert "seconds" not in content["variants"]["refresh"]
+    alone = _runs.gathered({}, "What", "seconds left out", [earlier], ["paper"])  # written again
+    assert alone["variants"]["paper"]["seconds"] is None
+    assert (alone["seeds"], alone["what"]) == ([0, 3], "What; on a GPU; seconds left out")
     with pytest.raises(InputError, match="of other runs: their pretrained differs"):
         _runs.gathered({"refresh": {1: {**origin, "pretrained": "q"}}}, "What", earlier=[earlier])
     monkeypatch.setattr(_runs, "row_of", lambda by_seed: {**row_of(by_seed), "kid": None})

@@ -304,9 +304,17 @@ def test_a_release_loads_and_a_study_s_file_may_name_it_by_a_path_of_its_own(fin
     assert load_match(found, "judge").model.config.model_type == "convnext"
 
 
-def test_distances_that_could_not_be_measured_are_refused_before_the_rollouts(study, tmp_path):
-    given = config(study, fid_extractor=str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="nowhere"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fid_extractor": "nowhere"}, "nowhere"),
+        ({"sampler": {"num_inference_steps": 61}}, "61 steps of .* end below zero"),
+        ({"sampler": {"num_inference_steps": 2000}}, "can't take 2000 steps"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_the_rollouts(changes, message, study):
+    given = config(study, ppo={**config(study).ppo, "seed": 5}, **changes)  # not done yet
+    with pytest.raises(InputError, match=message):
         CHAIN.run(given, CHAIN.up_to("ppo"))
     assert not (study / "ppo" / "log.jsonl").exists()
 

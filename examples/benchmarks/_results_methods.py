@@ -1,9 +1,9 @@
 """Lines of the page of results on one pipeline tuned by several methods (`objectives.py`), and the README's table of trainers."""
 
 from _results_volumes import ROLES
-from _results_words import closed, copies, listed, mean_and_sd
+from _results_words import closed, copies, listed
 
-from msrl_diffusers.study.tables import REAL, STANDARD, TUNED
+from msrl_diffusers.study.tables import REAL, STANDARD, TUNED, shown
 
 
 GAPS = (
@@ -126,7 +126,7 @@ def perfect_sampler(row: dict) -> str:
 
 def _accuracy_line(name: str, arms: dict) -> str:
     """What a classifier gains from a method's volumes."""
-    accuracies = [mean_and_sd(arms[arm]["accuracy"], 3) for arm in (TUNED, STANDARD, REAL)]
+    accuracies = [shown(arms[arm]["accuracy"], ".3f") for arm in (TUNED, STANDARD, REAL)]
     return (
         f"- A classifier with few real volumes, pretrained on those of {name}: accuracy {accuracies[0]}; on those of the pretrained model: "
         f"{accuracies[1]}; on none: {accuracies[2]}."
@@ -165,7 +165,7 @@ def _limit(role: str, row: dict) -> str:
 
 def _change(fids: dict) -> str:
     """A distance before and after tuning."""
-    return " -> ".join(mean_and_sd(fids[arm], 3) for arm in ("standard", "rl"))
+    return " -> ".join(shown(fids[arm], ".3f") for arm in ("standard", "rl"))
 
 
 def _unchanged(row: dict) -> str:

@@ -4,9 +4,10 @@ from statistics import fmean
 
 from _results_methods import perfect_sampler
 from _results_recipes import lowest, rising, that_help
-from _results_words import closed, listed, mean_and_sd
+from _results_words import closed, listed
+from _runs import interval_over_seeds
 
-from msrl_diffusers.study.tables import summary, verdict
+from msrl_diffusers.study.tables import shown, summary
 
 
 PAGE = "examples/results/README.md"
@@ -70,12 +71,14 @@ def _of_reports(reports: list[dict]) -> dict:
                 arm: summary([report["fid"]["judge"][arm]["all"] for report in reports]) for arm in ("standard", "rl")
             }
         },
-        "gap_closed": {role: verdict([report["gap_closed"][role] for report in reports]) for role in JUDGES},
+        "gap_closed": {
+            role: interval_over_seeds([report["gap_closed"][role] for report in reports]) for role in JUDGES
+        },
     }
 
 
 def _row(title: str, row: dict) -> str:
-    fids = [mean_and_sd(row["fid"]["judge"][arm], 3) for arm in ("standard", "rl")]
+    fids = [shown(row["fid"]["judge"][arm], ".3f") for arm in ("standard", "rl")]
     cells = [title, ", ".join(map(str, row["seeds"])), " -> ".join(fids)]
     return "| " + " | ".join(cells + [closed(row["gap_closed"][role]) for role in JUDGES]) + " |"
 
@@ -86,7 +89,7 @@ def _demo_line(reports: list[dict], agreement: dict) -> str:
         return " -> ".join(f"{mean:.2f}" for mean in means)
 
     lower = sum(all(report["fid_rl_minus_standard"][role]["interval"][1] < 0 for role in JUDGES) for report in reports)
-    shown = [
+    agreeing = [
         fmean(study["agreement"][arm]["all"]["value"] for study in agreement["studies"].values())
         for arm in ("standard", "rl")
     ]
@@ -94,7 +97,7 @@ def _demo_line(reports: list[dict], agreement: dict) -> str:
         f"- After `make demo` the distances by both judges are lower in {lower} of {len(reports)} seeds, with 95 % bootstrap intervals of the "
         f"differences that leave out zero. Samples get more diverse (MS-SSIM of pairs {change('value', 'ms_ssim')}; real volumes "
         f"{fmean(report['diversity']['real']['ms_ssim']['value'] for report in reports):.2f}), show the tumor that was asked for more often "
-        f"({shown[0]:.0%} -> {shown[1]:.0%}), and lie less densely near real ones (precision {change('precision')}, density "
+        f"({agreeing[0]:.0%} -> {agreeing[1]:.0%}), and lie less densely near real ones (precision {change('precision')}, density "
         f"{change('density')}, coverage {change('coverage')})."
     )
 

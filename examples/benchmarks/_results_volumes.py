@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from _results_words import mean_and_sd
-
-from msrl_diffusers.study.tables import REAL, STANDARD
+from msrl_diffusers.study.tables import REAL, STANDARD, shown
 
 
 ROLES = ("judge", "second_judge", "label")
@@ -118,7 +116,7 @@ def paper_lines(content: dict, name: str) -> list[str]:
         figures = [row["fid_judge"], row["gap_closed_judge"], row["accuracy"]]
         rows[f"RL, {variant.replace('_', ' ')}"] = (figures, published["fid"], published["accuracy"])
     for title, (figures, fid, accuracy) in rows.items():
-        cells = [mean_and_sd(figure, digits) for figure, digits in zip(figures, (3, 2, 2), strict=True)]
+        cells = [shown(figure, form) for figure, form in zip(figures, (".3f", ".2f", ".2f"), strict=True)]
         cells += ["" if fid is None else f"{fid:.2f}", f"{accuracy:.2f}"]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines += [
@@ -129,12 +127,12 @@ def paper_lines(content: dict, name: str) -> list[str]:
     for finding in content["findings"]:
         holds = {True: "holds", False: "the opposite holds", None: "not shown"}[finding["holds"]]
         interval = finding["interval"]
-        shown = (
+        difference = (
             f"{finding['mean']:+.4f} ({interval[0]:+.4f} .. {interval[1]:+.4f})"
             if interval
             else "not measured over seeds"
         )
-        lines.append(f"- {finding['claim']}: {holds}, {shown}.")
+        lines.append(f"- {finding['claim']}: {holds}, {difference}.")
     return lines
 
 

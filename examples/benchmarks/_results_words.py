@@ -1,13 +1,6 @@
 """Figures and lists in words, as the page of results and the README print them."""
 
 
-def mean_and_sd(figure: dict | None, digits: int) -> str:
-    """Mean, and deviation over seeds where there are several."""
-    if figure is None:
-        return ""
-    return f"{figure['mean']:.{digits}f}" + ("" if figure["sd"] is None else f" +- {figure['sd']:.{digits}f}")
-
-
 def listed(values: list) -> str:
     """At least one value, as in "a, b and c"."""
     *others, last = map(str, values)

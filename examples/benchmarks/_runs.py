@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from _results_words import closed
 from accelerate.utils import merge_dicts
 from matplotlib.figure import Figure
 
@@ -21,7 +22,7 @@ from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.outcomes import outcome
 from msrl_diffusers.study.report import gap_closed, git_commit
 from msrl_diffusers.study.runs import run_configs
-from msrl_diffusers.study.tables import TUNED, downstream_table, summary, verdict
+from msrl_diffusers.study.tables import TUNED, downstream_table, shown, summary, verdict
 from msrl_diffusers.study.variants import changed_config
 
 
@@ -49,7 +50,8 @@ class BenchmarkArguments:
         metadata={
             "help": "Folders with runs of this benchmark, `<variant>-seed<N>`, of whatever seeds and machines: their reports are "
             "gathered as they are, with the sentences of those that were refused, and nothing is run. A JSON that this benchmark "
-            "wrote may be among them: its variants stay, and those of the folders come beside them."
+            "wrote may be among them: its variants stay, and those of the folders come beside them. Alone it is written again, with its "
+            "table and figure."
         },
     )
     note: str = field(default="", metadata={"help": "What the page should say of how the runs were made."})
@@ -109,7 +111,8 @@ def reports_of(
     chosen(variants, args.untimed)  # refused now, not after hours
     if not args.finished:
         return run_all(base, asked, args.seeds, args.jobs)
-    return finished_reports([path for path in args.finished if not _is_result(path)], asked)
+    folders = [path for path in args.finished if not _is_result(path)]
+    return finished_reports(folders, asked) if folders else {}
 
 
 def earlier_results(args: BenchmarkArguments) -> list[dict]:
@@ -196,20 +199,34 @@ def gathered(
     earlier: Sequence[Mapping] = (),
     untimed: Sequence[str] = (),
 ) -> dict:
-    """The content of the JSON: a row of figures per variant, and where they come from. Variants of `earlier` contents stay;
-    those in `untimed` have no seconds.
+    """The content of the JSON: a row of figures per variant, and where they come from. Variants of `earlier` contents stay,
+    also where there are no `reports`; those in `untimed` have no seconds.
 
     Raises:
         InputError: every run was refused, or `earlier` is of an older version, has a variant with further seeds, or is of other volumes,
             judges or models.
     """
+    parts = [dict(each) for each in earlier]
+    content = _of_reports(reports, what) if reports or not parts else parts.pop(0)
+    content["commit"] = git_commit()
+    for each in parts:
+        _add_earlier(content, each)
+    if note:
+        content["what"] += f"; {note}"
+    for name in content["variants"].keys() & set(untimed):
+        content["variants"][name]["seconds"] = None
+    return content
+
+
+def _of_reports(reports: Mapping[str, Mapping[int, dict | str]], what: str) -> dict:
+    """The content of `gathered` without earlier ones."""
     finished = [report for by_seed in reports.values() for report in by_seed.values() if isinstance(report, dict)]
     if not finished:
         sentences = [sentence for by_seed in reports.values() for sentence in by_seed.values()]
         raise InputError(f"Every run was refused; the first because: {sentences[0]}")
     first = finished[0]
-    content = {
-        "what": f"{what}; {note}" if note else what,
+    return {
+        "what": what,
         "dataset": first["dataset"],
         "data_fingerprint": first["data_fingerprint"],
         "pretrained": first["pretrained"],
@@ -217,16 +234,10 @@ def gathered(
         "seeds": sorted({seed for by_seed in reports.values() for seed in by_seed}),
         "extractors": first["extractors"],
         "variants": {name: row_of(by_seed) for name, by_seed in reports.items()},
-        "commit": git_commit(),
         "commits_of_runs": sorted({report["commit"] for report in finished if report["commit"]}),
         "devices_of_runs": sorted({report["device"] for report in finished if report.get("device")}),
         "versions": _united(report["versions"] for report in finished),
     }
-    for each in earlier:
-        _add_earlier(content, each)
-    for name in content["variants"].keys() & set(untimed):
-        content["variants"][name]["seconds"] = None
-    return content
 
 
 def _add_earlier(content: dict, earlier: Mapping) -> None:
@@ -284,11 +295,16 @@ def row_of(by_seed: Mapping[int, dict | str]) -> dict:
         "seeds": [seed for seed, report in by_seed.items() if isinstance(report, dict)],
         "refused": refused,
         "method": reports[0]["method"],
-        "gap_closed": {role: _interval([report["gap_closed"][role] for report in reports]) for role in ROLES},
-        "gap_closed_heldout": {
-            role: _interval([gap_closed(report["fid_heldout"][role]) for report in reports]) for role in ROLES
+        "gap_closed": {
+            role: interval_over_seeds([report["gap_closed"][role] for report in reports]) for role in ROLES
         },
-        "gap_closed_kid": {role: _interval([_kid_gap_closed(report, role) for report in reports]) for role in ROLES},
+        "gap_closed_heldout": {
+            role: interval_over_seeds([gap_closed(report["fid_heldout"][role]) for report in reports])
+            for role in ROLES
+        },
+        "gap_closed_kid": {
+            role: interval_over_seeds([_kid_gap_closed(report, role) for report in reports]) for role in ROLES
+        },
         "fid": {role: _arms(over_seeds, "fid", role, lambda fid: fid["all"]) for role in ROLES},
         "kid": {role: _arms(over_seeds, "kid", role, float) for role in ROLES},
         "judge_by_sampler": {
@@ -333,7 +349,7 @@ def _kid_gap_closed(report: dict, role: str) -> float | None:
     return gap_closed({arm: {"all": value} for arm, value in report["kid"][role].items()})
 
 
-def _interval(values: Sequence[float | None]) -> dict | None:
+def interval_over_seeds(values: Sequence[float | None]) -> dict | None:
     """Mean, interval and values; None where there was no gap to close."""
     if None in values:
         return None
@@ -351,10 +367,10 @@ def _copies(report: dict, arm: str) -> float | None:
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
-    "judge gap closed (95 %)": lambda row: shown_interval(row["gap_closed"]["judge"]),
-    "second judge": lambda row: shown_interval(row["gap_closed"]["second_judge"]),
-    "judge, to held-out volumes": lambda row: shown_interval(row["gap_closed_heldout"]["judge"]),
-    "judge, KID": lambda row: shown_interval(row["gap_closed_kid"]["judge"]),
+    "judge gap closed (95 %)": lambda row: closed(row["gap_closed"]["judge"]),
+    "second judge": lambda row: closed(row["gap_closed"]["second_judge"]),
+    "judge, to held-out volumes": lambda row: closed(row["gap_closed_heldout"]["judge"]),
+    "judge, KID": lambda row: closed(row["gap_closed_kid"]["judge"]),
     "judge distance": lambda row: shown(row["fid"]["judge"]["rl"], ".4f"),
     "judge KID": lambda row: shown(row["kid"]["judge"]["rl"], ".5f"),
     "label distance": lambda row: shown(row["fid"]["label"]["rl"], ".4f"),
@@ -408,18 +424,3 @@ def write_results(content: dict, title: str, lines: Sequence[str], figure: Figur
 
 def _in_mib(figure: Mapping | None) -> dict | None:
     return figure and {name: figure[name] and figure[name] / 2**20 for name in ("mean", "sd")}
-
-
-def shown(figure: Mapping | None, form: str) -> str:
-    """Mean and deviation over seeds."""
-    if figure is None:
-        return ""
-    return format(figure["mean"], form) + ("" if figure["sd"] is None else f" +- {figure['sd']:{form.lstrip('+')}}")
-
-
-def shown_interval(figure: Mapping | None) -> str:
-    """Mean and 95 % interval over seeds, in percent."""
-    if figure is None:
-        return "no gap"
-    interval = figure["interval"]
-    return f"{figure['mean']:.0%}" + (f" ({interval[0]:.0%} .. {interval[1]:.0%})" if interval else "")

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from _runs import COLUMNS, earlier_results, gathered, parse_benchmark, reports_of, shown, table, write_results
+from _runs import COLUMNS, earlier_results, gathered, parse_benchmark, reports_of, table, write_results
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from recipes import REMEDIES
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
+from msrl_diffusers.study.tables import shown
 
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phantoms" / "objectives.yaml"

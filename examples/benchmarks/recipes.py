@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _runs import COLUMNS, earlier_results, gathered, merged, parse_benchmark, reports_of, shown, table, write_results
+from _runs import COLUMNS, earlier_results, gathered, merged, parse_benchmark, reports_of, table, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from msrl_diffusers.errors import sentence_instead_of_traceback
 from msrl_diffusers.study import StudyConfig
+from msrl_diffusers.study.tables import shown
 
 
 RECIPES = Path(__file__).parents[1] / "configs" / "phantoms" / "recipes"

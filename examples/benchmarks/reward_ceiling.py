@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from _runs import chosen, configs_of, parse_benchmark, shown
+from _runs import chosen, configs_of, parse_benchmark
 
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.files import write_json, write_text
@@ -19,7 +19,7 @@ from msrl_diffusers.study import StudyConfig
 from msrl_diffusers.study.chain import study_chain
 from msrl_diffusers.study.report import git_commit, versions
 from msrl_diffusers.study.runs import run_configs
-from msrl_diffusers.study.tables import summary
+from msrl_diffusers.study.tables import shown, summary
 
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phantoms" / "recipes" / "default.yaml"

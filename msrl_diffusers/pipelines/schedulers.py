@@ -34,19 +34,30 @@ def space_timesteps(
     would be 62, the last of them -1, which a table of noise levels takes for its noisiest end.
 
     Raises:
-        InputError: such a number of steps, of a scheduler that holds more than timesteps.
+        InputError: such a number of steps, of a scheduler that holds more than timesteps; or more than it was trained with.
     """
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    below = scheduler.timesteps < 0
-    if below.any():
+    if not _spaced_above_zero(scheduler, num_inference_steps, device):
         if hasattr(scheduler, "sigmas"):
-            raise bad_number(scheduler, num_inference_steps)
-        scheduler.timesteps = scheduler.timesteps[~below]
+            raise _below_zero(scheduler, num_inference_steps)
+        scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
     return scheduler.timesteps
 
 
-def bad_number(scheduler: SchedulerMixin, num_inference_steps: int) -> InputError:
-    """What is said of a number of steps whose last one would lie below zero."""
+def check_number_of_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Raise InputError for a number of steps that a pipeline of diffusers, which spaces them itself, can't sample with."""
+    if not _spaced_above_zero(scheduler, num_inference_steps, None):
+        raise _below_zero(scheduler, num_inference_steps)
+
+
+def _spaced_above_zero(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | str | None) -> bool:
+    try:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    except ValueError as error:
+        raise InputError(f"{type(scheduler).__name__} can't take {num_inference_steps} steps: {error}") from error
+    return bool((scheduler.timesteps >= 0).all())
+
+
+def _below_zero(scheduler: SchedulerMixin, num_inference_steps: int) -> InputError:
     return InputError(
         f"The timesteps of {num_inference_steps} steps of {type(scheduler).__name__} end below zero, by a rounding of diffusers; "
         "take another number."

@@ -189,14 +189,14 @@ def markdown(content: dict) -> str:
     ]
     for finding in content["findings"]:
         interval = finding["interval"]
-        shown = (
+        difference = (
             f"{finding['mean']:+.4f} ({interval[0]:+.4f} .. {interval[1]:+.4f})"
             if interval
             else "one seed"
             if finding["values"]
             else "not measured"
         )
-        lines.append(f"| {finding['claim']} | {shown} | {_holds(finding)} |")
+        lines.append(f"| {finding['claim']} | {difference} | {_holds(finding)} |")
     lines += [
         "",
         "## Samples",
@@ -221,7 +221,7 @@ def _fid_lines(content: dict, role: str) -> list[str]:
         "|---" * (1 + len(classes) + len(columns)) + "|",
     ]
     for arm, title in ARMS.items():
-        values = [_shown(table[arm][name], 4) for name in classes]
+        values = [shown(table[arm][name], ".4f") for name in classes]
         theirs = [f"{published.FID[data][arm]['all']:.2f}" for data in published.FID]
         lines.append(f"| {title} | " + " | ".join([*values, *theirs]) + " |")
     gaps = {
@@ -230,7 +230,7 @@ def _fid_lines(content: dict, role: str) -> list[str]:
     }
     for title, (name, theirs) in gaps.items():
         closed = content[name][role]
-        own = "no gap" if closed is None else _shown(closed, 2)
+        own = "no gap" if closed is None else shown(closed, ".2f")
         lines.append(f"| {title} | {own} |" + " |" * (len(classes) - 1) + " " + " | ".join(theirs) + " |")
     return [*lines, ""]
 
@@ -257,7 +257,7 @@ def _downstream_lines(content: dict) -> list[str]:
             else ""
             for name in data
         ]
-        lines.append(f"| {arm} | " + " | ".join([*(_shown(row[metric], 2) for metric in METRICS), *theirs]) + " |")
+        lines.append(f"| {arm} | " + " | ".join([*(shown(row[metric], ".2f") for metric in METRICS), *theirs]) + " |")
     for name, row in published.COMPARATORS.items():
         if name not in table:
             lines.append(
@@ -275,17 +275,17 @@ def _ablation_lines(content: dict) -> list[str]:
     ]
     for variant, row in content["ablations"].items():
         theirs = published.ABLATIONS[variant]
-        cells = [_shown(row["fid_judge"], 4), _shown(row["fid_label"], 4), _shown(row["gap_closed_judge"], 2)]
-        cells += [_shown(row["accuracy"], 2), f"{theirs['fid']:.2f}", f"{theirs['accuracy']:.2f}"]
+        cells = [shown(row["fid_judge"], ".4f"), shown(row["fid_label"], ".4f"), shown(row["gap_closed_judge"], ".2f")]
+        cells += [shown(row["accuracy"], ".2f"), f"{theirs['fid']:.2f}", f"{theirs['accuracy']:.2f}"]
         lines.append(f"| {variant.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
-def _shown(figure: dict | None, digits: int) -> str:
+def shown(figure: Mapping | None, form: str) -> str:
+    """Mean, and deviation over seeds where there are several, of what `summary` made; `form` is of the mean."""
     if figure is None:
         return ""
-    deviation = "" if figure["sd"] is None else f" +- {figure['sd']:.{digits}f}"
-    return f"{figure['mean']:.{digits}f}{deviation}"
+    return format(figure["mean"], form) + ("" if figure["sd"] is None else f" +- {figure['sd']:{form.lstrip('+')}}")
 
 
 def _holds(finding: dict) -> str:

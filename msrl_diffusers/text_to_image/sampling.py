@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ..data.image_folder import ImageDataset
 from ..data.prompts import PromptBuilder
-from ..pipelines.schedulers import bad_number
+from ..pipelines.schedulers import check_number_of_steps
 from ..precision import autocast
 from ..seeding import sample_generators
 
@@ -33,12 +33,9 @@ def sample_images(
         name: of the images; they are their own subjects.
 
     Raises:
-        InputError: a number of steps that the pipeline's scheduler would end below zero.
+        InputError: a number of steps that the pipeline's scheduler can't take.
     """
-    steps = sampler["num_inference_steps"]
-    pipeline.scheduler.set_timesteps(steps)  # as diffusers' pipeline does
-    if (pipeline.scheduler.timesteps < 0).any():
-        raise bad_number(pipeline.scheduler, steps)
+    check_number_of_steps(pipeline.scheduler, sampler["num_inference_steps"])
     vae, images = pipeline.vae, []
     shown = tqdm(total=len(prompts), desc=name, unit="image", leave=False, disable=None)
     for start in range(0, len(prompts), batch_size):

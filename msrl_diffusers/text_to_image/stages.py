@@ -9,6 +9,7 @@ from ..data.image_folder import to_uint8
 from ..evaluation.features import hash_tensors
 from ..files import write_json
 from ..models.image_classifiers import build_image_classifier, save_image_classifier
+from ..pipelines.schedulers import check_number_of_steps
 from ..processes import process_state
 from ..rewards.image_text import ImageTextSimilarity
 from ..seeding import fold_seed
@@ -104,10 +105,12 @@ def train_ppo(config: TextToImageStudyConfig) -> dict:
     """The pipeline tuned by PPO on what the reward classifier sees. The judge is watched and picks nothing.
 
     Raises:
-        InputError: given models that can't be loaded, that of the distances too.
+        InputError: given models that can't be loaded, that of the distances too, or a number of steps that can't be sampled.
     """
-    load_features(config)  # what the evaluation can't load is told now, not after the rollouts
     pipeline, args = load_base(config), config.trainer_config("ppo")
+    # what the evaluation can't use is told now, not after the rollouts
+    load_features(config)
+    check_number_of_steps(pipeline.scheduler, config.evaluation_sampler["num_inference_steps"])
     train_prompts, heldout_prompts = split_prompts(config.builder, config.num_heldout_prompts, config.seed_of("ppo"))
     rewards = [load_match(config, "reward", config.reward_kind)]
     if config.image_text_model:
