@@ -1,7 +1,13 @@
 """Studies over seeds and with ablations: what is shared, what differs, and the tables made of them."""
 
+import contextlib
 import json
+import os
 import runpy
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -177,6 +183,34 @@ def test_what_jobs_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(runs_module, "process_state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(InputError, match="without `accelerate launch`"):
         run_variants(config, [0], jobs=2)
+
+
+COMMAND = """
+import os, time
+from msrl_diffusers.study.side_by_side import _workers
+
+if __name__ == "__main__":
+    with _workers(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no signals")
+def test_the_processes_of_a_command_that_is_killed_end_with_it(tmp_path):
+    """They would keep their stages locked for the command that is to go on."""
+    (tmp_path / "command.py").write_text(COMMAND)
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "command.py")], stdout=subprocess.PIPE, text=True
+    ) as command:
+        worker = int(command.stdout.readline())
+        command.kill()
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(100):
+            os.kill(worker, 0)  # raises once it has ended
+            time.sleep(0.1)
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("The process went on.")
 
 
 def test_a_stage_that_another_command_runs_ends_this_one(monkeypatch, tmp_path):

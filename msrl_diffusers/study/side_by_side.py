@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -126,11 +127,22 @@ def _workers(num_processes: int) -> Iterator[ProcessPoolExecutor]:
         # what forks must not have touched the GPU, and to ask the driver whether there is one touches it
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     counter = context.Value("i", 0)
-    pool = ProcessPoolExecutor(num_processes, context, _take_cores, (counter, num_processes))
+    pool = ProcessPoolExecutor(num_processes, context, _start_worker, (counter, num_processes))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(counter, num_processes: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _take_cores(counter, num_processes)
+
+
+def _end_with_parent() -> None:
+    """A command that is killed can't tell its processes; going on, they would keep their stages locked for the next command."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _take_cores(counter, num_processes: int) -> None:
