@@ -32,6 +32,7 @@ from msrl_diffusers.study.baseline import Yardstick, load_baseline
 from msrl_diffusers.study.chain import fingerprint, stages_up_to
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.release import write_release
+from msrl_diffusers.study.report import ARMS as PAGE_ARMS
 from msrl_diffusers.study.report import gap_closed, markdown
 from msrl_diffusers.study.stages import load_arm
 
@@ -183,8 +184,20 @@ def test_the_page_holds_the_numbers_of_the_json(finished, report):
     page = (finished / "report.md").read_text()
     assert page == markdown(report)
     for role in ROLES:
-        for arm in ARMS:
-            assert f"{report['fid'][role][arm]['all']:.4f}" in page
+        table = page.split(f"training volumes, {role.replace('_', ' ')} extractor")[1].split("## ")[0]
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+        header = [*report["fid"][role]["rl"], "interval (all)", "KID", "to held-out volumes (all)"]
+        assert rows[0] == header
+        for (title, *cells), (arm, name) in zip(rows[1:], PAGE_ARMS.items(), strict=True):
+            assert title == name
+            low, high = report["fid_interval"][role][arm]
+            other = report["fid_heldout"][role].get(arm)
+            assert cells == [
+                *(f"{value:.4f}" for value in report["fid"][role][arm].values()),
+                f"{low:.4f} .. {high:.4f}",
+                f"{report['kid'][role][arm]:.5f}",
+                *([f"{other['all']:.4f}"] if other else []),
+            ]
     header, _, volume = page.split("| reward model, on held-out subjects |")[1].splitlines()[:3]
     assert header.split(" | ")[1] == "Spearman over the volumes of all sets"  # not over the sets' means
     assert volume.split(" | ")[2] == f"{report['reward_models']['volume']['spearman']:.3f}"
@@ -365,9 +378,12 @@ def test_a_stage_without_its_inputs_is_refused(stage, needed, tmp_path):
 
 
 def test_stages_up_to():
-    assert stages_up_to("prepare") == ["prepare"]
-    assert stages_up_to("diffusion") == ["prepare", "vqgan", "diffusion"]
-    assert stages_up_to("report") == list(STAGES)
+    config = StudyConfig()
+    assert stages_up_to(config, "prepare") == ["prepare"]
+    assert stages_up_to(config, "diffusion") == ["prepare", "vqgan", "diffusion"]
+    assert stages_up_to(config, "report") == list(STAGES)
+    assert "samplers" not in stages_up_to(config, "ppo")
+    assert "samplers" in stages_up_to(replace(config, watch_per_class=4), "ppo")  # where it watches
     for name, stage in STAGES.items():
         assert all(list(STAGES).index(needed) < list(STAGES).index(name) for needed in stage.needs)
 

@@ -52,7 +52,7 @@ def test_a_study_runs_from_a_prepared_cache(tmp_path):
     result = run_study(config, ["prepare"])
     assert (result["train"], result["shape"]) == ({"HGG": 2, "LGG": 2}, [2, 16, 16, 16])
     assert result["dataset"] == "brats2019"
-    run_study(config, stages_up_to("diffusion"))
+    run_study(config, stages_up_to(config, "diffusion"))
     pipeline = MedVolumePipeline.from_pretrained(tmp_path / "out" / "diffusion" / "pipeline")
     assert pipeline("LGG", 2).volumes.shape == (1, 2, 16, 16, 16)
     summary = tmp_path / "cache" / "summary.json"

@@ -183,9 +183,9 @@ def enabled_stages(config: StudyConfig) -> list[str]:
     return study_chain(config).enabled(config)
 
 
-def stages_up_to(name: str) -> list[str]:
-    """Stage `name` and all it needs, in order."""
-    return study_chain(StudyConfig()).up_to(name)
+def stages_up_to(config: StudyConfig, name: str) -> list[str]:
+    """Stage `name` and all it needs in a study with this config, in order."""
+    return study_chain(config).up_to(name)
 
 
 def run_study(config: StudyConfig, only: Sequence[str] | None = None) -> dict:
@@ -208,4 +208,4 @@ def run_up_to(config: StudyConfig, name: str) -> dict:
             f"pretrained={config.pretrained} gives the result of stage {name!r}, so none would be made; take pretrained out of the "
             "config" + (", or set pretrained_rewards: false." if name == "rewards" else ".")
         )
-    return run_study(config, stages_up_to(name))
+    return run_study(config, stages_up_to(config, name))
