@@ -11,6 +11,7 @@ from msrl_diffusers import DiffusionPPOTrainer, LearnedReward, VolumeRewardModel
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.rewards.base import Scale
 from msrl_diffusers.trainers.base import read_log
+from msrl_diffusers.trainers.leash import Leash
 from msrl_diffusers.trainers.uncertainty import reward_uncertainty
 
 
@@ -72,6 +73,14 @@ def test_the_gate_holds_a_share_of_the_samples(tmp_path):
     assert all(line["ppo/uncertainty"] > 0 for line in log)
     assert distance(gated, free) > 1e-3
     assert distance(gated, held) > 1e-3
+
+
+def test_the_gate_holds_those_it_chose_wherever_they_stand_in_a_batch(tmp_path):
+    """Rows are the samples' places in the rollout; the first of them alone may have been compared."""
+    leash = Leash(SimpleNamespace(args=config(tmp_path, kl_coef=2.0)), None, None)
+    leash._held = torch.tensor([True, False, False, True, True])
+    found = leash.penalty(torch.tensor([1.0, 10.0, 100.0]), torch.tensor([3, 1, 4, 2]))
+    assert found.item() == pytest.approx(2.0 * (1.0 + 100.0) / 3)
 
 
 def test_a_gate_that_lets_nobody_out_is_no_gate(tmp_path):

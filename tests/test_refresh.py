@@ -102,7 +102,7 @@ def test_marginal_labels_single_out_the_worst_volume(real, anchors):
 # -------------------------------------------------------------------------------------------------------------- refresh
 
 
-def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, watchdogs=None, **settings):
+def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, watchdogs=None, sample_weight=1.0, **settings):
     """A tiny PPO run with a refresh after every second rollout; `of_models` are arguments of both reward models."""
     torch.manual_seed(0)
     models = {
@@ -121,7 +121,14 @@ def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, watchdog
         for number, volumes in enumerate(anchors.values())
     ]
     args = {
-        name: RefreshConfig(every=2, max_steps=3, train_batch_size=4, report_to="none", validation_fraction=0.3)
+        name: RefreshConfig(
+            every=2,
+            max_steps=3,
+            train_batch_size=4,
+            report_to="none",
+            validation_fraction=0.3,
+            sample_weight=sample_weight,
+        )
         for name in models
     }
     of_rewards = RewardRefresh(models, ScoredVolumes.cat(parts), SetLabeler(extractor(), real, anchors), args)
@@ -186,8 +193,9 @@ def test_a_refresh_trains_on_the_samples_of_all_so_far_and_standardizes_anew(rea
         return 0.0
 
     monkeypatch.setattr(refresh, "RewardTrainer", Noting)
-    _, trainer, _, _ = refreshed_run(tmp_path, real, anchors, 6, watchdogs={"keep": keep})
+    _, trainer, _, _ = refreshed_run(tmp_path, real, anchors, 6, watchdogs={"keep": keep}, sample_weight=0.25)
     assert [len(one) for one in added] == [8, 8, 16, 16]  # two models, two refreshes
+    assert all((one.weights == 0.25).all() for one in added)  # those of the first training weigh 1
     for place, step in enumerate((1, 3)):
         stored = load_file(tmp_path / f"refresh/{step:05d}/samples.safetensors")
         samples, conditions = rollouts[step]

@@ -40,6 +40,20 @@ def test_a_rollout_is_what_the_pipeline_samples(guidance_scale):
     assert rollout.log_probs.shape == (3, STEPS)
 
 
+def test_with_guidance_in_rollouts_alone_all_that_is_rated_is_rated_without():
+    """The actions are those of the guided policy; their log-probabilities, and the means around which these are taken, are those
+    of the policy that is trained."""
+    policy, generators = make_policy(tiny_pipeline()), sample_generators(0, "test", [0, 1, 2])
+    table, guided = roll(policy, [0, 1, 2], guidance_scale=3.0)
+    found = sample_rollout(policy, LABELS, table, generators, 3.0, log_prob_guidance=1.0, keep_means=True)
+    assert torch.equal(found.latents, guided.latents)
+    assert not torch.allclose(found.log_probs, guided.log_probs)
+    for step in table.stochastic:
+        mean, std = step_moments(policy, table, step, found.latents[:, step], found.conditioning, 1.0)
+        torch.testing.assert_close(found.means[:, step], mean)
+        torch.testing.assert_close(found.log_probs[:, step], gaussian_log_prob(found.latents[:, step + 1], mean, std))
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     policy = make_policy(tiny_pipeline())
     _, together = roll(policy, [0, 1, 2])

@@ -152,6 +152,13 @@ def test_no_checkpoint_lies_within_an_accumulation(tmp_path):
     assert differing(copied(module), copied(resumed)) == []
 
 
+def test_the_optimizer_has_the_settings_of_the_run(tmp_path):
+    settings = {"learning_rate": 3e-4, "adam_beta1": 0.7, "adam_beta2": 0.8, "weight_decay": 0.3}
+    run = TrainingRun(TrainingConfig(str(tmp_path), report_to="none", **settings), "optimizer")
+    (group,) = run.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.7, 0.8), 0.3)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_every_schedule_warms_up(schedule, tmp_path):
     run = TrainingRun(
