@@ -44,6 +44,7 @@ from msrl_diffusers.processes import process_state, start_missing_processes
 from msrl_diffusers.study import run_study
 from msrl_diffusers.study.artifacts import load_model
 from msrl_diffusers.study.command_line import parse_study
+from msrl_diffusers.study.kinds import check_makes_same_kind
 
 
 EMBEDDED = Path(__file__).parent / "configs" / "phantoms" / "demo.yaml"
@@ -109,8 +110,7 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
 def frechet_watchdog(script_args: CheckpointArguments, pipeline: MedVolumePipeline) -> FrechetWatchdog:
     """Of the given real volumes by the given extractor."""
     real = VolumeDataset.load(script_args.real)
-    if real.id2label != pipeline.id2label:
-        raise InputError(f"{script_args.real} has the classes {real.id2label}, the pipeline {pipeline.id2label}.")
+    check_makes_same_kind(real, pipeline, f"--pipeline {script_args.pipeline}", f"--real {script_args.real}")
     extractor = load_model(SliceFeatureExtractor, script_args.extractor, dtype=torch.float32)
     return FrechetWatchdog(extractor.to(process_state().device), real)
 

@@ -88,6 +88,8 @@ def fine_tune(script_args: FineTuneArguments, args: TextToImageConfig) -> None:
 
 def load_images(script_args: FineTuneArguments, image_size: int) -> ImageDataset:
     if script_args.data_dir is None:
+        if script_args.caption_column:
+            raise InputError("--caption_column needs --data_dir: the folder whose metadata.csv has that column.")
         return load_dermoscopy(script_args.num_per_prompt, image_size)
     if script_args.caption_column:
         return load_captioned_folder(script_args.data_dir, script_args.caption_column, image_size)

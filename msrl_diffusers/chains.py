@@ -213,12 +213,14 @@ def open_folder(folder: Path, mark: str) -> bool:
     """
     marker = folder / ".fingerprint"
     found = marker.read_text() if marker.is_file() else None
-    stale = found not in (None, mark)
+    stale, leftover = found not in (None, mark), folder.with_name(f".{folder.name}.stale")
+    shutil.rmtree(leftover, ignore_errors=True)
     if folder.is_symlink():
         if stale or not folder.exists():
             folder.unlink()
     elif stale:
-        shutil.rmtree(folder)
+        folder.rename(leftover)  # at once: half of it, where the removal is killed, would look like an interrupted run
+        shutil.rmtree(leftover)
     if found != mark:
         write_text(marker, mark)
     return any(path != marker for path in folder.iterdir())

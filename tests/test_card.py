@@ -137,6 +137,24 @@ def test_every_published_report_has_a_card(path, arm, tmp_path):
     assert not any(line != line.rstrip() for line in card.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("frechet", "with the Frechet distance to the training volumes as the loss"),
+        ("ddo", "by discriminative self-play"),
+    ],
+)
+def test_what_no_reward_tuned_is_not_said_to_be_rewarded(folder, method, sentence, tmp_path):
+    report = {**REPORT, "method": method, "frechet_features": ["label"] if method == "frechet" else []}
+    card = render_card(report, folder)
+    assert f"It was fine-tuned {sentence}" in card
+    assert "| **after fine-tuning** |" in card
+    assert "einforcement" not in card.split("Made with")[0]
+    assert "learned reward" not in card
+    assert ("chose samplers, and this distance was the loss." in card) == (method == "frechet")
+    assert metadata_of(card, tmp_path)["tags"][-2:] == ["fine-tuning", method]
+
+
 def test_the_arm_is_told_or_asked_for(folder):
     assert "**after reinforcement learning**" in render_card(REPORT, folder)
     with pytest.raises(InputError, match="say by --arm standard or --arm rl which of them"):
@@ -228,6 +246,8 @@ def test_cards_of_models_and_adapters(tmp_path):
         folder = tmp_path / f"adapter{prefix}"
         folder.mkdir()
         weights = {f"{prefix}mid.to_q.lora_A.weight": tiny_unet().conv_in.weight.detach()}
+        if prefix:  # what says which component it is for may also be for another
+            weights["text_encoder.q_proj.lora_A.weight"] = torch.ones(1)
         save_file(weights, folder / "pytorch_lora_weights.safetensors")
         card = render_card(None, folder, name="somebody/lora", base_model="somebody/base")
         assert f'{call}"somebody/lora", weight_name="pytorch_lora_weights.safetensors"' in card

@@ -125,6 +125,25 @@ def test_the_mark_of_a_folder_is_written_once(tmp_path):
     assert {path.name for path in folder.iterdir()} == {".fingerprint"}
 
 
+def test_of_a_removal_that_is_killed_nothing_is_gone_on_from(monkeypatch, tmp_path):
+    """Half of what other settings left, without its mark, would look like an interrupted run of these."""
+    folder = tmp_path / "cake"
+    open_folder(folder, "one")
+    (folder / "checkpoint").touch()
+
+    def killed(path, **_):
+        if Path(path).exists():
+            (Path(path) / ".fingerprint").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chains.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_folder(folder, "two")
+    assert not open_folder(folder, "two")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".fingerprint"]
+
+
 def test_of_a_link_to_another_folder_only_the_link_is_removed(tmp_path):
     open_folder(tmp_path / "theirs", "one")
     for target in ("theirs", "nowhere"):

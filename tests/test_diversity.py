@@ -133,6 +133,16 @@ def test_interval_of_pairs_holds_the_mean_though_pairs_share_volumes(share_of_vo
     assert (held_by_independence / 200 > 0.88) == naive
 
 
+def test_one_pair_of_a_class_makes_no_interval():
+    """Its residual is zero: an interval of these pairs would have no width, whatever they are."""
+    values, pairs = gaussian(1, 0, features=3)[0], torch.tensor([[0, 1], [2, 3], [0, 2]])
+    assert pair_interval(values[:1], pairs[:1]) is None
+    assert pair_interval(values, pairs, torch.tensor([0, 1, 0])) is None
+    assert pair_interval(values, pairs) is not None
+    volumes = tiny_phantoms().pixel_values[:5]
+    assert ms_ssim_diversity(volumes, labels=[0, 0, 0, 1, 1])["interval"] is None
+
+
 def test_interval_widens_with_its_level():
     pairs = draw_pairs(10, 20)
     values = gaussian(1, 0, features=20)[0]

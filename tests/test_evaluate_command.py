@@ -10,9 +10,9 @@ from tiny import tiny_pipeline
 
 from msrl_diffusers import VolumeDataset, load_phantoms, write_phantoms
 from msrl_diffusers.cli import evaluate as evaluate_verb
-from msrl_diffusers.cli.sets import is_pipeline
+from msrl_diffusers.cli.sets import class_shares, is_pipeline, labels_in_proportion
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.evaluation.comparison import compare_sets, ms_ssim_of
+from msrl_diffusers.evaluation.comparison import compare_sets, ms_ssim_of, ms_ssim_of_sets
 from msrl_diffusers.evaluation.diversity import ms_ssim_diversity
 from msrl_diffusers.evaluation.extractors import load_extractor
 from msrl_diffusers.evaluation.features import source_features
@@ -79,7 +79,8 @@ def test_the_report(sets, tmp_path, capsys):
     assert err.splitlines()[-1].startswith("warning: 16 volumes a side are fewer than the 48 features")
     page = (tmp_path / "evaluate.html").read_text()
     assert "Not for clinical use." in page
-    assert "MS-SSIM, pairs of generated" in page
+    assert "MS-SSIM, 56 pairs of real, within classes" in page
+    assert not any("Classes have other shares" in warning for warning in content["warnings"])
 
 
 def test_blur_is_worse_than_new_volumes_and_both_worse_than_the_real_ones_themselves(sets, tmp_path):
@@ -155,7 +156,7 @@ def test_a_folder_against_prepared_volumes(sets, tmp_path):
     assert content["counts"]["real"] == 16
     assert content["by_class"] == {}  # the folder's table names no classes
     assert [figures["within_classes"] for figures in content["ms_ssim"].values()] == [False, False]
-    similarity = ms_ssim_of(open_source(sets["sharp"]), content["seed"], by_class=False)
+    similarity = ms_ssim_of(replace(open_source(sets["sharp"]), class_names=None), content["seed"])
     assert content["ms_ssim"]["generated"] == similarity  # pairs across classes too, as those of the folder are
     assert {"value", "standard_error", "sizes", "distances"} == set(content["fid_infinity"])
     assert "for publication" in (tmp_path / "evaluate.md").read_text()
@@ -168,7 +169,50 @@ def test_the_only_volume_of_a_class_is_in_no_pair():
     others = labels != 1
     expected = ms_ssim_diversity(volumes.pixel_values[others].float(), labels=labels[others])
     assert ms_ssim_of(open_source(volumes), 0) == {**expected, "within_classes": True}
-    assert ms_ssim_of(open_source(volumes.select([0, 3, 4])), 0) is None  # all of them are alone
+    all_alone = volumes.select([0, 3, 4])
+    expected = ms_ssim_diversity(all_alone.pixel_values.float())
+    assert ms_ssim_of(open_source(all_alone), 0) == {**expected, "within_classes": False}
+    assert ms_ssim_of(open_source(volumes.select([0])), 0) is None
+
+
+def of_classes(volumes: VolumeDataset, *names: str) -> VolumeDataset:
+    """The same volumes, of these classes, one after the other."""
+    labels = {name: label for label, name in enumerate(sorted(set(names)))}
+    classes = torch.tensor([labels[name] for name in names])
+    return replace(volumes, class_labels=classes, id2label={label: name for name, label in labels.items()})
+
+
+def test_a_rare_class_leaves_the_others_their_pairs():
+    common = load_phantoms(10, 16)
+    volumes = of_classes(common, *["common"] * 12, *["other"] * 6, *["rare"] * 2)
+    found = ms_ssim_of(open_source(volumes), 0)
+    assert found == ms_ssim_of(open_source(volumes.select(range(12))), 0)
+    assert found["pairs"] == 66
+    assert found["interval"][0] < found["value"] < found["interval"][1]
+
+
+def test_similarities_of_two_sets_are_of_the_same_classes():
+    phantoms = load_phantoms(14, 16)
+    real = open_source(of_classes(phantoms, *["a"] * 14, *["b"] * 14))
+    only = open_source(of_classes(phantoms, *["b"] * 28))
+    found = ms_ssim_of_sets({"real": real, "generated": only}, 0)
+    assert found["real"] == ms_ssim_of(real.select(range(14, 28)), 0)
+    assert found["generated"] == ms_ssim_of(only, 0)
+    rare = open_source(of_classes(phantoms, *["a"] * 4, *["b"] * 24))  # in one set, and left out of both
+    assert ms_ssim_of_sets({"real": real, "generated": rare}, 0)["real"] == found["real"]
+    others = open_source(of_classes(phantoms, *["c"] * 28))
+    found = ms_ssim_of_sets({"real": real, "generated": others}, 0)
+    assert [figures["within_classes"] for figures in found.values()] == [False, False]
+    compared = compare_sets(real, only, load_extractor("random"), bootstrap_draws=2)
+    assert compared["ms_ssim"] == ms_ssim_of_sets({"real": real, "generated": only}, 0)
+
+
+def test_no_interval_is_an_empty_cell(sets, tmp_path):
+    few = of_classes(load_phantoms(2, 16), "a", "a", "b", "b")
+    few.save(tmp_path / "few.safetensors")
+    content = evaluated(tmp_path / "out", str(tmp_path / "few.safetensors"), str(tmp_path / "few.safetensors"))
+    assert content["ms_ssim"]["real"]["interval"] is None
+    assert "| MS-SSIM, 2 pairs of real, within classes | " in (tmp_path / "out" / "evaluate.md").read_text()
 
 
 def test_a_pipeline_is_sampled(sets, tmp_path):
@@ -178,8 +222,44 @@ def test_a_pipeline_is_sampled(sets, tmp_path):
     assert content["n"] == 6
     kept = VolumeDataset.load(tmp_path / "out" / "generated.safetensors")
     assert kept.class_counts() == {"HGG": 3, "LGG": 3}
+    same = sample_volumes(tiny_pipeline(), 6, 2, batch_size=4, progress=False)
+    assert torch.equal(same.pixel_values, kept.pixel_values)
+    assert torch.equal(same.class_labels, kept.class_labels)
     again = sample_volumes(tiny_pipeline(), 6, 2, batch_size=3, progress=False)  # other batches, the same volumes
     assert (again.pixel_values - kept.pixel_values).abs().max() < 1e-2
+
+
+def test_a_pipeline_is_sampled_in_the_proportions_of_the_real_classes(sets, tmp_path):
+    """How often a pipeline was asked for a class is no quality of it."""
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    mixed = of_classes(load_phantoms(8, 16), *["HGG"] * 12, *["LGG"] * 4)
+    mixed.save(tmp_path / "mixed.safetensors")
+    options = ["--num_volumes", "8", "--num_inference_steps", "1", "--held_out", sets["held_out"]]
+    content = evaluated(tmp_path / "out", str(tmp_path / "mixed.safetensors"), str(tmp_path / "pipeline"), *options)
+    assert VolumeDataset.load(tmp_path / "out" / "generated.safetensors").class_counts() == {"HGG": 6, "LGG": 2}
+    (warning,) = (warning for warning in content["warnings"] if "other shares" in warning)
+    assert warning.startswith("Classes have other shares in the held-out than in the real volumes (HGG: 50% and 75%)")
+
+
+def test_sets_of_other_mixes_are_pointed_out(sets, tmp_path):
+    mixed = of_classes(load_phantoms(8, 16), *["HGG"] * 15, "MS")
+    mixed.save(tmp_path / "mixed.safetensors")
+    content = evaluated(tmp_path / "out", sets["train"], str(tmp_path / "mixed.safetensors"))
+    warning = content["warnings"][-1]
+    assert warning.startswith("Classes have other shares in the generated than in the real volumes (LGG: 0% and 50%)")
+
+
+def test_labels_in_proportion():
+    id2label = {0: "HGG", 1: "LGG"}
+    shares = class_shares(id2label, ["HGG"] * 229 + ["LGG"] * 46)
+    labels = labels_in_proportion(shares, 275)
+    assert [labels.count(label) for label in (0, 1)] == [229, 46]
+    assert labels_in_proportion(shares, 100) == labels[:100]
+    assert [labels[:100].count(label) for label in (0, 1)] == [83, 17]
+    for names in (None, ["LGG", "HGG"] * 8, ["HGG", "MS"]):  # none, as many of each, and others
+        assert labels_in_proportion(class_shares(id2label, names), 5) == [0, 1, 0, 1, 0]
+    assert labels_in_proportion(class_shares(id2label, ["LGG"]), 2) == [1, 1]
+    assert labels_in_proportion({2: 5, 4: 5, 7: 5}, 7) == [2, 4, 7, 2, 4, 7, 2]
 
 
 def test_a_pipeline_is_not_sampled_in_vain(sets, tmp_path, monkeypatch):

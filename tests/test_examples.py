@@ -12,7 +12,14 @@ import torch
 import yaml
 from tiny import copied, differing, tiny_phantoms, tiny_pipeline, tiny_study
 
-from msrl_diffusers import MedVolumePipeline, SliceFeatureExtractor, SliceRewardModel, VolumeRewardModel, VQModel3D
+from msrl_diffusers import (
+    MedVolumePipeline,
+    SliceFeatureExtractor,
+    SliceRewardModel,
+    VolumeRewardModel,
+    VQModel3D,
+    load_phantoms,
+)
 from msrl_diffusers.study.chain import STAGES
 from msrl_diffusers.trainers.base import read_log
 
@@ -98,6 +105,21 @@ def test_train_ppo_on_checkpoints_keeps_the_weights_of_the_lowest_distance(check
         best > 0
     )  # each is of before its update
     assert "pipeline_rl" in capsys.readouterr().out
+
+
+def test_train_ppo_refuses_real_volumes_of_another_size(checkpoints, tmp_path, monkeypatch, capsys):
+    """Whose distance means nothing: the slice extractor takes any size."""
+    load_phantoms(2, image_size=32).save(tmp_path / "real.safetensors")
+    SliceFeatureExtractor(block_out_channels=(8, 8), num_features=4).save_pretrained(tmp_path / "extractor")
+    with pytest.raises(SystemExit):
+        run_here(
+            "train_ppo.py", "--pipeline", str(checkpoints / "pipeline"), "--reward_volume", str(checkpoints / "volume"),
+            "--real", str(tmp_path / "real.safetensors"), "--extractor", str(tmp_path / "extractor"),
+            "--output_dir", str(tmp_path / "out"), "--report_to", "none", monkeypatch=monkeypatch,
+        )  # fmt: skip
+    error = capsys.readouterr().err
+    assert "has volumes of shape (1, 16, 16, 16), --real" in error
+    assert "real.safetensors (1, 32, 32, 32); prepare them alike." in error
 
 
 @pytest.mark.slow

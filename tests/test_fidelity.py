@@ -235,6 +235,42 @@ def test_reconstructions_are_drawn_with_their_originals():
     assert torch.equal(replicates["arm"], bootstrap_frechet(real, {"arm": arm}, draws=6)["arm"])
 
 
+@pytest.mark.parametrize("count", [5, 12])  # of 2 slices: 24 rows of 24 features still have singular covariances
+def test_bootstrap_of_fewer_rows_than_features_takes_no_eigenvalues_of_features(count, monkeypatch):
+    real, arm, made = (gaussian(count, seed, seed / 5, planes=2, slices=2, features=24) for seed in range(3))
+    labels = torch.arange(count) % 2
+    generator = torch.Generator().manual_seed(3)
+    strata = [(labels == label).nonzero()[:, 0] for label in (0, 1)]
+    expected = {"a": [], "made": []}
+    for _ in range(4):
+        drawn, other = (
+            torch.cat([rows[torch.randint(len(rows), (len(rows),), generator=generator)] for rows in strata])
+            for _ in range(2)
+        )
+        expected["a"].append(frechet_distance(real[drawn], arm[other]))
+        expected["made"].append(frechet_distance(real[drawn], made[drawn]))
+    monkeypatch.setattr("msrl_diffusers.evaluation.fidelity.frechet_distance", None)
+    found = bootstrap_frechet(real, {"a": arm, "made": made}, 4, 3, labels, made_from_real=("made",))
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], torch.tensor(values, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_bootstrap_of_more_rows_than_features_is_the_distance_of_the_draws():
+    real, arm = gaussian(5, 0), gaussian(5, 1)
+    generator = torch.Generator().manual_seed(0)
+    drawn, other = (torch.randint(5, (5,), generator=generator) for _ in range(2))
+    (found,) = bootstrap_frechet(real, {"a": arm}, draws=1)["a"].tolist()
+    assert found == frechet_distance(real[drawn], arm[other])  # to the last digit
+
+
+def test_a_long_bootstrap_shows_its_progress(monkeypatch, capsys):
+    bootstrap_frechet(gaussian(8, 0), {"a": gaussian(8, 1)}, draws=2)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("msrl_diffusers.evaluation.fidelity.QUIET_SECONDS", 0)
+    bootstrap_frechet(gaussian(8, 0), {"a": gaussian(8, 1)}, draws=2)
+    assert "bootstrap" in capsys.readouterr().err
+
+
 def test_intervals_are_centred_on_the_value():
     replicates = torch.linspace(5, 7, 1001, dtype=torch.float64)
     low, high = centred_interval(2.0, replicates)

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny import tiny_pipeline, tiny_unet
 
 from msrl_diffusers import MedVolumePipeline, VQModel3D, sample_volumes
-from msrl_diffusers.app.volume_files import file_stems, nifti_bytes
+from msrl_diffusers.app.volume_files import decode_checked, file_stems, nifti_bytes
 from msrl_diffusers.cli import evaluate as evaluate_verb
 from msrl_diffusers.cli import generate as generate_verb
 from msrl_diffusers.data.cases import list_cases
@@ -116,7 +116,8 @@ def test_a_killed_run_goes_on(model, tmp_path, monkeypatch, capsys):
         patch.setattr(generate_verb, "write_bytes", write_three)
         with pytest.raises(KeyboardInterrupt):
             generate(model, tmp_path / "out", "--num_volumes", "4", "--batch_size", "1")
-    assert len(images(tmp_path / "out")) == 3
+    assert len(images(tmp_path / "out")) == len(open_source(tmp_path / "out")) == 3
+    assert open_source(tmp_path / "out").class_names == ["HGG", "HGG", "LGG"]
     before = {path: path.stat().st_mtime_ns for path in written}
     capsys.readouterr()
     generate(model, tmp_path / "out", "--num_volumes", "4", "--batch_size", "3")
@@ -125,6 +126,25 @@ def test_a_killed_run_goes_on(model, tmp_path, monkeypatch, capsys):
     resumed = images(tmp_path / "out")
     assert resumed.keys() == whole.keys()
     assert all(np.allclose(resumed[name], whole[name], atol=1e-5) for name in whole)
+
+
+def test_the_table_of_a_killed_run_that_was_to_add_images_names_them(model, tmp_path, monkeypatch):
+    out = generate(model, tmp_path / "out", "--num_volumes", "2")
+    batches = []
+
+    def decode_two(pipeline, latents):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(len(latents))
+        return decode_checked(pipeline, latents)
+
+    monkeypatch.setattr(generate_verb, "decode_checked", decode_two)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, out, "--num_volumes", "6", "--batch_size", "1")
+        assert len(images(out)) == len(open_source(out)) == 4
+        # killed between images and table, and once more before the next batch
+        (out / "metadata.csv").write_text("file_name,label\nHGG-0-00000.nii.gz,HGG\n")
 
 
 def test_more_are_added_and_fewer_take_none_away(model, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from hub_scene import NAME, commits, same_weights, state_of, stored
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_pipeline, tiny_stable_diffusion, tiny_unet, tiny_vqvae
 
@@ -178,6 +178,9 @@ def test_a_branch_of_its_own(hub, folder):
     push_folder(folder, NAME, revision="v2")
     assert set(stored(hub)) == {".gitattributes"}
     same_weights(MedVolumePipeline.from_pretrained(NAME, revision="v2").unet, tiny_unet())
+    card = Path(hf_hub_download(NAME, "README.md", revision="v2")).read_text()
+    assert f'MedVolumePipeline.from_pretrained("{NAME}", revision="v2")' in card
+    assert f'DiffusionPipeline.from_pretrained("{NAME}", revision="v2", trust_remote_code=True)' in card
     push_folder(folder, NAME, revision="v2")  # the branch is there now
     assert commits(hub) == 1
 

@@ -96,6 +96,12 @@ def test_isic_tables_have_a_column_per_diagnosis(tmp_path):
     assert set(load(tmp_path).subject_ids) == {"i0", "i1"}
 
 
+def test_a_subject_that_is_not_known_is_none(tmp_path):
+    """Else all of these would be images of one."""
+    rows = ["i0.png,n/a,melanoma,0,1", "i1.png,NA,nevus,1,0", "i2.png,s2,nevus,1,0"]
+    assert set(load(write_folder(tmp_path, rows)).subject_ids) == {"i0", "i1", "s2"}
+
+
 def test_isic_s_own_column_of_images_beside_file_names(tmp_path):
     header = "file_name,image,MEL,NV,hair,gel_bubble"
     rows = ["i0.png,ISIC_0,1.0,0.0,0,1", "i1.png,ISIC_1,0.0,1.0,1,0"]

@@ -98,6 +98,33 @@ def test_a_column_of_subjects_by_name(tmp_path):
         list_cases("nifti_folder", tmp_path, label_column="grade", subject_column="person")
 
 
+def test_a_subject_that_is_not_known_is_none(tmp_path):
+    """The file's name stands for it, as for an empty cell; the same of sessions."""
+    images = four_images()
+    cells = ["n/a,1", "NA,", "s2,nan", "s2,2"]
+    rows = [f"{name},{cell},{'ab'[i % 2]}" for i, (name, cell) in enumerate(zip(images, cells, strict=True))]
+    write_folder(tmp_path, images, "file_name,subject_id,session,grade", rows)
+    listing = list_cases("nifti_folder", tmp_path, label_column="grade")
+    assert [(case.subject_id, case.session) for case in listing.cases] == [
+        ("v0", "1"), ("v1", ""), ("s2", "v2"), ("s2", "2"),
+    ]  # fmt: skip
+
+
+def test_subject_and_session_are_told_apart_as_two(tmp_path):
+    """Written in one they are the same, though nobody was scanned twice."""
+    images = four_images()
+    cells = ["1_1,2", "1,1_2", "3,", "3,"]
+    rows = [f"{name},{cell},{'ab'[i % 2]}" for i, (name, cell) in enumerate(zip(images, cells, strict=True))]
+    write_folder(tmp_path, images, "file_name,subject_id,session,grade", rows)
+    listing = list_cases("nifti_folder", tmp_path, label_column="grade")
+    assert [(case.subject_id, case.session) for case in listing.cases] == [
+        ("1_1", "2"), ("1", "1_2"), ("3", "v2"), ("3", "v3"),
+    ]  # fmt: skip
+    write_folder(tmp_path, images, "file_name,subject_id,session,grade", [rows[0], rows[0], *rows[1:]])
+    (rejection,) = list_cases("nifti_folder", tmp_path, label_column="grade").rejected
+    assert "subject '1_1_2' was already found at" in rejection.reason
+
+
 def test_images_of_one_name_in_several_folders(tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()

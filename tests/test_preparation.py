@@ -172,7 +172,7 @@ def test_a_prepared_cache_has_the_right_volumes(tmp_path):
     listing = list_cases("brats2019", tmp_path / "data", modality=["t1ce", "flair"])
     summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.25), tmp_path / "out", num_workers=0)
     assert summary["subjects"] == summary["volumes"] == 8
-    assert summary["dataset"] == "brats2019"
+    assert (summary["dataset"], summary["split"]) == ("brats2019", "fraction")
     assert summary["counts"] == {"train": {"HGG": 3, "LGG": 3}, "heldout": {"HGG": 1, "LGG": 1}}
     assert (summary["shape"], summary["channels"]) == ([2, SIZE, SIZE, SIZE], ["t1ce", "flair"])
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -388,6 +388,43 @@ def test_another_split_reads_nothing_again_and_leaves_no_mixture(tmp_path, monke
         prepare_cases(listing, PROCESSOR, everything, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")} == before
     assert prepare_cases(listing, PROCESSOR, first, tmp_path / "out") == summary
+
+
+@pytest.mark.parametrize("lost", ["missing", "damaged", "without a class"])
+def test_the_data_set_s_own_hold_out_is_kept_or_refused(tmp_path, lost):
+    data = tmp_path / "data"
+    write_marked_folder(data)
+    rows = [f"s{index}.nii.gz,s{index},{'ab'[index % 2]},{'train' if index < 2 else 'test'}\n" for index in range(4)]
+    (data / "metadata.csv").write_text("file_name,subject_id,grade,split\n" + "".join(rows))
+    listing = list_cases("nifti_folder", data, label_column="grade")
+    assert prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")["split"] == "own"
+    assert VolumeDataset.load(tmp_path / "out" / "heldout.safetensors").subject_ids == ["s2", "s3"]
+    if lost == "without a class":
+        rows[2:] = [row.replace(",a,", ",,").replace(",b,", ",,") for row in rows[2:]]
+    for name in ("s2", "s3"):
+        if lost == "missing":
+            (data / f"{name}.nii.gz").unlink()
+        elif lost == "damaged":
+            (data / f"{name}.nii.gz").write_bytes(b"\x1f\x8bnothing")
+    (data / "metadata.csv").write_text("file_name,subject_id,grade,split\n" + "".join(rows))
+    listing = list_cases("nifti_folder", data, label_column="grade")
+    with pytest.raises(InputError, match=r"no volume for 'heldout' can be used: .* The first: .*(s2|line 4)"):
+        prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", ["nifti_folder", "datalist", "brats2019", "oasis1", "bids"])
+def test_lists_may_name_subjects_whose_images_are_missing(source, tmp_path):
+    options = SOURCES[source](tmp_path / "data")
+    gone, *others = list_cases(source, tmp_path / "data", **options).cases
+    for image in gone.images.values():
+        Path(image).unlink()
+    listing = list_cases(source, tmp_path / "data", **options)
+    held = next(case.subject_id for case in others if case.subject_id != gone.subject_id)
+    kept = sorted({case.subject_id for case in others} - {held})
+    split = SplitPlan(train_subjects=(*kept, gone.subject_id), heldout_subjects=(held,))
+    summary = prepare_cases(listing, PROCESSOR, split, tmp_path / "out")
+    assert (summary["volumes"], summary["rejected"], summary["split"]) == (len(others), 1, "lists")
+    assert listing.rejected[0].reason in (tmp_path / "out" / "rejected.csv").read_text()
 
 
 def test_what_is_left_out_is_told_anew(tmp_path):

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from msrl_diffusers.data.reading import read_image
+from msrl_diffusers.data.reading import MAX_TRAILER, read_image
 from msrl_diffusers.errors import InputError
 
 
@@ -107,6 +107,33 @@ def test_a_corrupt_stream_is_refused(tmp_path):
     content[len(content) // 2] ^= 0xFF
     (tmp_path / "a.nii.gz").write_bytes(content)
     assert "a.nii.gz" in sentence(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("level", [0, 6])
+def test_one_wrong_bit_in_a_long_stream_is_refused(tmp_path, level):
+    """nibabel reads no further than the voxels, so that it never comes to the checksum."""
+    path = tmp_path / "a.nii.gz"
+    voxels = np.random.default_rng(0).integers(0, 1000, (48, 48, 48)).astype(np.int16)
+    intact = gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), level)
+    assert len(intact) > 100_000
+    path.write_bytes(intact)
+    assert np.array_equal(read_image(path).dataobj, voxels)
+    for place in range(len(intact) // 6, len(intact), len(intact) // 6):
+        content = bytearray(intact)
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert "is damaged, its voxels can't be read" in sentence(path)
+    path.write_bytes(intact[:-4])  # of the trailer alone
+    assert "is damaged, its voxels can't be read" in sentence(path)
+
+
+def test_what_follows_the_voxels_is_not_read_for_ever(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    content = image().to_bytes()
+    path.write_bytes(gzip.compress(content + bytes(1000)))
+    assert read_image(path).shape == SHAPE
+    path.write_bytes(gzip.compress(content + bytes(MAX_TRAILER + 1), 1))
+    assert f"more than {MAX_TRAILER} bytes follow them" in sentence(path)
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])

@@ -375,7 +375,10 @@ def test_a_study_by_another_method(method, release, tmp_path):
     assert report["samplers"]["stochastic"] == {**report["samplers"]["rollout"], "eta": 1.0}
     assert "rl @ stochastic" in report["fid_by_sampler"]["judge"]
     assert report["curve"]["points"][-1]["rollout"] == 2
-    assert f"figures/{method}.png" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.md").read_text()
+    assert f"figures/{method}.png" in page
+    assert ("| reward trained on |" in page) == (method in ("nft", "draft"))  # others watch rewards alone
+    assert page.count("its distance was the loss of the tuning") == (method == "frechet")  # of the label extractor
     assert not (tmp_path / "ppo").exists()
     tuned = MedVolumePipeline.from_pretrained(tmp_path / "pipeline_rl").unet
     assert differing(copied(tuned), copied(load_pipeline(config).unet)) or report[method]["kept_after"] == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from msrl_diffusers import VolumeDataset, split_by_subject
+from msrl_diffusers.data.cases import Rejection
 from msrl_diffusers.data.splits import SplitPlan, check_no_leak
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.seeding import batch_indices, fold_seed, generator_for, sample_generators
@@ -71,6 +72,20 @@ def test_the_data_set_s_own_split():
     assert sorted(drawn) == ["heldout", "heldout", "train", "train"]
     with pytest.raises(InputError, match="1 of 4 volumes have no split of their own, that of subject 'b' first"):
         SplitPlan().sides(subjects, labels, ["train", None, "heldout", "heldout"])
+
+
+@pytest.mark.parametrize(("left", "lost"), [("train", "heldout"), ("heldout", "train"), (None, "heldout")])
+def test_what_is_lost_of_the_data_set_s_own_split_is_not_drawn(left, lost):
+    subjects, labels, own = ["a", "b", "c", "d"], ["x", "y", "x", "y"], [left] * 4
+    rejected = [Rejection("f.nii", "f.nii is missing.", "f"), Rejection("g.nii", "g.nii is missing.", "e", lost)]
+    with pytest.raises(InputError, match=rf"no volume for '{lost}' can be used: .* The first: g\.nii is missing\."):
+        SplitPlan(0.5).sides(subjects, labels, own, rejected)
+    lists = SplitPlan(train_subjects=("a", "e"), heldout_subjects=("b", "f"))  # it needs no other
+    assert lists.sides(subjects, labels, own, rejected) == ["train", "heldout", None, None]
+    counts = SplitPlan(counts={"x": (1, 1), "y": (1, 1)})
+    assert counts.sides(subjects, labels, own, rejected).count("heldout") == 2
+    drawn = SplitPlan(0.5).sides(subjects, labels, own, rejected[:1])
+    assert sorted(drawn) == ["heldout", "heldout", "train", "train"]
 
 
 def test_a_leak_raises():

@@ -19,6 +19,7 @@ from msrl_diffusers import (
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
+from msrl_diffusers.hub.contents import shared_json
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
 from msrl_diffusers.study.artifacts import (
@@ -342,6 +343,12 @@ def test_a_release_of_other_volumes_is_refused(finished, tmp_path):
     ):
         run_study(settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2), ["prepare"])
     run_study(settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2, data_seed=5), ["prepare"])
+    heldout = load_split(settings_with(finished), "heldout")
+    for split, some in (("train", heldout), ("heldout", volumes)):  # the other way round
+        some.save(tmp_path / "prepared" / f"{split}.safetensors")
+    with pytest.raises(InputError, match="release was trained on 8 of the 8 volumes that are held out here"):
+        run_study(settings_with(tmp_path / "out", **given), ["prepare"])
+    assert "train_volumes" not in shared_json("scores.json", json.loads((release / "scores.json").read_text()))
     (release / "scores.json").unlink()
     with pytest.raises(
         InputError, match=r"release has no scores\.json; give a folder written by run_study.py --release"

@@ -195,6 +195,8 @@ def test_a_folder_with_captions(tmp_path):
     assert loaded.pixel_values.shape == (2, 3, 16, 16)
     assert [int(image.unique()) for image in loaded.pixel_values] == [200, 100]
     assert loaded.subject_ids == ["a", "b"]
+    write_captions(tmp_path, ["a.png,A mole,n/a", "b.png,Hair,s2"], "file_name,text,subject_id")
+    assert load_captioned_folder(tmp_path, image_size=16).subject_ids == ["a", "s2"]
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,18 @@ def test_a_script_that_has_nothing_to_train_says_so(finished, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_captions_without_a_folder_are_refused(tmp_path, monkeypatch, capsys):
+    """Drawn images would be what a given pipeline is fine-tuned on."""
+    tiny_text_to_image().save_pretrained(tmp_path / "base")
+    with pytest.raises(SystemExit):
+        run_here(
+            "train_text_to_image.py", "--pretrained_model_name_or_path", str(tmp_path / "base"),
+            "--caption_column", "text", "--output_dir", str(tmp_path / "out"), "--report_to", "none",
+            monkeypatch=monkeypatch,
+        )  # fmt: skip
+    assert "--caption_column needs --data_dir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_a_given_pipeline_is_fine_tuned_on_a_folder(use_lora, tmp_path, monkeypatch, capsys):
     tiny_text_to_image().save_pretrained(tmp_path / "base")

@@ -7,7 +7,8 @@ Folders of NIfTI, prepared files, or a pipeline on the second place:
 """
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .sets import SET, SetArguments, open_generated, open_set
 
 
 SHOWN_VOLUMES = 6
+MAX_SHARE_DIFFERENCE = 0.05  # of a class in two sets, before it is pointed out
 
 
 @dataclass
@@ -69,7 +71,7 @@ def run(arguments: Sequence[str]) -> None:
     held_out = args.held_out and open_set(args.held_out, set_args)
     if held_out is not None:
         check_comparable(real, held_out)
-    generated = open_generated(args.generated, set_args, args.output_dir, real)
+    generated = open_generated(args.generated, set_args, args.output_dir, real, in_proportion=True)
     found = compare_sets(
         real, generated, extractor, held_out, args.infinity, args.bootstrap_draws, set_args.batch_size, set_args.seed
     )
@@ -80,7 +82,7 @@ def run(arguments: Sequence[str]) -> None:
         **found,
         "extractor": extractor.identity,
         "counts": {"real": len(real), "generated": len(generated), "held_out": held_out and len(held_out)},
-        "warnings": _warnings(args, found),
+        "warnings": [*_warnings(args, found), *_share_warnings(real, {"generated": generated, "held-out": held_out})],
         "settings": {**asdict(args), **asdict(set_args)},
         "shape": list(real.shape),
         "spacing": list(real.spacing),
@@ -115,6 +117,23 @@ def _warnings(args: EvaluateArguments, found: dict) -> list[str]:
             "Without --held_out the distance is to the volumes the generator may have been trained on, where copies score best; "
             "run msrl audit too."
         )
+    return warnings
+
+
+def _share_warnings(real: VolumeSource, others: Mapping[str, VolumeSource | None]) -> list[str]:
+    """One sentence for every set whose classes have other shares than those of the real volumes."""
+    warnings = []
+    for name, source in others.items():
+        if not (source and source.class_names and real.class_names):
+            continue
+        shares = [{c: n / len(part) for c, n in Counter(part.class_names).items()} for part in (real, source)]
+        differences = {c: abs(shares[0].get(c, 0) - shares[1].get(c, 0)) for c in sorted({*shares[0], *shares[1]})}
+        worst = max(differences, key=differences.get)
+        if differences[worst] > MAX_SHARE_DIFFERENCE:
+            warnings.append(
+                f"Classes have other shares in the {name} than in the real volumes ({worst}: {shares[1].get(worst, 0):.0%} and "
+                f"{shares[0].get(worst, 0):.0%}), which a distance over all classes takes for a difference in quality; read those by class."
+            )
     return warnings
 
 
@@ -174,11 +193,10 @@ def _diversity_table(content: dict) -> list[list]:
     rows = [["", "value", "95 % interval", "meaning"]]
     for name, figures in content["ms_ssim"].items():
         if figures:
-            low, high = figures["interval"]
+            interval = figures["interval"] and "{:.4g} .. {:.4g}".format(*figures["interval"])
             within = ", within classes" if figures["within_classes"] else ""
-            rows.append([
-                f"MS-SSIM, pairs of {name}{within}", figures["value"], f"{low:.4g} .. {high:.4g}", "lower: more diverse",
-            ])  # fmt: skip
+            title = f"MS-SSIM, {figures['pairs']} pairs of {name}{within}"
+            rows.append([title, figures["value"], interval, "lower: more diverse"])
     if content["manifold"]:
         meanings = {
             "precision": "share of generated volumes near real ones",

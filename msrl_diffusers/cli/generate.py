@@ -104,8 +104,8 @@ def run(arguments: Sequence[str]) -> None:
     names = [image_names(pipeline, classes, args.seed, index) for index in range(num_recorded)]
     missing = [index for index in range(num_volumes) if not _there(output_dir, names[index])]
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    _write_table(pipeline, classes, names, output_dir)  # a killed run may have left images that it does not name
     _generate(pipeline, classes, missing, names, args)
-    _write_table(pipeline, classes, names, output_dir)
     _draw_sheet(pipeline, classes, names[:num_volumes], output_dir)
     counts = Counter(pipeline.id2label[classes[index % len(classes)]] for index in range(num_volumes))
     made = f"{num_volumes} volumes ({', '.join(f'{count} {name}' for name, count in counts.items())}) in {output_dir}"
@@ -171,7 +171,7 @@ def _generate(
     names: Sequence[Sequence[str]],
     args: GenerateArguments,
 ) -> None:
-    """Sample the volumes of these numbers and write their images, batch after batch."""
+    """Sample the volumes of these numbers and write their images and the table with them, batch after batch."""
     with tqdm(total=len(indices), desc="generate", unit="volume") as bar:
         for start in range(0, len(indices), args.batch_size):
             batch = indices[start : start + args.batch_size]
@@ -186,6 +186,7 @@ def _generate(
             for index, volume in zip(batch, decode_checked(pipeline, latents), strict=True):
                 for name, channel in zip(names[index], volume, strict=True):
                     write_bytes(Path(args.output_dir) / name, nifti_bytes(channel[None], pipeline.spacing))
+            _write_table(pipeline, classes, names, Path(args.output_dir))
             bar.update(len(batch))
 
 

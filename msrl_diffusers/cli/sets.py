@@ -1,6 +1,8 @@
 """Sets of volumes on the command line: folders of NIfTI, prepared files, or what a pipeline samples."""
 
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +29,12 @@ class SetArguments:
     field_of_view: float = field(default=192.0, metadata={"help": "Edge of these cubes in millimetres."})
     batch_size: int = field(default=16, metadata={"help": "Volumes read, or sampled, at once."})
     seed: int = field(default=0, metadata={"help": "Of all that is drawn: samples, subsets, bootstrap."})
-    num_volumes: int = field(default=256, metadata={"help": "Volumes that a pipeline samples, classes in turn."})
+    num_volumes: int = field(
+        default=256,
+        metadata={
+            "help": "Volumes that a pipeline samples: classes in turn; by msrl evaluate as often as REAL has them, if it names them."
+        },
+    )
     num_inference_steps: int = field(default=25, metadata={"help": "Its denoising steps."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Its guidance; 1 is none."})
     eta: float = field(default=1.0, metadata={"help": "Its noise: 0 is DDIM, 1 as much as DDPM."})
@@ -46,9 +53,11 @@ def open_set(place: str, args: SetArguments) -> VolumeSource:
     return open_source(place, args.image_size, args.field_of_view)
 
 
-def open_generated(place: str, args: SetArguments, output_dir: str | Path, real: VolumeSource) -> VolumeSource:
+def open_generated(
+    place: str, args: SetArguments, output_dir: str | Path, real: VolumeSource, in_proportion: bool = False
+) -> VolumeSource:
     """The set at `place`; if that is a pipeline (a folder or a Hub repository), its samples, which are kept in
-    `output_dir/generated.safetensors`.
+    `output_dir/generated.safetensors`: classes in turn, or `in_proportion` to those of `real`, if the pipeline has these.
 
     Raises:
         InputError: what can't be read or sampled; before a pipeline samples, also volumes that don't compare with `real`.
@@ -63,12 +72,32 @@ def open_generated(place: str, args: SetArguments, output_dir: str | Path, real:
     shape = (vqvae.config.out_channels, *(edge * vqvae.downsample_factor for edge in edges))
     check_kind(real, place, shape, pipeline.spacing)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    shares = class_shares(pipeline.id2label, real.class_names if in_proportion else None)
     volumes = sample_volumes(
-        pipeline, args.num_volumes, args.num_inference_steps, args.guidance_scale, args.eta, args.seed, args.batch_size
-    )
+        pipeline, args.num_volumes, args.num_inference_steps, args.guidance_scale, args.eta, args.seed, args.batch_size,
+        class_labels=labels_in_proportion(shares, args.num_volumes),
+    )  # fmt: skip
     path = Path(output_dir) / "generated.safetensors"
     volumes.save(path)
     return open_source(path)
+
+
+def class_shares(id2label: Mapping[int, str], class_names: Sequence[str] | None) -> dict[int, int]:
+    """How many of `class_names` have each label; 1 of every label where there are no names, or names of other classes."""
+    counts = Counter(class_names)
+    if not counts or not set(counts) <= set(id2label.values()):
+        return dict.fromkeys(sorted(id2label), 1)
+    return {label: counts[id2label[label]] for label in sorted(id2label)}
+
+
+def labels_in_proportion(shares: Mapping[int, int], num_labels: int) -> list[int]:
+    """Labels as often as their shares say, in any first part of them too; of equal shares in turn."""
+    total, drawn, labels = sum(shares.values()), Counter(), []
+    for position in range(1, num_labels + 1):
+        label = max(shares, key=lambda label: shares[label] * position - drawn[label] * total)
+        drawn[label] += 1
+        labels.append(label)
+    return labels
 
 
 def is_pipeline(place: str) -> bool:

@@ -46,7 +46,7 @@ def scan(
             sessions = _read_sessions(folder)
             parts = _session_folders(folder, listing)
         except InputError as error:
-            listing.reject(folder, str(error))
+            listing.reject(folder, str(error), folder.name)
             continue
         columns |= {column for row in sessions.values() for column in row}
         for part in parts:
@@ -63,14 +63,16 @@ def scan(
                     continue
                 images = {name: _image(part, folder.name, name) for name in modalities}
             except InputError as error:
-                listing.reject(part, str(error))
+                listing.reject(part, str(error), folder.name)
                 continue
             values.append(label)
             listing.cases.append(Case(images, label, folder.name, "" if part == folder else part.name))
     if label_column not in columns:
         raise InputError(f"{table_path} has no column {label_column!r}; it has {sorted(columns)}.")
     for name in sorted(participants.keys() - found):
-        listing.reject(data_dir / name, f"{data_dir / name} does not exist, though {table_path} has a row for it.")
+        listing.reject(
+            data_dir / name, f"{data_dir / name} does not exist, though {table_path} has a row for it.", name
+        )
     listing.classes = class_names(values, label_bins, label_column)
     return listing
 

@@ -39,10 +39,12 @@ def scan(data_dir: Path, modality: str | Sequence[str] = "t1ce") -> Listing:
     modalities = _known_modalities(modality)
     listing = Listing(classes=list(GRADES))
     for folder, grade in _graded_folders(data_dir, listing):
+        named = NAME_WITH_SESSION.fullmatch(folder.name)
+        subject, session = named.groups() if named else (folder.name, "")
         try:
-            listing.cases.append(_case(folder, grade, modalities))
+            listing.cases.append(_case(folder, grade, modalities, subject, session))
         except InputError as error:
-            listing.reject(folder, str(error))
+            listing.reject(folder, str(error), subject)
     return listing
 
 
@@ -101,7 +103,7 @@ def _read_grades(folders: Sequence[Path]) -> dict[str, str]:
     return grades
 
 
-def _case(folder: Path, grade: str | None, modalities: Sequence[str]) -> Case:
+def _case(folder: Path, grade: str | None, modalities: Sequence[str], subject: str, session: str) -> Case:
     if grade is None:
         raise InputError(f"{folder}: name_mapping.csv gives no grade (HGG or LGG) for it; add it or drop the folder.")
     from_2023_on = folder.name.lower().startswith("brats-")
@@ -114,8 +116,6 @@ def _case(folder: Path, grade: str | None, modalities: Sequence[str]) -> Case:
             raise InputError(
                 f"{folder} has no {modality} image, {folder.name}{ending}.nii.gz; download it again or drop the folder."
             )
-    named = NAME_WITH_SESSION.fullmatch(folder.name)
-    subject, session = named.groups() if named else (folder.name, "")
     return Case(images, grade, subject, session, seg=_image(files, "-seg" if from_2023_on else "_seg"))
 
 

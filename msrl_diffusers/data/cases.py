@@ -49,16 +49,25 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What tells it from every other case."""
+        """Subject and session in one, for people; `("1_1", "2")` and `("1", "1_2")` share it."""
         return f"{self.subject_id}_{self.session}" if self.session else self.subject_id
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A file (or folder, or table row) that is left out, and the sentence that says why."""
+    """What is left out, and why.
+
+    Attributes:
+        file (`str`): path of the file or folder, or the table's with the row.
+        reason (`str`): the sentence that says why.
+        subject_id (`str`, *optional*): whose it is, where that is known.
+        split (`str`, *optional*): `"train"` or `"heldout"`, where the data set says so.
+    """
 
     file: str
     reason: str
+    subject_id: str | None = None
+    split: str | None = None
 
 
 @dataclass
@@ -71,9 +80,9 @@ class Listing:
     rejected: list[Rejection] = field(default_factory=list)
     dataset: str | None = None
 
-    def reject(self, file: str | Path, reason: str) -> None:
+    def reject(self, file: str | Path, reason: str, subject_id: str | None = None, split: str | None = None) -> None:
         """Leave `file` out."""
-        self.rejected.append(Rejection(str(file), reason))
+        self.rejected.append(Rejection(str(file), reason, subject_id, split))
 
 
 def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
@@ -116,16 +125,15 @@ def _reject_strays(listing: Listing) -> None:
     seen, kept = {}, []
     for case in listing.cases:
         first = next(iter(case.images.values()))
-        if case.name in seen:
-            listing.reject(
-                first, f"{first}: subject {case.name!r} was already found at {seen[case.name]}; keep one of the two"
-            )
+        key = (case.subject_id, case.session)
+        if key in seen:
+            reason = f"{first}: subject {case.name!r} was already found at {seen[key]}; keep one of the two"
+            listing.reject(first, reason, case.subject_id, case.split)
         elif kept and list(case.images) != list(kept[0].images):
-            listing.reject(
-                first, f"{first}: the modalities are {list(case.images)}, not {list(kept[0].images)} as before"
-            )
+            reason = f"{first}: the modalities are {list(case.images)}, not {list(kept[0].images)} as before"
+            listing.reject(first, reason, case.subject_id, case.split)
         else:
-            seen[case.name] = first
+            seen[key] = first
             kept.append(case)
     listing.cases = kept
 

@@ -52,43 +52,46 @@ def scan(
     """
     path = _find_list(data_dir)
     content = _read(path)
-    names = content.get("modality") if isinstance(content.get("modality"), dict) else {}
+    modalities = content.get("modality") if isinstance(content.get("modality"), dict) else {}
     if subject_column and not any(class_is_given(entry.get(subject_column)) for entry in _objects(content)):
         raise InputError(f"No entry of {path} has the key {subject_column!r} of subjects.")
     listing, found = Listing(), []
     with_classes = has_classes(label_column, label_bins, _may_have_classes(content, subject_column))
     label_column = label_column or "label"
-    for key, split in SPLITS.items():
-        for number, entry in enumerate(content.get(key, [])):
-            place, entry = f"{path}, {key}[{number}]", {"image": entry} if isinstance(entry, str) else entry
-            try:
-                if not isinstance(entry, dict):
-                    raise InputError(f"{place} is {entry!r}, neither a path nor an object with keys.")
-                label = _label(entry.get(label_column), label_bins, label_column, place) if with_classes else ONE_CLASS
-                if label is None:
-                    continue
-                images = _images(entry.get("image"), names, path.parent, place)
-            except InputError as error:
-                listing.reject(place, str(error))
+    listed = [
+        (f"{path}, {key}[{number}]", split, {"image": entry} if isinstance(entry, str) else entry)
+        for key, split in SPLITS.items()
+        for number, entry in enumerate(content.get(key, []))
+    ]
+    names = distinct_names([os.path.relpath(path.parent / _first_image(entry), path.parent) for *_, entry in listed])
+    subject_key = subject_column or "subject_id"
+    for (place, split, entry), name in zip(listed, names, strict=True):
+        subject = _given(entry, subject_key)
+        try:
+            if not isinstance(entry, dict):
+                raise InputError(f"{place} is {entry!r}, neither a path nor an object with keys.")
+            label = _label(entry.get(label_column), label_bins, label_column, place) if with_classes else ONE_CLASS
+            if label is None:
                 continue
-            found.append((entry, split, label, images))
-    names = distinct_names([os.path.relpath(next(iter(images.values())), path.parent) for *_, images in found])
-    key = subject_column or "subject_id"
-    scans = Counter(str(entry[key]) for entry, *_ in found if class_is_given(entry.get(key)))
-    for (entry, split, label, images), name in zip(found, names, strict=True):
-        subject, session = entry.get(key), entry.get("session")
+            images = _images(entry.get("image"), modalities, path.parent, place)
+        except InputError as error:
+            listing.reject(place, str(error), subject or name, split)
+            continue
+        found.append((entry, split, label, images, subject, name))
+    scans = Counter(subject for *_, subject, _ in found if subject)
+    for entry, split, label, images, subject, name in found:
         seg = entry.get("label")
         listing.cases.append(
             Case(
                 images,
                 label,
-                subject_id=str(subject) if class_is_given(subject) else name,
-                session=str(session) if class_is_given(session) else (name if scans[str(subject)] > 1 else ""),
+                subject_id=subject or name,
+                session=_given(entry, "session") or (name if scans[subject] > 1 else ""),
                 split=split,
                 seg=str(path.parent / seg) if _is_image(seg) and os.path.isfile(path.parent / seg) else None,
             )
         )
-    listing.classes = class_names([label for _, _, label, _ in found], label_bins, label_column)
+    listing.classes = class_names([label for _, _, label, *_ in found], label_bins, label_column)
     return listing
 
 
@@ -147,6 +150,19 @@ def _may_have_classes(content: dict, subject_column: str | None) -> bool:
         set(entry) - known or (class_is_given(entry.get("label")) and not _is_image(entry["label"]))
         for entry in _objects(content)
     )
+
+
+def _given(entry, key: str) -> str | None:
+    """What an entry says under a key; None if nothing."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    return str(value) if class_is_given(value) else None
+
+
+def _first_image(entry) -> str:
+    """The path of an entry's image, or of its first; empty if it has none."""
+    image = entry.get("image") if isinstance(entry, dict) else None
+    first = next(iter(image), None) if isinstance(image, list) else image
+    return first if isinstance(first, str) else ""
 
 
 def _label(value, label_bins: LabelBins | None, label_column: str, place: str) -> str | None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..seeding import generator_for
+from .cases import class_is_given
 from .folders import read_table
 from .prompts import PromptBuilder
 from .rows import row_numbers
@@ -343,10 +344,16 @@ def _describe_rows(
         values |= {name: _truth(row[column], place, column) for name, column in artifacts.items()}
         if file_name in described:
             raise InputError(f"{place}: {file_name} has a row already; give each image one.")
-        described[file_name] = (values, row.get(subject_column or "subject_id") or Path(file_name).stem)
+        described[file_name] = (values, subject_of(row, subject_column, file_name))
     if not described:
         raise InputError(f"{table} has no row with a diagnosis among {list(builder.diagnoses)}.")
     return described
+
+
+def subject_of(row: Mapping[str, str], subject_column: str | None, file_name: str) -> str:
+    """Whom an image shows; one whose subject is not known, a subject of its own, by the file's name."""
+    subject = row.get(subject_column or "subject_id")
+    return subject if class_is_given(subject) else Path(file_name).stem
 
 
 def _artifact_column(table: Path, columns: Sequence[str], name: str, given: Mapping[str, str]) -> str:

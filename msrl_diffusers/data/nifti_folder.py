@@ -67,22 +67,26 @@ def scan(
     listing, values = Listing(), []
     for number, (row, name) in enumerate(zip(rows, names, strict=True), start=2):
         place = f"{table_path}, line {number}"
+        subject, session = (
+            row[column] if class_is_given(row.get(column)) else None for column in (subject_column, "session")
+        )
+        split = (row.get("split") or "").strip().lower()
+        owner = (subject or name, SPLITS.get(split))
         try:
             label = class_of(row[label_column], label_bins, label_column, place) if with_classes else ONE_CLASS
         except InputError as error:
-            listing.reject(place, str(error))
+            listing.reject(place, str(error), *owner)
             continue
         if label is None:
             if not class_is_given(row[label_column]):
-                listing.reject(place, f"{place}: column {label_column!r} is empty.")
+                listing.reject(place, f"{place}: column {label_column!r} is empty.", *owner)
             continue
         images = {kind: str(data_dir / row[column]) for kind, column in kinds.items() if row[column]}
         missing = [image for image in images.values() if not Path(image).is_file()]
         if missing or len(images) < len(kinds):
             absent = missing[0] if missing else f"the image of {next(kind for kind in kinds if kind not in images)!r}"
-            listing.reject(place, f"{place}: {absent} is missing.")
+            listing.reject(place, f"{place}: {absent} is missing.", *owner)
             continue
-        split = (row.get("split") or "").strip().lower()
         if split and split not in SPLITS:
             raise InputError(f"{place}: the split {split!r} is none of {list(SPLITS)}.")
         values.append(label)
@@ -91,8 +95,8 @@ def scan(
             Case(
                 images,
                 label,
-                subject_id=row.get(subject_column) or name,
-                session=row.get("session") or (name if row.get(subject_column) else ""),
+                subject_id=subject or name,
+                session=session or (name if subject else ""),
                 split=SPLITS.get(split),
                 seg=str(data_dir / seg) if seg else None,
             )

@@ -65,7 +65,7 @@ def scan(
             label = _label(ratings, subject, session, table_path)
             listing.cases.append(_case(folder, kind, label, subject, session))
         except InputError as error:
-            listing.reject(folder, str(error))
+            listing.reject(folder, str(error), subject)
     return listing
 
 

@@ -51,7 +51,7 @@ def prepare_cases(
 
     Returns:
         The summary: `dataset` (the loader), numbers of `subjects` and `volumes`, `counts` of volumes by split and class, `channels`,
-        `shape`, `spacing`, `fingerprint` of the result, `left_out` by the split and `rejected`.
+        `shape`, `spacing`, `fingerprint` of the result, what made the `split` (see `SplitPlan.rule`), `left_out` by it and `rejected`.
 
     Raises:
         InputError: `strict` and a case that can't be used; no case at all that can; a split that can't be made, of what is listed
@@ -67,7 +67,7 @@ def prepare_cases(
         summary = json.loads(summary_path.read_text())
         if summary["request"] == request and not (strict and summary["rejected"] > len(listing.rejected)):
             return summary
-    planned = _sides(split, listing.cases)
+    _sides(split, listing.cases, listing.rejected)
     work = output_dir / f".volumes-{volumes_request}"
     work.mkdir(parents=True, exist_ok=True)
     rejected = list(listing.rejected)
@@ -76,7 +76,7 @@ def prepare_cases(
         if reason is not None:
             if strict:
                 raise InputError(reason)
-            rejected.append(Rejection(next(iter(case.images.values())), reason))
+            rejected.append(Rejection(next(iter(case.images.values())), reason, case.subject_id, case.split))
     write_rejections(rejected, output_dir / "rejected.csv")
     usable = [(index, case) for index, case in enumerate(listing.cases) if _volume_path(work, index).is_file()]
     if not usable:
@@ -84,8 +84,7 @@ def prepare_cases(
             f"None of {len(listing.cases)} volumes could be prepared; {output_dir / 'rejected.csv'} says why."
         )
     cases = [case for _, case in usable]
-    # lists hold for all subjects that there are, also for those whose images can't be used
-    sides = _sides(split, cases) if split.train_subjects is None else [planned[index] for index, _ in usable]
+    sides = _sides(split, cases, rejected)
     by_side = {side: [member for member, its in zip(usable, sides, strict=True) if its == side] for side in SIDES}
     for side, members in by_side.items():
         if not members:
@@ -106,6 +105,7 @@ def prepare_cases(
         "shape": shape[1:],
         "spacing": list(processor.spacing),
         "fingerprint": digest.hexdigest()[:16],
+        "split": split.rule([case.split for case in cases]),
         "left_out": sides.count(None),
         "rejected": len(rejected),
     }
@@ -115,9 +115,9 @@ def prepare_cases(
     return summary
 
 
-def _sides(split: SplitPlan, cases: Sequence[Case]) -> list[str | None]:
+def _sides(split: SplitPlan, cases: Sequence[Case], rejected: Sequence[Rejection]) -> list[str | None]:
     return split.sides(
-        [case.subject_id for case in cases], [case.label for case in cases], [case.split for case in cases]
+        [case.subject_id for case in cases], [case.label for case in cases], [case.split for case in cases], rejected
     )
 
 

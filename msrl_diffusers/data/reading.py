@@ -17,6 +17,7 @@ from ..errors import InputError
 
 MAX_VOXELS = 2**28  # 1 GiB as float32; the largest head scans in use have a quarter of it
 MAX_COMPRESSION = 1100  # deflate can't do better than 1032
+MAX_TRAILER = 2**26  # bytes after the voxels; MGH has a footer there, of some kilobytes
 VOXEL_EDGES = (0.01, 100.0)  # millimetres
 COMPRESSED = (".gz", ".bz2", ".mgz")
 
@@ -45,6 +46,7 @@ def read_image(path: str | Path, orientation: str | None = None) -> nib.Nifti1Im
     _check_size(path, image, shape, dtype)
     try:
         data = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+        _check_stream(image, math.prod(shape) * dtype.itemsize)
     except Exception as error:
         raise InputError(f"{path} is damaged, its voxels can't be read: {_one_line(error)}; copy it again") from error
     check_values(data, path)
@@ -105,6 +107,24 @@ def _check_size(path: Path, image, shape: tuple[int, int, int], dtype: np.dtype)
         raise InputError(
             f"{holder} is too small for the {claimed} bytes of voxels that its header claims; it is damaged"
         )
+
+
+def _check_stream(image, claimed: int) -> None:
+    """Read a compressed file to its end, where its checksum stands: nibabel stops at the last of its `claimed` bytes of voxels.
+
+    Raises:
+        Exception: the decompressor's own, of a damaged stream.
+        ValueError: it goes on for longer than any footer.
+    """
+    holder = image.file_map["image"]
+    if not str(holder.filename).endswith(COMPRESSED):
+        return
+    allowed = getattr(image.dataobj, "offset", 0) + claimed + MAX_TRAILER
+    with holder.get_prepare_fileobj("rb") as stream:
+        while chunk := stream.read(2**20):
+            allowed -= len(chunk)
+            if allowed < 0:
+                raise ValueError(f"more than {MAX_TRAILER} bytes follow them")
 
 
 def _checked_affine(path: Path, image, orientation: str | None, shape: tuple[int, int, int]) -> np.ndarray:

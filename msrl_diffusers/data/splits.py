@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
+from .cases import Rejection
 from .volumes import VolumeDataset
 
 
@@ -37,21 +38,49 @@ class SplitPlan:
     train_subjects: tuple[str, ...] | None = None
     heldout_subjects: tuple[str, ...] | None = None
 
-    def sides(self, subjects: Sequence[str], labels: Sequence[str], own: Sequence[str | None]) -> list[str | None]:
+    def rule(self, own: Sequence[str | None]) -> str:
+        """What divides volumes of which the data set itself says `own`: `"lists"`, `"counts"`, `"own"` or `"fraction"`."""
+        if self.train_subjects is not None:
+            return "lists"
+        if self.counts is not None:
+            return "counts"
+        return "own" if set(own) == set(SIDES) else "fraction"
+
+    def sides(
+        self,
+        subjects: Sequence[str],
+        labels: Sequence[str],
+        own: Sequence[str | None],
+        rejected: Sequence[Rejection] = (),
+    ) -> list[str | None]:
         """`"train"`, `"heldout"` or None (in neither) for every volume.
 
+        Args:
+            subjects: whose each volume is.
+            labels: its class.
+            own: where the data set itself puts it; None if it does not say.
+            rejected: what else the data set has, of no use. Lists may name its subjects.
+
         Raises:
-            InputError: classes too small for the plan, unknown subjects on a list, a subject on both sides, or a data set that
-                says for some volumes alone where they belong.
+            InputError: classes too small for the plan, unknown subjects on a list, a subject on both sides, a data set that
+                says for some volumes alone where they belong, or one of whose own training set or hold-out nothing can be used.
         """
         if (self.train_subjects is None) != (self.heldout_subjects is None):
             raise InputError("A split by lists needs both, the training subjects and the held-out ones.")
-        if self.train_subjects is not None:
-            sides = split_lists(subjects, self.train_subjects, self.heldout_subjects)
-        elif self.counts is not None:
+        rule = self.rule(own)
+        lost = [rejection for rejection in rejected if rejection.split not in (None, *own)]
+        if rule == "lists":
+            known = {*subjects, *(rejection.subject_id for rejection in rejected)}
+            sides = split_lists(subjects, self.train_subjects, self.heldout_subjects, known)
+        elif rule == "counts":
             sides = split_counts(subjects, labels, self.counts, self.seed)
-        elif set(own) == set(SIDES):
+        elif rule == "own":
             sides = list(own)
+        elif lost:  # none is drawn instead: it would mix what the data set keeps apart
+            raise InputError(
+                f"Of the data set's own split no volume for {lost[0].split!r} can be used: mend those there are, or take the split "
+                f"out of the data set to have one drawn. The first: {lost[0].reason}"
+            )
         elif None in own and any(own):
             raise InputError(
                 f"{own.count(None)} of {len(own)} volumes have no split of their own, that of subject "
@@ -125,14 +154,17 @@ def split_counts(
     return [side.get(subject) for subject in subjects]
 
 
-def split_lists(subjects: Sequence[str], train: Collection[str], heldout: Collection[str]) -> list[str | None]:
-    """The side of every volume by lists of subjects; None for subjects on neither.
+def split_lists(
+    subjects: Sequence[str], train: Collection[str], heldout: Collection[str], known: Collection[str]
+) -> list[str | None]:
+    """The side of every volume by lists of subjects; None for subjects on neither. Lists hold for all subjects `known`, also
+    for those whose images can't be used.
 
     Raises:
         InputError: a subject on both lists, or one that the data set does not have.
     """
     check_no_leak(train, heldout)
-    unknown = sorted({*train, *heldout} - set(subjects))
+    unknown = sorted({*train, *heldout} - set(known))
     if unknown:
         raise InputError(f"{len(unknown)} listed subjects are not in the data set, {unknown[0]!r} first.")
     train, heldout = set(train), set(heldout)

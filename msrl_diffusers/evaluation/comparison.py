@@ -1,7 +1,6 @@
 """A generated set against a real one: distances with intervals and their floor, diversity, plain statistics."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from .statistics import compare_statistics, set_statistics
 
 MIN_VOLUMES = 4  # two halves of two
 MAX_COMPARED = 128  # volumes of each set in pairs of MS-SSIM, which must lie in memory
+MIN_OF_CLASS = 10  # of these: classes give equally many pairs, and a rarer one would leave a handful
 
 
 def compare_sets(
@@ -70,22 +70,19 @@ def compare_sets(
         smallest_subset(min(len(features["real"]), len(features["generated"])), *features["real"].shape[2:])
     draw = {"draws": bootstrap_draws, "seed": seed}
     content = {"by_class": {}, **_distances(features["real"], features["generated"], infinity=infinity, **draw)}
-    for name in sorted(set(real.class_names or ()) & set(generated.class_names or ())):
+    for name in _shared_classes((real, generated)):
         rows = {side: _rows_of(source, name) for side, source in (("real", real), ("generated", generated))}
         if min(len(part) for part in rows.values()) >= MIN_VOLUMES:
             of_class = {side: features[side][part] for side, part in rows.items()}
             content["by_class"][name] = _distances(of_class["real"], of_class["generated"], **draw)
     if held_out is not None:
         content["held_out"] = _distances(features["held_out"], features["generated"], **draw)
-    by_class = bool(real.class_names and generated.class_names)  # for both alike: volumes of one class are more alike
     return {
         **content,
         **_floor(features, **draw),
         "num_features": extractor.num_features,
         "manifold": manifold_figures(*(volume_features(features[name]) for name in ("real", "generated"))),
-        "ms_ssim": {
-            name: ms_ssim_of(source, seed, by_class) for name, source in (("real", real), ("generated", generated))
-        },
+        "ms_ssim": ms_ssim_of_sets({"real": real, "generated": generated}, seed),
         "statistics": _statistics(real, generated, batch_size),
     }  # fmt: skip
 
@@ -139,18 +136,50 @@ def _rows_of(source: VolumeSource, class_name: str) -> list[int]:
     return [row for row, name in enumerate(source.class_names) if name == class_name]
 
 
-def ms_ssim_of(source: VolumeSource, seed: int, by_class: bool = True) -> dict | None:
-    """`ms_ssim_diversity` of at most 128 volumes, of pairs within classes where there are some, unless not `by_class`;
-    `within_classes` says which. None for volumes too small or too few."""
+def ms_ssim_of(source: VolumeSource, seed: int) -> dict | None:
+    """`ms_ssim_of_sets` of one set."""
+    return ms_ssim_of_sets({"": source}, seed)[""]
+
+
+def ms_ssim_of_sets(sources: Mapping[str, VolumeSource], seed: int) -> dict[str, dict | None]:
+    """`ms_ssim_diversity` of at most 128 volumes of every set, by its name; None for volumes too small or too few.
+
+    Pairs lie within classes, the same in all sets, if all name classes and share some: volumes of one class are more alike, in
+    some classes more than in others. Left out are classes with fewer than 10 volumes drawn from a set where others have as many
+    in all, else those with one. If none is left, or named, pairs are of all volumes; `within_classes` says which.
+    """
+    classes = _shared_classes(sources.values())
+    if classes:
+        sources = {name: _of_classes(source, classes) for name, source in sources.items()}
+    drawn = {name: _drawn(source, seed) for name, source in sources.items()}
+    fewest = {name: min(source.class_names.count(name) for source in drawn.values()) for name in classes}
+    for least in (MIN_OF_CLASS, 2):
+        classes = [name for name in fewest if fewest[name] >= least]
+        if classes:
+            break
+    return {name: _ms_ssim(source, classes, seed) for name, source in drawn.items()}
+
+
+def _shared_classes(sources: Collection[VolumeSource]) -> list[str]:
+    return sorted(set.intersection(*(set(source.class_names or ()) for source in sources)))
+
+
+def _of_classes(source: VolumeSource, classes: Collection[str]) -> VolumeSource:
+    return source.select([row for row, name in enumerate(source.class_names) if name in classes])
+
+
+def _drawn(source: VolumeSource, seed: int) -> VolumeSource:
     rows = torch.randperm(len(source), generator=generator_for(seed, "ms-ssim"))[:MAX_COMPARED].sort().values
-    chosen, labels = source.select(rows), None
-    if by_class and chosen.class_names:
-        counts = Counter(chosen.class_names)
-        # the only volume of a class that was drawn has no pair
-        chosen = chosen.select([row for row, name in enumerate(chosen.class_names) if counts[name] > 1])
-        names = sorted(set(chosen.class_names))
-        labels = [names.index(name) for name in chosen.class_names]
-    volumes = chosen.take(range(len(chosen)))
+    return source.select(rows)
+
+
+def _ms_ssim(source: VolumeSource, classes: Sequence[str], seed: int) -> dict | None:
+    """Of pairs within these classes, of all volumes if there is none."""
+    labels = None
+    if classes:
+        source = _of_classes(source, classes)
+        labels = [classes.index(name) for name in source.class_names]
+    volumes = source.take(range(len(source)))
     try:
         found = ms_ssim_diversity(volumes, seed=seed, labels=labels)
     except InputError:

@@ -126,7 +126,7 @@ def ms_ssim_diversity(
     level: float = 0.95,
 ) -> dict:
     """`{"value", "interval", "pairs", "window", "sigma", "weights"}`: mean MS-SSIM of random pairs, its interval by
-    `pair_interval`, how many pairs there were, and the settings."""
+    `pair_interval` (None where it has none), how many pairs there were, and the settings."""
     pairs = draw_pairs(len(volumes), num_pairs, seed, labels)
     values = ms_ssim(volumes, pairs)
     classes = None if labels is None else torch.as_tensor(labels).cpu()[pairs[:, 0]]
@@ -140,8 +140,9 @@ def ms_ssim_diversity(
 
 def pair_interval(
     values: torch.Tensor, pairs: torch.Tensor, classes: torch.Tensor | None = None, level: float = 0.95
-) -> list[float]:
-    """Interval `[low, high]` for the mean of `values [M]` of `pairs [M, 2]`, whose classes are `classes [M]`.
+) -> list[float] | None:
+    """Interval `[low, high]` for the mean of `values [M]` of `pairs [M, 2]`, whose classes are `classes [M]`; None where a class
+    has one pair, which says nothing of its spread.
 
     From the dyadic-robust variance of Aronow, Samii and Assenova (arXiv 1312.3398), within classes, and Student's t over the
     volumes: pairs that share a volume are not independent. A bootstrap over pairs takes them so: of its 95 % intervals for
@@ -149,6 +150,8 @@ def pair_interval(
     """
     values = values.double()
     classes = torch.zeros(len(values), dtype=torch.long) if classes is None else classes
+    if classes.unique(return_counts=True)[1].min() < 2:
+        return None
     residuals = values.clone()
     for label in classes.unique():
         residuals[classes == label] -= values[classes == label].mean()

@@ -66,6 +66,7 @@ class SetLabeler:
             InputError: a class with fewer than two volumes in the set or on the scale.
         """
         labels = labels.cpu()
+        self.check(labels)
         features = extract_features(self.extractor, samples)
         targets, fid, quality = torch.zeros(len(labels)), {}, {}
         for label in labels.unique().tolist():
@@ -78,16 +79,30 @@ class SetLabeler:
             )
         return SetLabels(targets, fid, quality)
 
+    def check(self, labels: torch.Tensor) -> None:
+        """Refuse a set with classes `labels [N]` that can't be labelled.
+
+        Raises:
+            InputError: a class with fewer than two volumes in the set or on the scale.
+        """
+        classes, sizes = labels.unique(return_counts=True)
+        for label, size in zip(classes.tolist(), sizes.tolist(), strict=True):
+            counts = {"the set to be labelled": size, **self._counts(label)}
+            place = min(counts, key=counts.get)
+            if counts[place] < 2:
+                raise InputError(
+                    f"Class {self.real.id2label.get(label, label)!r} has {counts[place]} volumes in {place}; a label needs two or more "
+                    "of each class."
+                )
+
+    def _counts(self, label: int) -> dict[str, int]:
+        """Volumes of a class on the scale, by set."""
+        parts = {"the training set": self.real, **self.anchors}
+        return {name: int((part.class_labels == label).sum()) for name, part in parts.items()}
+
     def _place(self, label: int, features: torch.Tensor) -> tuple[float, float]:
         """The distance of one class of a set, and its target."""
-        parts = {"the training set": self.real, **self.anchors}
-        counts = {name: int((part.class_labels == label).sum()) for name, part in parts.items()}
-        count = min(len(features), *counts.values())
-        if count < 2:
-            place = "the set to be labelled" if len(features) < 2 else min(counts, key=counts.get)
-            raise InputError(
-                f"Class {self.real.id2label[label]!r} has {count} volumes in {place}; a label needs two or more of each class."
-            )
+        count = min(len(features), *self._counts(label).values())
         real = self._real_features[self.real.class_labels == label][:count]
         scale = {name: frechet_distance(real, self._anchor_features(name, label, count)) for name in self.anchors}
         distance = frechet_distance(real, features[:count])

@@ -23,8 +23,16 @@ TAGS = ("medical", "mri", "3d", "nifti", "brain", "msrl_diffusers", "not-for-cli
 ARMS = {
     "real_floor": "real, held out (floor)",
     "limit": "autoencoder (limit)",
-    "standard": "before reinforcement learning",
-    "rl": "after reinforcement learning",
+    "standard": "before {}",
+    "rl": "after {}",
+}
+REWARDED_BY = {
+    "images": "what a classifier finds of what a prompt states",
+    "volumes": "rewards regressed on Frechet distances",
+}
+WITHOUT_REWARDS = {  # methods whose loss is no reward: what it is
+    "frechet": "with the Frechet distance to the training volumes as the loss",
+    "ddo": "by discriminative self-play against its own samples (DDO)",
 }
 MODELS = {  # what it is, task on the Hub
     "VQModel3D": ("an autoencoder of volumes", GENERATION),
@@ -238,19 +246,28 @@ def _values(
     own_base = not facts.get("base_model") and "pretrained_model_name_or_path" not in report.get("given", {})
     known = "apache-2.0" if dataset in COMPUTED and own_base else "unknown"  # ids of the Hub's
     generates = contents.kind != "model" or contents.class_name in GENERATORS
+    samples, method = (
+        "images" if task == TEXT_TO_IMAGE or dataset in IMAGES else "volumes",
+        report.get("method", "ppo"),
+    )
+    tuning = "fine-tuning" if method in WITHOUT_REWARDS else "reinforcement learning"
     return {
         "name": name or contents.folder.resolve().name,
         "kind": contents.kind,
         "class_name": contents.class_name,
         "is_ours": contents.class_name in (PIPELINE, *MODELS) or not hasattr(diffusers, contents.class_name),
         "what": MODELS.get(contents.class_name, (None, None))[0],
-        "samples": "images" if task == TEXT_TO_IMAGE or dataset in IMAGES else "volumes",
+        "samples": samples,
         "task": task,
         "classes": list((contents.config.get("id2label") or {}).values()),
         "spacing": contents.config.get("spacing"),
         "shape": report.get("data", {}).get("shape"),
         "arm": arm,
-        "arms": ARMS,
+        "arms": {name: title.format(tuning) for name, title in ARMS.items()},
+        "tuning": tuning,
+        "tuned": WITHOUT_REWARDS.get(method, f"by reinforcement learning ({method}), from {REWARDED_BY[samples]}"),
+        "rewarded": method not in WITHOUT_REWARDS,
+        "loss_extractor": "label" if "label" in report.get("frechet_features", ()) else None,
         "options": f', variant="{contents.variant}"' if contents.variant else "",  # of from_pretrained
         "channels": _channels(contents),
         "of_peft": contents.class_name == PEFT_WEIGHTS,
@@ -295,7 +312,7 @@ def _metadata(contents: Contents, values: dict, report: dict) -> str:
     """The YAML block, without its fences."""
     tags = [*(TAGS if values["is_ours"] and values["samples"] == "volumes" else TAGS[-2:])]
     if values["arm"] == "rl":
-        tags += ["reinforcement-learning", report.get("method", "ppo")]
+        tags += [values["tuning"].replace(" ", "-"), report.get("method", "ppo")]
     if contents.kind == "adapter":
         tags.append("lora")
     results = _eval_results(values, report) if values["generates"] else []
@@ -368,9 +385,9 @@ def _channels(contents: Contents) -> int:
 
 
 def _is_prefixed(contents: Contents) -> bool:
-    """Whether an adapter's keys name the component they belong to, as pipelines save them."""
+    """Whether an adapter's keys name the components they belong to, as pipelines save them."""
     with safe_open(contents.folder / contents.class_name, "pt") as file:
-        return all(key.startswith("unet.") for key in file.keys())
+        return any(key.startswith("unet.") for key in file.keys())
 
 
 def _environment() -> Environment:

@@ -26,6 +26,7 @@ LEFT_OUT = {
     "audit.html", "audit.md", "closest_pairs.png", "evaluate.html", "evaluate.md", "generated.safetensors", "volumes.png"
 }  # fmt: skip
 FINDINGS = {"audit.json", "evaluate.json", "report.json"}
+SEEN_VOLUMES = "train_volumes"  # hashes in scores.json, by which a shared model would tell who is among its patients
 NAMING_KEYS = {"closest", "copies", "duplicates", "settings"}  # of the findings: subjects, and paths of this machine
 
 
@@ -122,9 +123,9 @@ def is_weights(name: str) -> bool:
 
 
 def shared_json(name: str, content: dict) -> dict:
-    """`content` of the JSON file `name` without paths of this machine and, in findings, without names of subjects; they may lie
-    in a folder of the one that is shared."""
-    dropped = {"_name_or_path", *(NAMING_KEYS if _last(name) in FINDINGS else ())}
+    """`content` of the JSON file `name` without paths of this machine, hashes of training volumes and, in findings, names of
+    subjects; they may lie in a folder of the one that is shared."""
+    dropped = {"_name_or_path", SEEN_VOLUMES, *(NAMING_KEYS if _last(name) in FINDINGS else ())}
     if is_local(content.get(BASE_MODEL)):
         dropped.add(BASE_MODEL)
 

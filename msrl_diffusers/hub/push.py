@@ -95,7 +95,7 @@ def push_folder(
     api = HfApi(token=token, library_name="msrl_diffusers")
     with in_one_sentence(repo_id, revision):
         full_id, is_private = prepare_repository(api, repo_id, private, revision)
-        files["README.md"] = _renamed(card, repo_id, full_id).encode()
+        files["README.md"] = _renamed(card, repo_id, full_id, revision).encode()
         message = commit_message or f"Upload {contents.class_name} with msrl_diffusers"
         url, removed = persistently(lambda: _commit(api, full_id, files, message, revision))
     return Pushed(url, full_id, is_private, tuple(sorted(files)), contents.left_out, removed)
@@ -146,14 +146,13 @@ def _own_card(card: str, contents: Contents, audit: dict | None, repo_id: str, o
     return card
 
 
-def _renamed(card: str, name: str, other: str) -> str:
-    """The card with another name to load the model from."""
-    return (
-        card.replace(f'from_pretrained("{name}"', f'from_pretrained("{other}"')
-        .replace(f'load_lora_weights("{name}"', f'load_lora_weights("{other}"')
-        .replace(f'load_lora_adapter("{name}"', f'load_lora_adapter("{other}"')
-        .replace(f'from_pretrained(pipe.unet, "{name}"', f'from_pretrained(pipe.unet, "{other}"')
-    )
+LOADS = r'(from_pretrained\((?:pipe\.unet, )?|load_lora_weights\(|load_lora_adapter\()"{}"(?:, revision="[^"]*")?'
+
+
+def _renamed(card: str, name: str, other: str, revision: str | None = None) -> str:
+    """The card with another name to load the model from, and the branch where it is not the main one."""
+    option = "" if revision in (None, "main") else f', revision="{revision}"'
+    return re.sub(LOADS.format(re.escape(name)), lambda found: f'{found[1]}"{other}"{option}', card)
 
 
 def _files(contents: Contents) -> dict[str, Path | bytes]:

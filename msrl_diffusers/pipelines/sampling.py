@@ -1,5 +1,7 @@
 """Sets of volumes from a pipeline: many, of all classes, each with noise of its own."""
 
+from collections.abc import Sequence
+
 import torch
 from tqdm import tqdm
 
@@ -19,17 +21,23 @@ def sample_volumes(
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = True,
+    class_labels: Sequence[int] | None = None,
 ) -> VolumeDataset:
-    """`num_volumes` volumes, classes in turn; volume i is a function of `seed` and i, whatever `batch_size` is.
+    """`num_volumes` volumes, classes in turn or of so many `class_labels`; volume i is a function of `seed`, i and its class,
+    whatever `batch_size` is.
 
     Raises:
-        InputError: fewer than one volume.
+        InputError: fewer than one volume, or another number of labels.
     """
     if num_volumes < 1:
         raise InputError(f"num_volumes must be at least 1, got {num_volumes}.")
-    pipeline.set_progress_bar_config(disable=True)
     classes = sorted(pipeline.id2label)
-    labels, samples = torch.tensor([classes[index % len(classes)] for index in range(num_volumes)]), []
+    if class_labels is None:
+        class_labels = [classes[index % len(classes)] for index in range(num_volumes)]
+    elif len(class_labels) != num_volumes:
+        raise InputError(f"class_labels must be {num_volumes}, one for each volume, got {len(class_labels)}.")
+    pipeline.set_progress_bar_config(disable=True)
+    labels, samples = torch.tensor(class_labels), []
     with tqdm(total=num_volumes, desc="sample", unit="volume", disable=not progress) as bar:
         for indices in torch.arange(num_volumes).split(batch_size):
             output = pipeline(

@@ -242,6 +242,11 @@ class StudyConfig:
                 raise InputError(f"StudyConfig: {name} must be 0 or more, got {getattr(self, name)}.")
         if self.dataset != "phantoms" and not self.data_dir:
             raise InputError(f"dataset {self.dataset} needs data_dir: the folder of the data set.")
+        if self.dataset == "phantoms" and self.data_dir:
+            raise InputError(
+                f"data_dir={self.data_dir} is not read: the dataset is phantoms. Give dataset as well (prepared, nifti_folder, "
+                "brats2019, ...), or leave data_dir out."
+            )
         data = () if self.dataset == "datalist" else ("data_dir",)  # a list's images are known one by one
         check_outputs_apart(self, *data, "pretrained")
         if self.pretrained and not (Path(self.pretrained) / "model_index.json").is_file():
@@ -260,6 +265,10 @@ class StudyConfig:
             check_network(section, getattr(self, section))
         for section in TRAINER_CONFIGS:
             self.trainer_config(section)
+        if self.trainer_config(self.method).push_to_hub:
+            raise InputError(
+                f"Section {self.method!r}: unset push_to_hub; a study leaves pipeline_rl with its audit: push it by msrl push."
+            )
         for section in SEEDED_BY_ROLE:
             if "seed" in getattr(self, section):
                 raise InputError(
@@ -284,6 +293,7 @@ class StudyConfig:
             raise InputError(f"StudyConfig: synthetic_steps are at most {longest}, got {max(self.synthetic_steps)}.")
         for sampler in self.samplers:
             self._check_sampler(sampler, longest)
+        self._check_guidance(self.rollout_sampler, f"section {self.method!r}")
 
     def _check_sampler(self, sampler: dict, longest: int) -> None:
         if not {"num_inference_steps", "eta"} <= set(sampler) <= {"num_inference_steps", "eta", "guidance_scale"}:
@@ -294,9 +304,14 @@ class StudyConfig:
             raise InputError(
                 f"A sampler has 1 to {longest} num_inference_steps, and numbers as eta (0 to 1) and guidance_scale, got {sampler}."
             )
+        self._check_guidance(sampler, f"the sampler {sampler}")
+
+    def _check_guidance(self, sampler: dict, name: str) -> None:
+        guidance = sampler.get("guidance_scale", 1.0)
         if guidance != 1.0 and not self.pretrained and not self.trainer_config("diffusion").class_dropout:
             raise InputError(
-                f"Guidance needs a denoiser trained with class_dropout above 0; the sampler {sampler} has none."
+                f"A guidance_scale of {guidance} ({name}) needs a denoiser trained with class_dropout above 0; set it in section "
+                "'diffusion'."
             )
 
     @property

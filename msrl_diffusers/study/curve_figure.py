@@ -22,9 +22,9 @@ PANELS = {
 REAL = ("diversity", "ms_ssim", "high_frequency")  # figures that the real volumes have too
 
 
-def draw_curve(curve: Mapping, path: str | Path) -> None:
+def draw_curve(curve: Mapping, path: str | Path, rewarded: bool = True) -> None:
     """Draw all figures of `curve.json` against the square root of the divergence, a panel each. A dotted line marks the real
-    volumes' value, a star the weights that were kept."""
+    volumes' value, a star the weights that were kept. Where the policy is not `rewarded`, rewards only watched."""
     points, kept = curve["points"], curve["kept"]
     distances = [point["sqrt_kl"] for point in points]
     figure = Figure(figsize=(13, 6), layout="constrained")
@@ -32,7 +32,8 @@ def draw_curve(curve: Mapping, path: str | Path) -> None:
         for name, keys in lines.items():
             values = [look_up(point, keys) for point in points]
             if None not in values:
-                (line,) = axis.plot(distances, values, marker="o", markersize=3, label=name)
+                label = "mean" if name == "trained on" and not rewarded else name
+                (line,) = axis.plot(distances, values, marker="o", markersize=3, label=label)
                 if kept:
                     axis.plot(kept["sqrt_kl"], look_up(kept, keys), marker="*", markersize=10, color=line.get_color())
             if keys[0] in REAL and curve["real"][keys[0]] is not None:
@@ -47,8 +48,9 @@ def draw_curve(curve: Mapping, path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def curve_lines(curve: Mapping) -> list[str]:
-    """The curve as a table of the report, and what it says."""
+def curve_lines(curve: Mapping, rewarded: bool = True) -> list[str]:
+    """The curve as a table of the report, and what it says. Where the policy is not `rewarded`, rewards only watched."""
+    reward = "reward trained on" if rewarded else "reward, not trained on"
     lines = [
         "",
         "## Over-optimization",
@@ -56,7 +58,7 @@ def curve_lines(curve: Mapping) -> list[str]:
         f"{curve['n']} samples at each point, by the sampler of the rollouts; measured after the training, on its weights. Rewards are "
         "in deviations of the pretrained samples.",
         "",
-        "| rollouts | sqrt(KL) | reward trained on | held-out reward | label distance | judge distance | judge KID | diversity | "
+        f"| rollouts | sqrt(KL) | {reward} | held-out reward | label distance | judge distance | judge KID | diversity | "
         "high frequencies | nearest training volume |",
         "|---" * 10 + "|",
     ]
@@ -66,17 +68,17 @@ def curve_lines(curve: Mapping) -> list[str]:
         cells += [f"{point['fid'][role]:.4f}" for role in ("label", "judge")]
         cells += [f"{point['kid']['judge']:.5f}", f"{point['diversity']:.3f}", f"{point['high_frequency']:.4f}"]
         lines.append("| " + " | ".join([*cells, f"{point['nearest']['distance']:.3f}"]) + " |")
-    return [*lines, "", _verdict(curve), "", "![over-optimization](figures/over_optimization.png)"]
+    return [*lines, "", _verdict(curve, rewarded), "", "![over-optimization](figures/over_optimization.png)"]
 
 
-def _verdict(curve: Mapping) -> str:
+def _verdict(curve: Mapping, rewarded: bool) -> str:
     turning = curve["turning_point"]
     if turning is None:
         return "The judge's distance was lowest at the end of the run: no over-optimization is seen."
     rose = "went on rising" if turning["reward_rose_after_it"] else "did not rise any further"
     return (
-        f"The judge's distance was lowest after {turning['rollout']} rollouts, at sqrt(KL) {turning['sqrt_kl']:.4f}; the reward that is "
-        f"trained on {rose} after it."
+        f"The judge's distance was lowest after {turning['rollout']} rollouts, at sqrt(KL) {turning['sqrt_kl']:.4f}; the reward"
+        f"{' that is trained on' if rewarded else ''} {rose} after it."
     )
 
 

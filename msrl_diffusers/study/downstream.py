@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from math import isclose
 from pathlib import Path
 
 import torch
@@ -36,6 +35,7 @@ from ..trainers.base import checkpoints
 from ..trainers.base_config import BOOKKEEPING
 from ..trainers.classifier_config import ClassifierConfig
 from ..trainers.classifier_trainer import ClassifierTrainer, build_classifier, check_classes, predict
+from .kinds import check_same_kind
 
 
 def run_downstream(
@@ -279,20 +279,3 @@ def _check(
                 "out, or give generated volumes ids of their own."
             )
     return references[0]
-
-
-def check_same_kind(real: VolumeDataset, volumes: VolumeDataset, name: str) -> None:
-    """Raise InputError unless `volumes` have the shape, the classes and the spacing of the real training volumes."""
-    shapes = [tuple(data.pixel_values.shape[1:]) for data in (real, volumes)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"{name} has volumes of shape {shapes[1]}, the real training set {shapes[0]}; prepare them alike."
-        )
-    if real.id2label != volumes.id2label:
-        raise InputError(
-            f"{name} has classes {volumes.id2label}, the real training set {real.id2label}; make them equal."
-        )
-    if not all(isclose(one, other, rel_tol=0.01) for one, other in zip(real.spacing, volumes.spacing, strict=True)):
-        raise InputError(
-            f"{name} has voxels of {volumes.spacing} mm, the real training set {real.spacing} mm; prepare them alike."
-        )

@@ -5,9 +5,19 @@ from pathlib import Path
 
 import torch
 
+from ..evaluation.features import volume_hashes
 from ..files import write_json, write_text
 from ..hub import render_card
-from .artifacts import PRIOR_STAGES, load_extractors, load_pipeline, load_reward_models, load_samplers, load_scores
+from ..hub.contents import SEEN_VOLUMES
+from .artifacts import (
+    PRIOR_STAGES,
+    load_extractors,
+    load_pipeline,
+    load_reward_models,
+    load_samplers,
+    load_scores,
+    load_split,
+)
 from .chain import study_chain
 from .config import StudyConfig
 from .report import git_commit, versions
@@ -28,7 +38,8 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     for role, model in load_extractors(config).items():
         model.half().save_pretrained(path / f"extractor_{role}")
     forget_places(path)
-    scores = {**load_scores(config), **load_samplers(config), "data_seed": config.data_seed}
+    seen = volume_hashes(load_split(config, "train").pixel_values)  # none may be held out where these models are used
+    scores = {**load_scores(config), **load_samplers(config), "data_seed": config.data_seed, SEEN_VOLUMES: seen}
     write_json(path / "scores.json", scores)
     facts = {
         "dataset": config.dataset,

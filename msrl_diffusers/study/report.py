@@ -13,6 +13,7 @@ from ..processes import device_name
 from .artifacts import load_pipeline, load_reported, load_scores, load_split, load_tuned_pipeline, stages_left_out
 from .config import SHOW_LESIONS, StudyConfig
 from .curve_figure import curve_lines, draw_curve
+from .sections import WITHOUT_REWARDS
 
 
 PACKAGES = ("msrl_diffusers", "torch", "diffusers", "accelerate", "transformers", "monai", "torchmetrics", "numpy")
@@ -50,6 +51,7 @@ def report(config: StudyConfig) -> dict:
         "downstream": _downstream(records) if config.downstream else None,
         "method": config.method,
         config.method: records[config.method]["result"],
+        **({"frechet_features": config.frechet_features} if config.method == "frechet" else {}),
         "unet_forwards": records[config.method]["result"]["unet_forwards"],
         "curve": records["curve"]["result"] if config.num_curve_points else None,
         "seconds": {name: record["seconds"] for name, record in records.items()},
@@ -118,6 +120,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _loss(content: dict, role: str) -> str:
+    """What is optimized is not measured by it."""
+    return "; its distance was the loss of the tuning" if role in content.get("frechet_features", ()) else ""
+
+
 def markdown(content: dict) -> str:
     """The report as a page."""
     classes = list(content["fid"]["judge"]["standard"])
@@ -133,7 +140,7 @@ def markdown(content: dict) -> str:
         lines += [
             f"## Frechet distance to the training volumes, {role.replace('_', ' ')} extractor",
             "",
-            f"`{identity['name']}` `{identity['sha256']}`, {purpose}. Lower is better; intervals: 95 % bootstrap by volume.",
+            f"`{identity['name']}` `{identity['sha256']}`, {purpose}{_loss(content, role)}. Lower is better; intervals: 95 % bootstrap by volume.",
             "",
             "| | " + " | ".join(classes) + " | interval (all) | KID | to held-out volumes (all) |",
             "|---" * (len(classes) + 4) + "|",
@@ -186,7 +193,7 @@ def markdown(content: dict) -> str:
         "",
         f"{METHOD_NAMES[method]}: {tuning['rollouts']} rollouts, {content['unet_forwards']} denoiser forwards, stopped: "
         f"{tuning['stopped'] or 'at max_steps'}.",
-        *(curve_lines(content["curve"]) if content["curve"] else []),
+        *(curve_lines(content["curve"], method not in WITHOUT_REWARDS) if content["curve"] else []),
         "",
         "## Figures",
         "",
@@ -269,7 +276,7 @@ def _draw(config: StudyConfig, content: dict) -> None:
         figures / f"{method}.png",
     )
     if content["curve"]:
-        draw_curve(content["curve"], figures / "over_optimization.png")
+        draw_curve(content["curve"], figures / "over_optimization.png", content["method"] not in WITHOUT_REWARDS)
     fids = load_scores(config)["fid"]
     groups = {
         role: ([fids[name]["all"] for name in validity["mean_by_set"]], list(validity["mean_by_set"].values()))

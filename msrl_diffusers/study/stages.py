@@ -15,10 +15,10 @@ from ..data.processor import VolumeProcessor
 from ..data.splits import SIDES, SplitPlan, check_no_leak
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
-from ..evaluation.features import extract_features, extractor_identity, hash_tensors
+from ..evaluation.features import extract_features, extractor_identity, hash_tensors, volume_hashes
 from ..evaluation.sources import open_source
 from ..files import write_json
-from ..hub.contents import read_json
+from ..hub.contents import SEEN_VOLUMES, read_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..models.unet_3d import UNet3DModel
 from ..pipelines.med_volume import MedVolumePipeline
@@ -31,7 +31,8 @@ from ..trainers.vqgan_trainer import VQGANTrainer
 from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
 from .artifacts import EXTRACTOR_CLASSES, load_extractors, load_pipeline, load_reported, load_split
 from .config import SHOW_LESIONS, StudyConfig
-from .downstream import check_same_kind, run_downstream
+from .downstream import run_downstream
+from .kinds import check_makes_same_kind, check_same_kind
 
 
 SCHEDULER_DEFAULTS = {
@@ -77,7 +78,7 @@ def prepare(config: StudyConfig) -> dict:
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
     if config.pretrained:
-        _check_pretrained(config, train)
+        _check_pretrained(config, train, heldout)
     if config.downstream:
         _check_classes(train)
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
@@ -114,14 +115,11 @@ def _check_splits(train: VolumeDataset, heldout: VolumeDataset) -> None:
                 )
 
 
-def _check_pretrained(config: StudyConfig, train: VolumeDataset) -> None:
+def _check_pretrained(config: StudyConfig, train: VolumeDataset, heldout: VolumeDataset) -> None:
     """Raise InputError unless the given models are of volumes like these, and have seen none that are held out here: a class is
     only a number to them, and so is a phantom."""
     pipeline, scores = load_pipeline(config), Path(config.pretrained) / "scores.json"
-    size = pipeline.unet.config.sample_size * pipeline.vqvae.downsample_factor
-    volumes = torch.empty(0, pipeline.vqvae.config.in_channels, size, size, size)  # such as it makes
-    made = VolumeDataset(volumes, torch.empty(0).long(), [], pipeline.id2label, pipeline.spacing)
-    check_same_kind(train, made, f"The pipeline {config.pretrained}")
+    check_makes_same_kind(train, pipeline, f"The pipeline {config.pretrained}")
     if not scores.is_file():
         raise InputError(f"{config.pretrained} has no scores.json; give a folder written by run_study.py --release.")
     known = json.loads(scores.read_text())
@@ -130,6 +128,12 @@ def _check_pretrained(config: StudyConfig, train: VolumeDataset) -> None:
         raise InputError(
             f"{config.pretrained} was trained on {known['n']} phantoms or more, and with num_per_class={config.num_per_class} the "
             f"later ones would be held out here; give num_per_class={known['n'] // train.num_classes} or more, or another data_seed."
+        )
+    seen = set(known.get(SEEN_VOLUMES, ())).intersection(volume_hashes(heldout.pixel_values))
+    if seen:
+        raise InputError(
+            f"{config.pretrained} was trained on {len(seen)} of the {len(heldout)} volumes that are held out here; split as it was "
+            "(data_seed, holdout_fraction, or lists of subjects)."
         )
 
 

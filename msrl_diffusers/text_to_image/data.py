@@ -6,7 +6,7 @@ import torch
 
 from ..data.dermoscopy import load_dermoscopy
 from ..data.folders import read_table
-from ..data.image_folder import ImageDataset, check_attributes, load_image_folder, square_image
+from ..data.image_folder import ImageDataset, check_attributes, load_image_folder, square_image, subject_of
 from ..errors import InputError
 from .config import TextToImageStudyConfig
 
@@ -94,6 +94,6 @@ def load_captioned_folder(
             raise InputError(f"{table}, line {number}: column {caption_column!r} is empty.")
         images.append(torch.from_numpy(square_image({"path": str(path)}, image_size, str(path))))
         prompts.append(row[caption_column])
-        subjects.append(row.get(subject_column or "subject_id") or path.stem)
+        subjects.append(subject_of(row, subject_column, path.name))
     attributes = torch.zeros((len(images), 0), dtype=torch.uint8)
     return ImageDataset(torch.stack(images), attributes, (), prompts, subjects)
