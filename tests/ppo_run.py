@@ -12,9 +12,9 @@ import signal
 import torch
 from accelerate import Accelerator, DistributedType
 from launching import RecordsGradients, save_outcome
-from tiny import Brightness, tiny_pipeline
+from tiny import Brightness, tiny_phantoms, tiny_pipeline
 
-from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer
+from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer, FrechetWatchdog, SliceFeatureExtractor
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.trainers.base import TrainingRun
 
@@ -81,10 +81,13 @@ def main() -> None:
         ema_decay=None if options.fsdp else 0.9, kl_mode="adaptive", sde_window=2, mixed_precision="no",
     )  # fmt: skip
     pipeline = tiny_pipeline()
-    trainer = Recording(
-        pipeline, Brightness(), args, watchdogs={"bright": lambda rollout: rollout.samples.mean().item()},
-        select_by="bright",
-    )  # fmt: skip
+    torch.manual_seed(0)
+    extractor = SliceFeatureExtractor(block_out_channels=(8, 8), num_features=3, num_slices=3)
+    watchdogs = {
+        "bright": lambda rollout: rollout.samples.mean().item(),
+        "frechet": FrechetWatchdog(extractor, tiny_phantoms(3)),  # a rollout has four of a class
+    }
+    trainer = Recording(pipeline, Brightness(), args, watchdogs=watchdogs, select_by="bright")
     if options.without_reduction:  # what a trainer does that calls the unwrapped denoiser
         sample = trainer._sample
 

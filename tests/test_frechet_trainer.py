@@ -204,6 +204,11 @@ def test_the_best_weights_are_kept_and_patience_ends_it(tmp_path):
     assert values == [9.9]
 
 
+def test_the_weights_after_the_last_update_have_drawn_no_rollout(tmp_path):
+    _, _, result, _ = trained(tmp_path, trainer_class=scripted([2.0, 1.8, 1.6]), samplers=[1.0], eval_steps=1)
+    assert (result["updates_kept"], result["rollouts"], result["step"]) == (2, 2, 2)
+
+
 def test_a_run_that_only_harms_keeps_the_pretrained_weights(tmp_path):
     pipeline, _, result, log = trained(
         tmp_path, trainer_class=scripted([2.0, 2.1, 5.0, 9.9]), max_steps=8, samplers=[1.0], eval_steps=1,

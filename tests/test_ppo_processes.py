@@ -55,7 +55,8 @@ def runs(request, tmp_path_factory):
 def test_two_processes_give_the_rewards_and_gradients_of_one(runs, name):
     if not (runs / name).exists():
         pytest.skip("LoRA is not sharded")
-    figures = ("reward/mean", "reward/std", "reward/brightness", "ppo/kl", "ppo/kl_coef", "watch/bright")
+    figures = ("reward/mean", "reward/std", "reward/brightness", "ppo/kl", "ppo/kl_coef", "watch/bright",
+               "watch/frechet")  # fmt: skip
     assert_same_figures(runs / "one", runs / name, figures)
     assert_same_gradients(runs / "one", runs / name)
 

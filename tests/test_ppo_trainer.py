@@ -8,6 +8,7 @@ from tiny import Brightness, copied, differing, tiny_pipeline
 from msrl_diffusers import DiffusionPPOConfig, DiffusionPPOTrainer, MedVolumePipeline
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.rewards import WeightedSum
+from msrl_diffusers.rewards.base import Scale
 from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trainers.base import checkpoints, read_log
@@ -211,6 +212,33 @@ def test_weights_beside_a_weighted_sum_are_refused(tmp_path):
         DiffusionPPOTrainer(tiny_pipeline(), total, config(tmp_path, reward_weights=[1.0, 2.0]))
     with pytest.raises(InputError, match="2 rewards need as many weights, got 1"):
         DiffusionPPOTrainer(tiny_pipeline(), [Brightness(), Contrast()], config(tmp_path, reward_weights=[1.0]))
+
+
+def saved_scales(checkpoint):
+    scales = json.loads((checkpoint / "trainer_state.json").read_text())["state"]["scales"]
+    return {name: Scale(**scale) for name, scale in scales.items()}
+
+
+def test_a_weighted_sum_is_standardized_by_every_training_of_its_own(tmp_path):
+    total, scales = WeightedSum([Brightness(), Contrast()]), []
+    for seed in (0, 1):
+        trainer = DiffusionPPOTrainer(tiny_pipeline(seed), total, config(tmp_path / str(seed), save_steps=2))
+        trainer.train()
+        scales.append(trainer.reward.scales)
+        assert abs(read_log(tmp_path / str(seed))[0]["reward/mean"]) < 1e-4
+        assert saved_scales(tmp_path / str(seed) / "checkpoint-2") == scales[-1]
+    assert scales[0] != scales[1]
+    assert total.scales == {}
+
+
+def test_scales_that_were_given_are_kept(tmp_path):
+    given = {"brightness": Scale(0.5, 2.0), "contrast": Scale(3.0, 50.0)}
+    for max_steps in (1, 2):
+        total = WeightedSum([Brightness(), Contrast()], scales=given)
+        args = config(tmp_path, max_steps=max_steps, save_steps=1, resume_from_checkpoint="latest")
+        trainer = DiffusionPPOTrainer(tiny_pipeline(), total, args)
+        trainer.train()
+        assert trainer.reward.scales == given == saved_scales(tmp_path / f"checkpoint-{max_steps}")
 
 
 def test_lora_trains_the_adapter_alone_and_is_fused(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from safetensors.torch import load_file
 from test_ppo_trainer import config, timeless
 from tiny import copied, differing, tiny_phantoms, tiny_pipeline
@@ -24,6 +25,7 @@ from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.evaluation.set_labels import SetLabeler, place_on_scale
 from msrl_diffusers.functional.influence import frechet_influence
+from msrl_diffusers.rewards.base import Scale
 from msrl_diffusers.trainers import refresh
 from msrl_diffusers.trainers.base import read_log
 from msrl_diffusers.trainers.refresh import RefreshConfig, RewardRefresh, _training_within
@@ -102,7 +104,17 @@ def test_marginal_labels_single_out_the_worst_volume(real, anchors):
 # -------------------------------------------------------------------------------------------------------------- refresh
 
 
-def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, watchdogs=None, sample_weight=1.0, **settings):
+def refreshed_run(
+    output_dir,
+    real,
+    anchors,
+    max_steps,
+    of_models=None,
+    of_trainer=None,
+    sample_weight=1.0,
+    more_rewards=(),
+    **settings,
+):
     """A tiny PPO run with a refresh after every second rollout; `of_models` are arguments of both reward models."""
     torch.manual_seed(0)
     models = {
@@ -134,8 +146,8 @@ def refreshed_run(output_dir, real, anchors, max_steps, of_models=None, watchdog
     of_rewards = RewardRefresh(models, ScoredVolumes.cat(parts), SetLabeler(extractor(), real, anchors), args)
     pipeline = tiny_pipeline()
     trainer = DiffusionPPOTrainer(
-        pipeline, rewards, config(output_dir, max_steps=max_steps, save_steps=1, **settings), refresh=of_rewards,
-        watchdogs=watchdogs,
+        pipeline, [*rewards, *more_rewards], config(output_dir, max_steps=max_steps, save_steps=1, **settings),
+        **{"refresh": of_rewards, **(of_trainer or {})},
     )  # fmt: skip
     trainer.train()
     return pipeline, trainer, models, before
@@ -193,7 +205,9 @@ def test_a_refresh_trains_on_the_samples_of_all_so_far_and_standardizes_anew(rea
         return 0.0
 
     monkeypatch.setattr(refresh, "RewardTrainer", Noting)
-    _, trainer, _, _ = refreshed_run(tmp_path, real, anchors, 6, watchdogs={"keep": keep}, sample_weight=0.25)
+    _, trainer, _, _ = refreshed_run(
+        tmp_path, real, anchors, 6, of_trainer={"watchdogs": {"keep": keep}}, sample_weight=0.25
+    )
     assert [len(one) for one in added] == [8, 8, 16, 16]  # two models, two refreshes
     assert all((one.weights == 0.25).all() for one in added)  # those of the first training weigh 1
     for place, step in enumerate((1, 3)):
@@ -227,6 +241,45 @@ def test_a_training_within_another_leaves_its_accumulation_and_precision(fresh_a
         inner = Accelerator(cpu=True, gradient_accumulation_steps=1, mixed_precision="no")
         assert (inner.gradient_accumulation_steps, inner.mixed_precision) == (1, "no")
     assert (outer.gradient_accumulation_steps, outer.mixed_precision) == (4, "bf16")
+
+
+def test_a_refresh_standardizes_rewards_with_their_metadata_in_their_batches(real, anchors, tmp_path):
+    seen = []
+
+    def age(images, prompts, metadata):
+        seen.append([(label, entry["age"]) for label, entry in zip(prompts, metadata, strict=True)])
+        return [entry["age"] for entry in metadata], {}
+
+    dataset = Dataset.from_dict({"label": [0, 1, 1], "age": [1, 2, 3]})
+    _, trainer, _, _ = refreshed_run(
+        tmp_path, real, anchors, 3, of_trainer={"train_dataset": dataset}, more_rewards=[age], reward_batch_size=3
+    )
+    assert trainer.reward.scales["age"] == Scale.of(torch.tensor([1, 2, 3, 1, 2, 3, 1, 2]))
+    rescaling = seen[8:11]  # two rollouts were of two batches, each scored in two parts
+    assert rescaling == [[(0, 1), (1, 2), (1, 3)], [(0, 1), (1, 2), (1, 3)], [(0, 1), (1, 2)]]
+
+
+def test_a_refresh_that_would_fail_is_refused_before_the_first_rollout(real, anchors, tmp_path):
+    once = {"train_conditions": [0] * 7 + [1]}
+    with pytest.raises(
+        InputError,
+        match=r"refresh after rollout 2 .*'LGG' has 1 volumes in the set to be labelled.*num_rollout_batches",
+    ):
+        refreshed_run(tmp_path / "once", real, anchors, 3, of_trainer=once)
+    few = real.select([0, *(real.class_labels == 1).nonzero()[:, 0].tolist()])
+    with pytest.raises(InputError, match=r"refresh after rollout 2 .*'HGG' has 1 volumes in the training set"):
+        refreshed_run(tmp_path / "few", few, anchors, 3)
+    assert not list(tmp_path.glob("*/refresh"))
+    refreshed_run(tmp_path / "once", real, anchors, 2, of_trainer=once)  # no refresh comes
+
+
+def test_a_refresh_is_not_added_to_a_run_that_began_without(real, anchors, tmp_path):
+    refreshed_run(tmp_path, real, anchors, 2, of_trainer={"refresh": None})
+    with pytest.raises(
+        InputError, match=r"reference\.safetensors.* is missing: .* began without a refresh; leave it out"
+    ):
+        refreshed_run(tmp_path, real, anchors, 5, resume_from_checkpoint="latest")
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
 
 
 def test_refreshes_that_are_refused(real, anchors, tmp_path):

@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_PREFIX = "checkpoint-"
 ASKED = "a callback asked for it"  # why a run was stopped that may go on
 LIMITS = ("patience", "kl_budget", "watch_limits")  # settings that end a run early
+# settings for which a run keeps weights beside those it trains, by the class that does
+KEPT_FOR = {
+    "WeightAverage": "ema_decay", "MovingReference": "reference_update_steps", "OldPolicy": "objective or old_kl_coef",
+}  # fmt: skip
 
 
 class TrainingRun:
@@ -103,8 +107,8 @@ class TrainingRun:
         run's config: who resumes a run that diverged wants a lower rate.
 
         Raises:
-            InputError: the named checkpoint does not exist; or none does, none will (`save_steps` is 0), and an earlier run's log
-                would be lost.
+            InputError: the named checkpoint does not exist, or is of a run that kept other weights; or none does, none will
+                (`save_steps` is 0), and an earlier run's log would be lost.
         """
         wanted = self.args.resume_from_checkpoint
         if wanted is None:
@@ -123,10 +127,11 @@ class TrainingRun:
             path = Path(wanted)
         if not (path / "trainer_state.json").is_file():
             raise InputError(f"{path} is not a checkpoint of this trainer; give 'latest' or a checkpoint-N folder.")
+        saved = json.loads((path / "trainer_state.json").read_text())
+        self._check_kept(path, saved.get("kept_for", self._kept_for()))  # older ones do not say
         self._load_state(path)
         # checkpoints lie between updates; counted on, micro-batches of another size would put updates out of step with rollouts
         self.accelerator.step = 0
-        saved = json.loads((path / "trainer_state.json").read_text())
         self.step, self.state = saved["step"], saved["state"]
         self.stopped = saved.get("stopped") if saved.get("limits") == self._limits() else None
         if self.stopped and self.is_main:
@@ -137,6 +142,19 @@ class TrainingRun:
         self._pending.update(saved["pending"])  # figures since the last log line
         self.resumed_from = path.parent
         self.history = read_log(self.resumed_from, up_to=self.step)
+
+    def _kept_for(self) -> list[str]:
+        return [KEPT_FOR[type(kept).__name__] for kept in self.accelerator._custom_objects]
+
+    def _check_kept(self, path: Path, found: list[str]) -> None:
+        wanted = self._kept_for()
+        differences = [f"no weights for {name}, which this run needs" for name in wanted if name not in found]
+        differences += [f"weights for {name}, which this run has no use for" for name in found if name not in wanted]
+        if differences:
+            raise InputError(
+                f"{path} has {', and '.join(differences)}: go on with the settings it was written with, or start anew in another "
+                "output_dir."
+            )
 
     def _load_state(self, path: Path) -> None:
         """Weights and the moments of optimizers from a checkpoint, their settings from the config."""
@@ -237,7 +255,7 @@ class TrainingRun:
             pending = {name: [float(value) for value in values] for name, values in self._pending.items()}
             stopped = None if self.stopped == ASKED else self.stopped
             saved = {"step": self.step, "state": self.state, "pending": pending}
-            saved |= {"stopped": stopped, "limits": self._limits()}
+            saved |= {"stopped": stopped, "limits": self._limits(), "kept_for": self._kept_for()}
             (temporary / "trainer_state.json").write_text(json.dumps(saved))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)

@@ -99,6 +99,7 @@ class DDOTrainer:
             # a checkpoint lies between two rounds, where the reference is the trained model
             self._reference = MovingReference(run, weights, self.policy)
             run.resume()
+            self.watch.resume(run)
             self._scoring = Scoring(run, None, self.conditions)  # for its batches; nothing is scored
             self._latents = self._encode_real()
             self.unet_forwards = run.state.get("unet_forwards", 0)
@@ -189,14 +190,13 @@ class DDOTrainer:
                         norm = weights.backward(loss)
                     if norm is not None:
                         run.record(**{"ddo/grad_norm": norm})
-                        if not torch.isfinite(norm) and accelerator.scaler is None:  # it leaves such an update out
-                            run.stop("the gradient is not finite")
                     errors[rows.to(run.device)] += own_errors.float() / (args.num_epochs * draws)
                     for name, value in {"loss": loss, **stats}.items():
-                        noted[name].append(value.detach().float())
+                        noted[name].append(value.detach())
                     passes = 2 * (1 + COST_OF_BACKWARD + args.gradient_checkpointing + 1)  # a pair; the reference
                     self.unet_forwards += (len(batch) * passes + measured) * accelerator.num_processes
-            weights.end_update()
+            if not weights.end_update():
+                break
         return noted, errors
 
     def _loss(

@@ -117,6 +117,7 @@ class FrechetTrainer:
         with only_denoiser_trained(self.pipeline, self.representations.networks):
             self._set_up(run)
             run.resume()
+            (self._fresh if self._picks else self.watch).resume(run)
             self._begin(run, weights)
             for step in run.steps():
                 eta = args.samplers[step % len(args.samplers)]
@@ -274,8 +275,6 @@ class FrechetTrainer:
                 norm = weights.backward(loss)
             if norm is not None:
                 run.record(**{"frechet/grad_norm": norm})
-                if not torch.isfinite(norm) and accelerator.scaler is None:  # a scaler leaves such an update out
-                    run.stop("the gradient is not finite")
         weights.end_update()
         if priors:
             run.record(**{"frechet/prior": accelerator.reduce(torch.stack(priors).mean(), "mean")})

@@ -1,11 +1,13 @@
 """A watchdog that asks nobody for a label: the Frechet distance of a rollout's samples to real volumes."""
 
 import torch
+from accelerate.utils import gather
 
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
 from ..evaluation.features import extract_features
 from ..evaluation.fidelity import frechet_distance
+from ..processes import process_state
 from ..rollouts import Rollout
 
 
@@ -27,8 +29,9 @@ class FrechetWatchdog:
         self._features = extract_features(extractor, real.pixel_values)
 
     def __call__(self, rollout: Rollout) -> float:
-        """The distance of a rollout's samples."""
-        return self.distance(rollout.samples, rollout.conditions)
+        """The distance of a rollout's samples, those of all processes, which must all call it."""
+        features = extract_features(self.extractor, rollout.samples)
+        return self._distance(_everywhere(features), _everywhere(rollout.conditions))
 
     def distance(self, samples: torch.Tensor, class_labels: torch.Tensor) -> float:
         """The distance of samples `[N, C, D, H, W]` in [-1, 1] with class labels `[N]`.
@@ -36,7 +39,9 @@ class FrechetWatchdog:
         Raises:
             InputError: a class with fewer than two features (one sample of a 3D extractor), of which there is no covariance.
         """
-        features, class_labels = extract_features(self.extractor, samples).cpu(), class_labels.cpu()
+        return self._distance(extract_features(self.extractor, samples), class_labels.cpu())
+
+    def _distance(self, features: torch.Tensor, class_labels: torch.Tensor) -> float:
         distances = []
         for label in self.real.class_labels.unique().tolist():
             real, generated = self._features[self.real.class_labels == label], features[class_labels == label]
@@ -48,3 +53,11 @@ class FrechetWatchdog:
                 )
             distances.append(frechet_distance(real[:count], generated[:count]))
         return sum(distances) / len(distances)
+
+
+def _everywhere(values: torch.Tensor) -> torch.Tensor:
+    """`values [B, ...]` of all processes, on the CPU, in the order of one that has all samples: processes take these in turn."""
+    state = process_state()
+    if state.num_processes > 1:
+        values = gather(values.to(state.device)).unflatten(0, (state.num_processes, -1)).transpose(0, 1).flatten(0, 1)
+    return values.cpu()

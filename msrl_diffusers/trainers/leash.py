@@ -99,11 +99,11 @@ class Leash:
 def settle_updates(run: TrainingRun, prefix: str, noted: Mapping[str, list[torch.Tensor]]) -> None:
     """Log the means of what was `noted` in the updates after a rollout, over all processes, and stop the run where `kl`, the
     divergence from the pretrained policy, is over its budget."""
-    means = torch.stack([torch.stack(values).mean() for values in noted.values()])
+    means = torch.stack([torch.stack(values).float().mean() for values in noted.values()])
     figures = dict(zip(noted, run.accelerator.reduce(means, "mean").tolist(), strict=True))
     run.record(**{f"{prefix}/{name}": value for name, value in figures.items()})
     if run.args.kl_budget is not None and figures["kl"] > run.args.kl_budget:
-        run.stop(f"the divergence from the reference passed kl_budget={run.args.kl_budget}")
+        run.stop(f"the divergence from the pretrained model passed kl_budget={run.args.kl_budget}")
 
 
 class MovingReference:

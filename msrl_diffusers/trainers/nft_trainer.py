@@ -21,7 +21,6 @@ use, or is left open there:
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -117,6 +116,7 @@ class DiffusionNFTTrainer:
         weights = TunedWeights(run, self.pipeline, self.policy, args.max_steps * args.num_updates)
         self._old = OldPolicy(run, weights, self.policy) if args.keeps_old else None
         run.resume()
+        self.watch.resume(run)
         scoring = Scoring(run, self.reward, self.conditions)
         scoring.check_groups()
         self.unet_forwards = run.state.get("unet_forwards", 0)
@@ -128,7 +128,7 @@ class DiffusionNFTTrainer:
                 rewards = scoring.combine(scores)
                 scoring.record(rewards, scores, rollout.conditions)
                 advantages = scoring.advantages(rewards, rollout.conditions, args.adv_clip_max)
-                rollout = replace(rollout, advantages=advantages)
+                rollout = rollout.with_advantages(advantages)
                 with weights.averaged():  # those that would be kept
                     figures = self.watch.figures(run, self.policy, self.sampler.middle, rollout, scores, 1.0)
                 if self.watch.judge(run, figures, step):
@@ -206,10 +206,11 @@ class DiffusionNFTTrainer:
                     if norm is not None:
                         run.record(**{"nft/grad_norm": norm})
                     for name, value in {"loss": loss, **stats}.items():
-                        noted[name].append(value.detach().float())
+                        noted[name].append(value.detach())
                     passes = 1 + COST_OF_BACKWARD + args.gradient_checkpointing + (self._old is not None)
                     self.unet_forwards += (len(batch) * passes + measured) * accelerator.num_processes
-            weights.end_update()
+            if not weights.end_update():
+                break
         return noted
 
     def _loss(

@@ -111,10 +111,11 @@ class DiffusionPPOTrainer:
         weights = TunedWeights(run, self.pipeline, self.policy, args.max_steps * args.num_updates)
         self._leash = Leash(run, weights, self.policy)
         run.resume()
+        self.watch.resume(run)
         scoring = Scoring(run, self.reward, self.conditions)
         scoring.check_groups()
         if self.refresh is not None:
-            self.refresh.resume(run)
+            self.refresh.resume(run, scoring)
         self.unet_forwards = run.state.get("unet_forwards", 0)
 
         for step in run.steps():
@@ -220,7 +221,8 @@ class DiffusionPPOTrainer:
                     passes = len(batch) * (1 + COST_OF_BACKWARD + more) + measured
                     cost = cost_of_prediction(args.train_guidance_scale)
                     self.unet_forwards += passes * accelerator.num_processes * cost
-            weights.end_update()
+            if not weights.end_update():
+                break
 
     def _loss(
         self, run: TrainingRun, table: StepTable, batch: Rollout, rows: torch.Tensor, t: int, measured: int

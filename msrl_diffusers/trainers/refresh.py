@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,14 +87,16 @@ class RewardRefresh:
         self.every = next(iter(args.values())).every
         self._added: list[ScoredVolumes] = []
 
-    def resume(self, run: TrainingRun) -> None:
+    def resume(self, run: TrainingRun, scoring: Scoring) -> None:
         """Take up the refreshes that the resumed run has made; call it after `run.resume()`.
 
         Raises:
-            InputError: sharded weights (FSDP), as which the reward models would be trained too.
+            InputError: sharded weights (FSDP), as which the reward models would be trained too; a rollout to come that can't be
+                labelled; or a run that began without a refresh.
         """
         if run.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("With FSDP the reward models can't be trained on; leave out the refresh.")
+        self._check_labels(run, scoring)
         for model in self.models.values():
             model.to(run.device)
         self._added = []
@@ -101,6 +104,11 @@ class RewardRefresh:
             if run.is_main:
                 shutil.copytree(run.resumed_from / FOLDER, run.output_dir / FOLDER, dirs_exist_ok=True)
             run.accelerator.wait_for_everyone()
+        if run.step and not self._reference(run).is_file():
+            raise InputError(
+                f"{self._reference(run)}, samples of the first rollout, is missing: the run that is resumed began without a refresh; "
+                "leave it out, or start anew in another output_dir."
+            )
         for step in run.state.get("refreshes", []):
             folder = self._folder(run, step)
             stored = load_file(folder / "samples.safetensors")
@@ -112,13 +120,13 @@ class RewardRefresh:
     def step(self, run: TrainingRun, scoring: Scoring, rollout: Rollout, step: int, num_updates: int) -> bool:
         """After the `num_updates` updates of rollout number `step`: refresh if it is time. Returns whether it was. All processes
         take part."""
-        due = (step + 1) % self.every == 0 and step + 1 < run.args.max_steps and not run.stopped
+        due = self._comes_after(run, step) and not run.stopped
         if not due and step:
             return False
         numbers = [number for batch, _ in scoring.batches(step, num_updates) for number in batch]
         samples, labels = self._gathered(run, rollout, numbers)
         if step == 0:
-            self._save(run, run.output_dir / FOLDER / "reference.safetensors", {"samples": samples, "labels": labels})
+            self._save(run, self._reference(run), {"samples": samples, "labels": labels})
         if due:
             found = self.labeler(samples, labels)
             self._added.append(self._scored(step, samples, found.targets, labels))
@@ -129,6 +137,21 @@ class RewardRefresh:
             run.record(**{f"refresh/fid_{name}": value for name, value in found.fid.items()})
             run.record(**{f"refresh/target_{name}": value for name, value in found.quality.items()})
         return due
+
+    def _comes_after(self, run: TrainingRun, step: int) -> bool:
+        return (step + 1) % self.every == 0 and step + 1 < run.args.max_steps
+
+    def _check_labels(self, run: TrainingRun, scoring: Scoring) -> None:
+        """Refuse now what could not be labelled after many rollouts: classes are taken in turn, so all that is to come is known."""
+        for step in filter(partial(self._comes_after, run), range(run.step, run.args.max_steps)):
+            labels = scoring.conditions.take(scoring.rows(step, range(scoring.num_samples)))
+            try:
+                self.labeler.check(torch.tensor(labels))
+            except InputError as error:
+                raise InputError(
+                    f"The refresh after rollout {step + 1} could not label its samples: {error} Make rollouts larger "
+                    "(num_rollout_batches), give the labeler more volumes, or leave out the refresh."
+                ) from error
 
     def _gathered(self, run: TrainingRun, rollout: Rollout, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples `[N, C, *S]` (float16, as volumes are kept) and classes `[N]` of all processes, in the order of their numbers."""
@@ -176,11 +199,9 @@ class RewardRefresh:
 
     def _rescale(self, run: TrainingRun, scoring: Scoring) -> None:
         """Standardize the refreshed rewards on the pretrained policy's samples."""
-        stored = load_file(run.output_dir / FOLDER / "reference.safetensors")
-        samples, labels = (stored[name].to(run.device) for name in ("samples", "labels"))
-        with torch.no_grad():
-            scoring.reward.fit(scoring.reward.parts(samples.float(), labels))
-        run.state["scales"] = {name: vars(scale) for name, scale in scoring.reward.scales.items()}
+        samples = load_file(self._reference(run))["samples"].to(run.device)
+        scoring.reward.fit(scoring.score(samples.float(), scoring.rows(0, range(len(samples)))))
+        scoring.keep_scales()
 
     @staticmethod
     def _save(run: TrainingRun, path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -189,6 +210,11 @@ class RewardRefresh:
             save_file(tensors, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         run.accelerator.wait_for_everyone()
+
+    @staticmethod
+    def _reference(run: TrainingRun) -> Path:
+        """Where the samples of the first rollout are."""
+        return run.output_dir / FOLDER / "reference.safetensors"
 
     @staticmethod
     def _folder(run: TrainingRun, step: int) -> Path:

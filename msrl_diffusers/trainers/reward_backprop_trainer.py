@@ -34,7 +34,7 @@ from .callbacks import Callbacks
 from .conditions import Conditions
 from .costs import COST_OF_BACKWARD, cost_of_prediction
 from .gradient_steps import GradientSteps
-from .leash import WATCHED_SHARE
+from .leash import WATCHED_SHARE, settle_updates
 from .lora import save_lora
 from .reward_backprop_config import RewardBackpropConfig
 from .reward_backprop_variants import VARIANTS, Drawn
@@ -122,6 +122,7 @@ class RewardBackpropTrainer:
         run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None
         weights = SwitchableWeights(run, self.pipeline, self.policy, args.max_steps)
         run.resume()
+        self.watch.resume(run)
         scoring = Scoring(run, self.reward, self.conditions)
         self.unet_forwards = run.state.get("unet_forwards", 0)
 
@@ -135,7 +136,7 @@ class RewardBackpropTrainer:
                 if self.watch.judge(run, figures, step):
                     weights.save_best()
                 draw_samples(run, rollout.samples, rewards, step)
-                self._settle(run, self._update(run, weights, rollout, drawn, step))
+                settle_updates(run, "draft", self._update(run, weights, rollout, drawn, step))
                 run.record(epoch=step + 1)
                 run.state["unet_forwards"] = self.unet_forwards
 
@@ -260,14 +261,6 @@ class RewardBackpropTrainer:
                     "look for no_grad or detach in it, or tune by DiffusionPPOTrainer."
                 )
         return found
-
-    def _settle(self, run: TrainingRun, noted: Mapping[str, list[torch.Tensor]]) -> None:
-        """Log the means over micro-batches and processes of what was noted in the update; stop the run over its budget."""
-        means = torch.stack([torch.stack(values).float().mean() for values in noted.values()])
-        figures = dict(zip(noted, run.accelerator.reduce(means, "mean").tolist(), strict=True))
-        run.record(**{f"draft/{name}": value for name, value in figures.items()})
-        if self.args.kl_budget is not None and figures["kl"] > self.args.kl_budget:
-            run.stop(f"the divergence from the pretrained model passed kl_budget={self.args.kl_budget}")
 
     def _count(self, run: TrainingRun, predictions: int) -> None:
         cost = cost_of_prediction(self.args.guidance_scale)

@@ -1,6 +1,7 @@
 """Scoring: the rewards of a rollout, from samples to advantages, over micro-batches, threads and processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -22,7 +23,8 @@ Scores = dict[str, torch.Tensor]
 def join_rewards(
     reward_funcs: Reward | Callable | str | Sequence, weights: Sequence[float] | None = None
 ) -> WeightedSum:
-    """One reward or several, in any form `rewards.as_reward` knows, as one weighted sum (kept if it is one already).
+    """One reward or several, in any form `rewards.as_reward` knows, as one weighted sum; a copy if it is one already, for training
+    sets its scales, and another training of the same sum takes its own.
 
     Raises:
         InputError: something that is no reward, weights beside a sum that has its own, not one weight per reward, or two
@@ -33,7 +35,7 @@ def join_rewards(
             raise InputError(
                 "reward_weights are given beside a WeightedSum, which has its own; leave one of them out."
             )
-        return reward_funcs
+        return copy.copy(reward_funcs)
     several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
     sources = list(reward_funcs) if several else [reward_funcs]
     return WeightedSum([as_reward(source) for source in sources], weights)
@@ -48,6 +50,9 @@ class Scoring:
         run: the training; its `args` are an `OnlineConfig`. Models behind the rewards go to its device.
         reward: the weighted sum that is trained on.
         conditions: what samples are made of, with the metadata that goes to rewards.
+
+    Raises:
+        InputError: the run was resumed, and a reward was not among those it began with.
     """
 
     def __init__(self, run: TrainingRun, reward: WeightedSum, conditions: Conditions):
@@ -57,7 +62,22 @@ class Scoring:
                 if isinstance(network, nn.Module):
                     network.to(run.device)
         if "scales" in run.state:
+            added = [part.name for part in reward.rewards if part.name not in run.state["scales"]]
+            if added:
+                raise InputError(
+                    f"The run in {run.resumed_from} began with the rewards {list(run.state['scales'])}, so the scale of {added} on its "
+                    "first rollout is not known: leave out what was added, or start anew in another output_dir."
+                )
             reward.scales = {name: Scale(**scale) for name, scale in run.state["scales"].items()}
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in a rollout of all processes."""
+        return self.args.samples_per_rollout * self.run.accelerator.num_processes
+
+    def rows(self, step: int, numbers: Iterable[int]) -> list[int]:
+        """Rows of the conditions of samples by their numbers within rollout number `step` of all processes."""
+        return [(step * self.num_samples + number) % len(self.conditions) for number in numbers]
 
     def check_groups(self) -> None:
         """Refuse rollouts that have every condition once: advantages compare samples of one condition.
@@ -65,11 +85,10 @@ class Scoring:
         Raises:
             InputError: there are several conditions, and a rollout of all processes has no more samples than that.
         """
-        total = self.args.samples_per_rollout * self.run.accelerator.num_processes
         several = len(set(self.conditions.values))
-        if several > 1 and total <= several:
+        if several > 1 and self.num_samples <= several:
             raise InputError(
-                f"A rollout of {total} samples has {several} different conditions, each once, so no sample is better than "
+                f"A rollout of {self.num_samples} samples has {several} different conditions, each once, so no sample is better than "
                 "another of its condition; make rollouts larger (num_rollout_batches), or give fewer conditions."
             )
 
@@ -79,16 +98,14 @@ class Scoring:
 
         Each of `num_parts` updates gets the same samples, whatever the number of processes.
         """
-        args, num_processes = self.args, self.run.accelerator.num_processes
-        total = args.samples_per_rollout * num_processes
-        order = torch.randperm(total, generator=generator_for(args.seed, "order", step))
+        order = torch.randperm(self.num_samples, generator=generator_for(self.args.seed, "order", step))
         mine = torch.cat([self.run.shard(part) for part in order.chunk(num_parts)])
         start = 0
-        for batch in mine.split(args.rollout_batch_size):
+        for batch in mine.split(self.args.rollout_batch_size):
             numbers = batch.tolist()
             self.run.doing(f"samples {start} to {start + len(numbers)} of {len(mine)}")
             start += len(numbers)
-            yield numbers, [(step * total + number) % len(self.conditions) for number in numbers]
+            yield numbers, self.rows(step, numbers)
 
     @contextmanager
     def submitter(self) -> Iterator[Callable[[torch.Tensor, Sequence[int]], Future]]:
@@ -126,7 +143,8 @@ class Scoring:
         return self.reward.parts(samples, conditions, self.conditions.metadata_of(rows))
 
     def combine(self, scores: Scores) -> torch.Tensor:
-        """The standardized, weighted reward `[B]`. The first rollout, the reference policy's, gives the scales.
+        """The standardized, weighted reward `[B]`. The first rollout, the reference policy's, gives the scales, unless a
+        `WeightedSum` with scales was given; either way they are in `run.state` from then on.
 
         Raises:
             InputError: that rollout is of one sample.
@@ -139,8 +157,13 @@ class Scoring:
                     "WeightedSum with scales."
                 )
             self.reward.fit(everywhere)
-            self.run.state["scales"] = {name: vars(scale) for name, scale in self.reward.scales.items()}
+        if "scales" not in self.run.state:
+            self.keep_scales()
         return self.reward.combine(scores)
+
+    def keep_scales(self) -> None:
+        """Put the scales of the rewards into `run.state`, for checkpoints."""
+        self.run.state["scales"] = {name: vars(scale) for name, scale in self.reward.scales.items()}
 
     def record(self, rewards: torch.Tensor, scores: Scores, groups: torch.Tensor) -> None:
         """Log the combined reward, the raw ones, and the share of groups whose rewards are all equal: a group-wise

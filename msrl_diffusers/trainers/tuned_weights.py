@@ -166,25 +166,35 @@ class TunedWeights:
             run.accelerator.register_for_checkpointing(self._average)
         run.accelerator.register_save_state_pre_hook(self._keep_best_in)
         run.accelerator.register_load_state_pre_hook(self._take_best_from)
+        self._broken = False
 
     def backward(self, loss: torch.Tensor) -> torch.Tensor | None:
-        """Add the gradient of one micro-batch; with the last one of an update, clip it and step.
+        """Add the gradient of one micro-batch; with the last one of an update, clip it and step. A gradient that is not finite
+        ends the run before it reaches the weights.
 
-        Call it within `Accelerator.accumulate(weights.denoiser)`. Returns the norm before clipping if it stepped.
+        Call it within `Accelerator.accumulate(weights.denoiser)`. Returns the norm before clipping with the last micro-batch.
         """
         accelerator, norm = self.run.accelerator, None
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             norm = accelerator.clip_grad_norm_(self.trainable.values(), self.args.max_grad_norm)
-        self._optimizer.step()
+            if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler leaves such an update out
+                self._broken = True
+                self.run.stop("the gradient is not finite")
+        if not self._broken:
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
-    def end_update(self) -> None:
-        """Move the learning rate and the average on, once per optimizer update."""
+    def end_update(self) -> bool:
+        """Move the learning rate and the average on, once per optimizer update. Returns whether another may follow in this rollout:
+        none does after a gradient that was not finite, which moves nothing."""
+        if self._broken:
+            return False
         self._scheduler.step()
         if self._average is not None:
             self._average.step(self.trainable.values())
+        return True
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ def check_patience(patience: int | None, select_by: str | None) -> None:
 class Watch:
     """The figures of every rollout, the limits they must keep, and the rollout that is the best so far.
 
-    What must survive a resume (`best_figure`, `best_step`) is in `run.state`.
+    What must survive a resume (`best_figure`, `best_step`, and by which selection: `best_by`) is in `run.state`.
 
     Args:
         watchdogs: figures of the user's own, by name; beside those of this file.
@@ -52,6 +52,14 @@ class Watch:
         self.limits, self.patience, self.every = dict(limits or {}), patience, every
         if select_by is not None and select_by.removeprefix("-") not in self.watchdogs:
             raise InputError(f"select_by={select_by!r} is no watchdog; there are {sorted(self.watchdogs)}.")
+
+    def resume(self, run: TrainingRun) -> None:
+        """Forget the best rollout of the checkpoint if it was selected by another figure than `select_by`, or none selects now;
+        after `run.resume()`."""
+        selected_by = run.state.get("best_by", self.select_by)  # checkpoints of the first version do not say
+        if selected_by != self.select_by:
+            for name in ("best_figure", "best_step", "best_by"):
+                del run.state[name]
 
     def figures(
         self,
@@ -87,26 +95,28 @@ class Watch:
         return figures
 
     def judge(self, run: TrainingRun, figures: Mapping[str, float], step: int) -> bool:
-        """Stop the run where limits or patience say so. Returns whether these `figures`, of rollout number `step`, are the best
-        so far by `select_by`; keep the present weights then.
+        """Stop the run where limits or patience say so. Returns whether these `figures`, of rollout number `step`, are within the
+        limits and the best so far by `select_by`; keep the present weights then.
 
         Raises:
             InputError: a limit on a figure that there is not.
         """
+        within = True
         for name, (low, high) in self.limits.items():
             if name in self.watchdogs and name not in figures:
                 continue  # it did not look at this rollout
             if name not in figures:
                 raise InputError(f"watch_limits names {name!r}, which is no watchdog; there are {sorted(figures)}.")
             if not low <= figures[name] <= high:
+                within = False
                 run.stop(f"the watchdog {name} left its limits {low} to {high}")
         figure = figures.get((self.select_by or "").removeprefix("-"))
         if figure is None:
             return False  # nothing is selected by, or it did not look at this rollout
         figure = -figure if self.select_by.startswith("-") else figure
-        improved = figure > run.state.get("best_figure", float("-inf"))
+        improved = within and figure > run.state.get("best_figure", float("-inf"))
         if improved:
-            run.state.update(best_figure=figure, best_step=step)
+            run.state.update(best_figure=figure, best_step=step, best_by=self.select_by)
         if self.patience is not None and step - run.state.get("best_step", 0) >= self.patience:
             run.stop("the selection figure has not improved")
         return improved
@@ -115,11 +125,13 @@ class Watch:
     def result(run: TrainingRun) -> dict:
         """The log line with the rollout that the kept weights were selected by (the last one without a selection), with the
         reason why the run `stopped` and its number of `rollouts`. Selected weights sampled it; but where an average is kept,
-        it is the average at that time, which only watchdogs that run the denoiser have judged."""
+        it is the average at that time, which only watchdogs that run the denoiser have judged. Weights selected after the last
+        update sampled none: the line is the last one then."""
         best_step = run.state.get("best_step")
         line = run.history[-1] if run.history else {}
-        if best_step is not None:  # a line may be of several rollouts: the first that has this one among them
-            line = next((line for line in run.history if line["step"] > best_step), line) | {"step": best_step + 1}
+        if best_step is not None and line.get("step", 0) > best_step:
+            # a line may be of several rollouts: the first that has this one among them
+            line = next(line for line in run.history if line["step"] > best_step) | {"step": best_step + 1}
         return {**line, "stopped": run.stopped, "rollouts": run.step}
 
 
