@@ -9,7 +9,7 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
 from safetensors.torch import save_file
-from tiny import tiny_pipeline, tiny_stable_diffusion, tiny_unet
+from tiny import tiny_phantoms, tiny_pipeline, tiny_stable_diffusion, tiny_unet
 
 from msrl_diffusers import SliceRewardModel, VolumeFeatureExtractor
 from msrl_diffusers.cli import card as card_verb
@@ -352,6 +352,7 @@ def test_the_card_of_a_release(tmp_path, monkeypatch):
         (tmp_path / stage).mkdir()
         record = {"fingerprint": fingerprint(config, stage), "result": prepared}
         (tmp_path / stage / "stage.json").write_text(json.dumps(record))
+    tiny_phantoms().save(tmp_path / "prepare" / "train.safetensors")
     samplers = {"samplers": [{"num_inference_steps": 9, "eta": 0.0, "guidance_scale": 2.0}], "best_sampler": 0}
     rewards = {"slice": SliceRewardModel(block_out_channels=(8, 8))}
     for name, value in (
