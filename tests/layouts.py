@@ -251,3 +251,24 @@ def lock(folder: Path, monkeypatch) -> None:
 def _reoriented(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
     now, wanted = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(codes)
     return image.as_reoriented(nib.orientations.ornt_transform(now, wanted))
+
+
+def write_marked_folder(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["file_name,subject_id,grade"]
+    for index, orientation in enumerate(("RAS", "LPS", "ASL", "PIR")):
+        write_nifti(folder / f"s{index}.nii.gz", marked_volume(index, index % 2), orientation)
+        rows.append(f"s{index}.nii.gz,s{index},{'ab'[index % 2]}")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return {"label_column": "grade"}
+
+
+SOURCES = {
+    "brats2019": lambda folder: write_brats(folder) and {"modality": ["t1ce", "flair"]},
+    "oasis1": lambda folder: write_oasis(folder) and {},
+    "oasis1 raw": lambda folder: write_oasis(folder) and {"kind": "raw"},
+    "oasis1 subj_111": lambda folder: write_oasis(folder) and {"kind": "subj_111"},
+    "bids": lambda folder: write_bids(folder) or {},
+    "nifti_folder": write_marked_folder,
+    "datalist": lambda folder: (write_datalist(folder) and {}) or {},
+}

@@ -145,7 +145,12 @@ def test_every_published_report_has_a_card(path, arm, tmp_path):
     ],
 )
 def test_what_no_reward_tuned_is_not_said_to_be_rewarded(folder, method, sentence, tmp_path):
-    report = {**REPORT, "method": method, "frechet_features": ["label"] if method == "frechet" else []}
+    report = {
+        **REPORT,
+        "method": method,
+        "rewarded": False,
+        "frechet_features": ["label"] if method == "frechet" else [],
+    }
     card = render_card(report, folder)
     assert f"It was fine-tuned {sentence}" in card
     assert "| **after fine-tuning** |" in card

@@ -30,7 +30,7 @@ REWARDED_BY = {
     "images": "what a classifier finds of what a prompt states",
     "volumes": "rewards regressed on Frechet distances",
 }
-WITHOUT_REWARDS = {  # methods whose loss is no reward: what it is
+UNREWARDED = {  # methods whose loss is no reward: what it is
     "frechet": "with the Frechet distance to the training volumes as the loss",
     "ddo": "by discriminative self-play against its own samples (DDO)",
 }
@@ -250,7 +250,8 @@ def _values(
         "images" if task == TEXT_TO_IMAGE or dataset in IMAGES else "volumes",
         report.get("method", "ppo"),
     )
-    tuning = "fine-tuning" if method in WITHOUT_REWARDS else "reinforcement learning"
+    rewarded = report.get("rewarded", True)  # the first reports, all by rewards, do not say
+    tuning = "reinforcement learning" if rewarded else "fine-tuning"
     return {
         "name": name or contents.folder.resolve().name,
         "kind": contents.kind,
@@ -265,8 +266,8 @@ def _values(
         "arm": arm,
         "arms": {name: title.format(tuning) for name, title in ARMS.items()},
         "tuning": tuning,
-        "tuned": WITHOUT_REWARDS.get(method, f"by reinforcement learning ({method}), from {REWARDED_BY[samples]}"),
-        "rewarded": method not in WITHOUT_REWARDS,
+        "tuned": f"by {tuning} ({method}), from {REWARDED_BY[samples]}" if rewarded else UNREWARDED[method],
+        "rewarded": rewarded,
         "loss_extractor": "label" if "label" in report.get("frechet_features", ()) else None,
         "options": f', variant="{contents.variant}"' if contents.variant else "",  # of from_pretrained
         "channels": _channels(contents),

@@ -114,6 +114,12 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         return (self.unet.config.in_channels, *[self.unet.config.sample_size] * 3)
 
     @property
+    def volume_shape(self) -> tuple[int, int, int, int]:
+        """`(C, D, H, W)` of the volumes it makes."""
+        edges = (edge * self.vqvae.downsample_factor for edge in self.latent_shape[1:])
+        return (self.vqvae.config.out_channels, *edges)
+
+    @property
     def guidance_scale(self) -> float:
         """Of the step that runs. A callback may set `_guidance_scale`, to 1 for a cutoff."""
         return self._guidance_scale

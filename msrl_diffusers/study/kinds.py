@@ -28,8 +28,7 @@ def check_makes_same_kind(
     real: VolumeDataset, pipeline: MedVolumePipeline, name: str, real_name: str = "the real training set"
 ) -> None:
     """Raise InputError unless a pipeline makes volumes like the real ones. Where it does not know its spacing, any will do."""
-    size = pipeline.unet.config.sample_size * pipeline.vqvae.downsample_factor
-    volumes = torch.empty(0, pipeline.vqvae.config.in_channels, size, size, size)
+    volumes = torch.empty(0, *pipeline.volume_shape)
     spacing = pipeline.spacing if pipeline.config.spacing else real.spacing
     made = VolumeDataset(volumes, torch.empty(0).long(), [], pipeline.id2label, spacing)
     check_same_kind(real, made, name, real_name)

@@ -50,6 +50,7 @@ def report(config: StudyConfig) -> dict:
         "data": records["prepare"]["result"],
         "downstream": _downstream(records) if config.downstream else None,
         "method": config.method,
+        "rewarded": config.method not in WITHOUT_REWARDS,
         config.method: records[config.method]["result"],
         **({"frechet_features": config.frechet_features} if config.method == "frechet" else {}),
         "unet_forwards": records[config.method]["result"]["unet_forwards"],
@@ -193,7 +194,7 @@ def markdown(content: dict) -> str:
         "",
         f"{METHOD_NAMES[method]}: {tuning['rollouts']} rollouts, {content['unet_forwards']} denoiser forwards, stopped: "
         f"{tuning['stopped'] or 'at max_steps'}.",
-        *(curve_lines(content["curve"], method not in WITHOUT_REWARDS) if content["curve"] else []),
+        *(curve_lines(content["curve"], content["rewarded"]) if content["curve"] else []),
         "",
         "## Figures",
         "",
@@ -276,7 +277,7 @@ def _draw(config: StudyConfig, content: dict) -> None:
         figures / f"{method}.png",
     )
     if content["curve"]:
-        draw_curve(content["curve"], figures / "over_optimization.png", content["method"] not in WITHOUT_REWARDS)
+        draw_curve(content["curve"], figures / "over_optimization.png", content["rewarded"])
     fids = load_scores(config)["fid"]
     groups = {
         role: ([fids[name]["all"] for name in validity["mean_by_set"]], list(validity["mean_by_set"].values()))

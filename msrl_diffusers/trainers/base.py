@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_PREFIX = "checkpoint-"
 ASKED = "a callback asked for it"  # why a run was stopped that may go on
 LIMITS = ("patience", "kl_budget", "watch_limits")  # settings that end a run early
-# settings for which a run keeps weights beside those it trains, by the class that does
-KEPT_FOR = {
-    "WeightAverage": "ema_decay", "MovingReference": "reference_update_steps", "OldPolicy": "objective or old_kl_coef",
-}  # fmt: skip
 
 
 class TrainingRun:
@@ -67,6 +63,7 @@ class TrainingRun:
         self.callbacks: Callbacks | None = None
         self.progress: tqdm | None = None
         self._pending: dict[str, list[float]] = defaultdict(list)
+        self._kept_for: list[str] = []
         self._started = time.monotonic()
 
     @property
@@ -102,6 +99,11 @@ class TrainingRun:
         """This process' part of a batch drawn for all processes."""
         return indices[self.accelerator.process_index :: self.accelerator.num_processes]
 
+    def keep(self, weights, setting: str) -> None:
+        """Have checkpoints hold further weights (an object with a state), which the run has for the sake of `setting`."""
+        self.accelerator.register_for_checkpointing(weights)
+        self._kept_for.append(setting)
+
     def resume(self) -> None:
         """Load the checkpoint that `resume_from_checkpoint` names, if any. Learning rate, weight decay and betas are those of this
         run's config: who resumes a run that diverged wants a lower rate.
@@ -128,7 +130,7 @@ class TrainingRun:
         if not (path / "trainer_state.json").is_file():
             raise InputError(f"{path} is not a checkpoint of this trainer; give 'latest' or a checkpoint-N folder.")
         saved = json.loads((path / "trainer_state.json").read_text())
-        self._check_kept(path, saved.get("kept_for", self._kept_for()))  # older ones do not say
+        self._check_kept(path, saved.get("kept_for", self._kept_for))  # older ones do not say
         self._load_state(path)
         # checkpoints lie between updates; counted on, micro-batches of another size would put updates out of step with rollouts
         self.accelerator.step = 0
@@ -143,11 +145,8 @@ class TrainingRun:
         self.resumed_from = path.parent
         self.history = read_log(self.resumed_from, up_to=self.step)
 
-    def _kept_for(self) -> list[str]:
-        return [KEPT_FOR[type(kept).__name__] for kept in self.accelerator._custom_objects]
-
     def _check_kept(self, path: Path, found: list[str]) -> None:
-        wanted = self._kept_for()
+        wanted = self._kept_for
         differences = [f"no weights for {name}, which this run needs" for name in wanted if name not in found]
         differences += [f"weights for {name}, which this run has no use for" for name in found if name not in wanted]
         if differences:
@@ -255,7 +254,7 @@ class TrainingRun:
             pending = {name: [float(value) for value in values] for name, values in self._pending.items()}
             stopped = None if self.stopped == ASKED else self.stopped
             saved = {"step": self.step, "state": self.state, "pending": pending}
-            saved |= {"stopped": stopped, "limits": self._limits(), "kept_for": self._kept_for()}
+            saved |= {"stopped": stopped, "limits": self._limits(), "kept_for": self._kept_for}
             (temporary / "trainer_state.json").write_text(json.dumps(saved))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)

@@ -37,7 +37,7 @@ class LatentDiffusionTrainer:
         lr_scheduler = run.lr_scheduler(optimizer, args.max_steps // args.gradient_accumulation_steps)
         unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
         ema = WeightAverage(accelerator.unwrap_model(unet).parameters(), args.ema_decay, run.device)
-        accelerator.register_for_checkpointing(ema)
+        run.keep(ema, "ema_decay")
         run.resume()
         unet.train()
         for step in run.steps():

@@ -38,7 +38,7 @@ class Leash:
         self.moving: MovingReference | None = None
         if self.args.reference_update_steps is not None:
             self.moving = MovingReference(run, weights, policy, "unset reference_update_steps")
-            run.accelerator.register_for_checkpointing(self.moving)
+            run.keep(self.moving, "reference_update_steps")
         self._held: torch.Tensor | None = None
         self._noted: list[torch.Tensor] = []
 

@@ -269,7 +269,7 @@ class OldPolicy(MovingReference):
 
     def __init__(self, run: TrainingRun, weights: TunedWeights, policy: DenoisingPolicy):
         super().__init__(run, weights, policy, "take objective=awm and old_kl_coef=0")
-        run.accelerator.register_for_checkpointing(self)
+        run.keep(self, "objective or old_kl_coef")
 
     @torch.no_grad()
     def follow(self, decay: float = 0.0) -> None:

@@ -92,7 +92,7 @@ class TextToImageTrainer:
         ema = None
         if args.ema_decay is not None:
             ema = WeightAverage(trainable, args.ema_decay, run.device)
-            accelerator.register_for_checkpointing(ema)
+            run.keep(ema, "ema_decay")
         run.resume()
         network.train()
         for step in run.steps():

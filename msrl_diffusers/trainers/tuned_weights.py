@@ -163,7 +163,7 @@ class TunedWeights:
         self._average = None
         if args.ema_decay is not None:
             self._average = WeightAverage(list(self.trainable.values()), args.ema_decay, run.device)
-            run.accelerator.register_for_checkpointing(self._average)
+            run.keep(self._average, "ema_decay")
         run.accelerator.register_save_state_pre_hook(self._keep_best_in)
         run.accelerator.register_load_state_pre_hook(self._take_best_from)
         self._broken = False
