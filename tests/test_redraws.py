@@ -47,7 +47,7 @@ def test_every_draw_is_another(studies):
     assert len(found) == 8
     assert len({*found}) >= 4  # of either seed two draws; a tuned policy may be the pretrained one
     assert set(content["gap_closed"]) == set(content["distances"]["1"][0]) == {"fid", "fid_heldout", "kid"}
-    report = json.loads((studies / "runs" / "full-seed1" / "report.json").read_text())
+    report = json.loads((studies / "runs-1" / "report.json").read_text())
     shares = content["gap_closed"]["fid"]["second_judge"]["by_seed"]["1"]
     assert shares["report"] == report["gap_closed"]["second_judge"]
     assert "\n| 0 | " in page
@@ -90,8 +90,8 @@ def test_the_noise_of_the_report_gives_its_distances(studies, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import redraws
 
-    config = StudyConfig(**released_study(studies / "runs" / "full-seed1", str(studies / "release"), rl_seed=1))
-    report = json.loads((studies / "runs" / "full-seed1" / "report.json").read_text())
+    config = StudyConfig(**released_study(studies / "runs-1", str(studies / "release"), seed=1))
+    report = json.loads((studies / "runs-1" / "report.json").read_text())
     study = redraws.Redraws(config, report)
     again = study.measure(fold_seed(study.yardstick.seed, "evaluate"))
     known = redraws.distances_of_report(report)
@@ -102,7 +102,7 @@ def test_the_noise_of_the_report_gives_its_distances(studies, monkeypatch):
 
 def test_a_killed_benchmark_goes_on(studies, tmp_path, monkeypatch):
     """Draws that are there stay, and those after them do not depend on where it was killed."""
-    kept = studies / "runs" / "full-seed0" / "redraws.json"
+    kept = studies / "runs-0" / "redraws.json"
     before = json.loads(kept.read_text())["draws"]
     redraw(studies / "base.yaml", tmp_path / "more.json", 3, monkeypatch)
     whole = json.loads(kept.read_text())["draws"]

@@ -4,18 +4,19 @@
 
 A report compares one set of samples of the pretrained policy with one of the tuned policy. Here both are sampled anew, from other
 noise in every draw and the same for both, at the samplers that the report chose, and compared with the real volumes of the report.
-Draws of one seed differ by the noise of the measurement; means over them, from seed to seed, by what tuning came to. Studies that
-are not finished are run first. Beside the JSON lies the same as a Markdown table.
+Draws of one seed differ by the noise of the measurement; means over them, from seed to seed, by what tuning came to. The study of
+seed N is in `<output_dir>-N`, as by `make demo SEED=1 DEMO_DIR=outputs/demo-1`; where it is not finished it is run first. Beside the
+JSON lies the same as a Markdown table.
 """
 
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from _results_words import closed
-from _runs import ROLES, configs_of, interval_over_seeds
+from _runs import ROLES, interval_over_seeds
 from tqdm import tqdm
 
 from msrl_diffusers.arguments import CONFIG_HELP, parse, take_option
@@ -24,16 +25,14 @@ from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance, kernel_distance
 from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.seeding import fold_seed
-from msrl_diffusers.study import StudyConfig
+from msrl_diffusers.study import StudyConfig, run_study
 from msrl_diffusers.study.artifacts import load_pipeline, load_tuned_pipeline
 from msrl_diffusers.study.baseline import Yardstick, load_baseline
 from msrl_diffusers.study.chain import fingerprint
 from msrl_diffusers.study.command_line import read_study
 from msrl_diffusers.study.report import gap_closed, git_commit, versions
-from msrl_diffusers.study.runs import run_configs
 from msrl_diffusers.study.stages import sample_with
 from msrl_diffusers.study.tables import summary
-from msrl_diffusers.study.variants import FULL
 
 
 CONFIG = Path(__file__).parents[1] / "configs" / "phantoms" / "demo.yaml"
@@ -50,7 +49,6 @@ class RedrawArguments:
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the studies."})
     draws: int = field(default=8, metadata={"help": "Sets of samples, of either policy, in every study; 2 or more."})
-    jobs: int = field(default=1, metadata={"help": "Studies side by side, where they are not finished yet."})
     output: str = field(default="outputs/redraws.json", metadata={"help": "The JSON; the table lies beside it."})
 
     def __post_init__(self):
@@ -91,7 +89,7 @@ def distances_of_draws(config: StudyConfig, report: dict, draws: int) -> list[di
     found = known["draws"] if known.get("fingerprint") == made_by else []
     if len(found) < draws:
         study = Redraws(config, report)
-        for number in tqdm(range(len(found), draws), desc=f"draws of seed {config.rl_seed}"):
+        for number in tqdm(range(len(found), draws), desc=f"draws of seed {config.seed}"):
             found.append(study.measure(fold_seed(study.yardstick.seed, "redraw", number)))
             write_json(path, {"fingerprint": made_by, "draws": found})
     return found[:draws]
@@ -167,16 +165,13 @@ def _spread(figure: Mapping | None) -> str:
 
 def main() -> None:
     path, rest = take_option("config", sys.argv[1:])
-    defaults = {**read_study(path or CONFIG), **({} if path else {"output_dir": "outputs/redraws"})}
-    args, base = parse([RedrawArguments, StudyConfig], defaults, rest, taken=CONFIG_HELP)
-    configs = configs_of(base, {FULL: {}}, args.seeds)
-    for sentence in run_configs(base, configs, args.jobs).values():
-        raise InputError(sentence)
-    runs = configs[FULL]
-    reports = {
-        seed: json.loads((Path(config.output_dir) / "report.json").read_text()) for seed, config in runs.items()
-    }
-    draws = {seed: distances_of_draws(config, reports[seed], args.draws) for seed, config in runs.items()}
+    args, base = parse([RedrawArguments, StudyConfig], read_study(path or CONFIG), rest, taken=CONFIG_HELP)
+    reports, draws = {}, {}
+    for seed in args.seeds:
+        config = replace(base, seed=seed, output_dir=f"{base.output_dir}-{seed}")
+        run_study(config)
+        reports[seed] = json.loads((Path(config.output_dir) / "report.json").read_text())
+        draws[seed] = distances_of_draws(config, reports[seed], args.draws)
     first = next(iter(reports.values()))
     content = {
         "what": "What a tuned policy closes of the gap to the limit, by its report and by further draws of samples; +- between draws",
