@@ -32,5 +32,5 @@ $(VENV)/.ready: setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev,demo,browser]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) outputs build *.egg-info
+clean:  ## outputs stay
+	rm -rf $(VENV) build *.egg-info

@@ -39,10 +39,10 @@ from msrl_diffusers import (
 )
 from msrl_diffusers.arguments import parse
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
+from msrl_diffusers.models.loading import load_model
 from msrl_diffusers.plots import plot_history
-from msrl_diffusers.processes import process_state, start_missing_processes
+from msrl_diffusers.processes import check_writable, process_state, start_missing_processes
 from msrl_diffusers.study import run_study
-from msrl_diffusers.study.artifacts import load_model
 from msrl_diffusers.study.command_line import parse_study
 from msrl_diffusers.study.kinds import check_makes_same_kind
 
@@ -91,6 +91,7 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
         )
     if ppo_args.patience is not None and not script_args.real:
         raise InputError("--patience counts rollouts without a lower distance: give --real and --extractor as well.")
+    check_writable(ppo_args.output_dir)
     pipeline = load_model(MedVolumePipeline, script_args.pipeline, dtype=torch.float32)
     rewards = [
         LearnedReward(name, load_model(classes[name], path, dtype=torch.float32)) for name, path in given.items()

@@ -7,11 +7,11 @@ LoRA, evaluation by a judge that nothing was trained on, augmentation study, rep
 
 The same with these models trained first: `--config examples/configs/dermoscopy/cpu.yaml`.
 
-On given models (folders or Hub repositories); what is not given is trained. Without `--data_dir` distances are to
-drawn images:
+On given models (folders or Hub repositories), with a config of their own; what is not given is trained. Without `--data_dir`
+distances are to drawn images:
 
-    accelerate launch examples/train_ppo_text_to_image.py --pretrained_model_name_or_path DIR \\
-        --reward_classifier DIR --judge_classifier DIR --data_dir DIR --output_dir OUT
+    accelerate launch examples/train_ppo_text_to_image.py --config examples/configs/dermoscopy/stable_diffusion.yaml \\
+        --pretrained_model_name_or_path DIR --reward_classifier DIR --judge_classifier DIR --data_dir DIR --output_dir OUT
 
 Every field of DiffusionPPOConfig is an option and overrides the config's section `ppo`. A stage that is done is
 skipped; a killed one goes on when the same command is given again. The adapter in OUT/lora loads by

@@ -29,7 +29,7 @@ EMBEDDED = Path(__file__).parent / "configs" / "phantoms" / "objectives.yaml"
 
 def main() -> None:
     method, rest = take_option("method", sys.argv[1:])
-    if method is None and "--help" in rest:
+    if method is None and {"-h", "--help"} & set(rest):
         method = "ppo"
     if method not in METHODS:
         raise InputError(f"--method must be one of {list(METHODS)}, got {method!r}.")

@@ -10,7 +10,7 @@ starts from it by `pretrained_model_name_or_path: DIR`, `reward_classifier: DIR/
 
 Stable Diffusion 1.5 and its kin, from a folder or the Hub, on a folder of images with a metadata.csv: of attributes,
 from which the prompts are built, or of captions (`--caption_column text`); writes OUT/pipeline, or with `--use_lora`
-the adapter:
+the adapter, OUT/lora:
 
     accelerate launch examples/train_text_to_image.py --pretrained_model_name_or_path M --data_dir DIR --output_dir OUT
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from msrl_diffusers.arguments import is_given, parse, take_option
 from msrl_diffusers.data.dermoscopy import load_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset, load_image_folder
+from msrl_diffusers.data.prompts import ARTIFACTS, DIAGNOSES, OPENING, PromptBuilder
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.plots import plot_history
 from msrl_diffusers.processes import process_state, start_missing_processes
@@ -32,7 +33,6 @@ from msrl_diffusers.text_to_image.artifacts import load_stable_diffusion
 from msrl_diffusers.text_to_image.command_line import parse_text_to_image
 from msrl_diffusers.text_to_image.data import load_captioned_folder
 from msrl_diffusers.text_to_image.release import write_release
-from msrl_diffusers.trainers.lora import LORA_FILE
 from msrl_diffusers.trainers.text_to_image_config import TextToImageConfig
 from msrl_diffusers.trainers.text_to_image_trainer import TextToImageTrainer, pipeline_image_size
 
@@ -53,6 +53,12 @@ class FineTuneArguments:
         default=None, metadata={"help": "Column of the prompts; unset: prompts are built from columns of attributes."}
     )
     num_per_prompt: int = field(default=32, metadata={"help": "Drawn images of each prompt, without data_dir."})
+    diagnoses: list[str] = field(
+        default_factory=lambda: list(DIAGNOSES), metadata={"help": "Of which an image has one."}
+    )
+    artifacts: list[str] = field(default_factory=lambda: list(ARTIFACTS), metadata={"help": "Of which it has any."})
+    opening: str = field(default=OPENING, metadata={"help": "How a prompt begins that is built from these."})
+    diagnosis_column: str = field(default="diagnosis", metadata={"help": "Column of the diagnosis in metadata.csv."})
 
 
 def main() -> None:
@@ -79,7 +85,7 @@ def fine_tune(script_args: FineTuneArguments, args: TextToImageConfig) -> None:
     TextToImageTrainer(pipeline, args, images).train()
     if not process_state().is_main_process:
         return
-    written = Path(args.output_dir) / (LORA_FILE if args.use_lora else "pipeline")
+    written = Path(args.output_dir) / ("lora" if args.use_lora else "pipeline")
     if not args.use_lora:
         pipeline.save_pretrained(written)
     plot_history(args.output_dir, ["loss", "grad_norm"])
@@ -87,13 +93,18 @@ def fine_tune(script_args: FineTuneArguments, args: TextToImageConfig) -> None:
 
 
 def load_images(script_args: FineTuneArguments, image_size: int) -> ImageDataset:
+    builder = PromptBuilder(script_args.diagnoses, script_args.artifacts, script_args.opening)
     if script_args.data_dir is None:
         if script_args.caption_column:
             raise InputError("--caption_column needs --data_dir: the folder whose metadata.csv has that column.")
+        if builder != PromptBuilder():
+            raise InputError("Drawn images have the prompts of dermoscopy; give a data_dir for others.")
         return load_dermoscopy(script_args.num_per_prompt, image_size)
     if script_args.caption_column:
         return load_captioned_folder(script_args.data_dir, script_args.caption_column, image_size)
-    return load_image_folder(script_args.data_dir, image_size=image_size)
+    return load_image_folder(
+        script_args.data_dir, builder, image_size, script_args.diagnosis_column, both_classes=False
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from argparse import (
 )
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,6 +110,8 @@ def parse(
         parser.add_argument(f"--{name}", action=_Taken, default=SUPPRESS, help=text)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _check_options(arguments, sorted(parser._option_string_actions))  # before the parser misses a required one
+    if positionals:
+        arguments = _with_flags_closed(arguments, parser)
     *configs, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     if rest:
         raise InputError(f"No option takes {rest[0]!r}; --help shows the options.")
@@ -124,6 +127,24 @@ def _mapping(text: str) -> dict:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"needs a mapping such as {{name: value}}, got {text!r}")
     return value
+
+
+def _with_flags_closed(arguments: Sequence[str], parser: _Parser) -> list[str]:
+    """The command line with `--flag=true` for a flag before a word that is neither yes nor no: the parser would take a positional
+    for its value."""
+    options, closed = parser._option_string_actions, list(arguments)
+    for place, (word, following) in enumerate(pairwise(arguments)):
+        if word == "--":  # what follows are values
+            break
+        names = [word] if word in options else [name for name in options if name.startswith(word)]
+        flags = [options[name] for name in names if options[name].nargs == "?" and options[name].const is True]
+        if not word.startswith("--") or not flags or len(flags) < len(names):
+            continue
+        try:
+            flags[0].type(following)
+        except ArgumentTypeError:
+            closed[place] = f"{word}=true"
+    return closed
 
 
 def _check_options(arguments: Sequence[str], known: Sequence[str]) -> None:

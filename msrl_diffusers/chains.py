@@ -5,27 +5,20 @@ those before) and its fingerprint are `stage.json` there. The fingerprint hashes
 the stages it reads. A stage whose folder has the right one is not run again.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from .errors import Busy, InputError
+from .errors import InputError
 from .files import write_json, write_text
-from .processes import process_state, use_whole_cpu
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .processes import alone_in, check_shared, process_state, use_whole_cpu
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,8 @@ class Chain:
         """Run all stages, or those named in `only`, skipping those already done; returns the last one's result.
 
         Raises:
-            InputError: an unknown stage, or one whose inputs are not there (when run alone).
+            InputError: an unknown stage, or one whose inputs are not there (when run alone); processes that do not share the
+                config's `output_dir`.
             Busy: a stage that another command is running.
         """
         use_whole_cpu()
@@ -105,6 +99,7 @@ class Chain:
         unknown = [name for name in names if name not in self.stages]
         if unknown:
             raise InputError(f"Unknown stage {unknown[0]!r}; the stages are {list(self.stages)}.")
+        check_shared(config.output_dir)
         result = {}
         for name in (name for name in self.enabled(config) if name in names):
             result = self._run_stage(config, name)
@@ -118,7 +113,7 @@ class Chain:
             return json.loads(record.read_text())["result"]
         self.check_finished(config, self.stages[name].needs, f"Stage {name!r}")
         processes.wait_for_everyone()  # all have looked at what is there
-        with _alone_in(folder):
+        with alone_in(folder):
             resumed = open_folder(folder, mark) if processes.is_main_process else False
             processes.wait_for_everyone()
             started = time.monotonic()
@@ -142,45 +137,6 @@ class Chain:
                 raise InputError(f"{reader} needs the result of {needed!r}; run that stage first.")
             if found != self.fingerprint(config, needed):
                 raise InputError(f"{reader} needs {needed!r}, which was run with other settings; run it again first.")
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold a stage's folder: of two commands that write into one, each would spoil what the other resumes from. The system lets
-    go of it when this process dies, whatever killed it.
-
-    Raises:
-        Busy: another command holds it.
-    """
-    file, held = None, True
-    if process_state().is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_name(f".{folder.name}.lock").open("w")
-        held = _lock(file)
-    try:
-        (held,) = broadcast_object_list([held])
-        if not held:
-            raise Busy(
-                f"Another command is at work in {folder}; wait for its end, or give this one another output_dir."
-            )
-        yield
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _lock(file: IO) -> bool:
-    """Hold a file until it is closed; False if another process does. Where the system, or the file system, has no such locks,
-    nothing is held."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _run_on_main_process(stage: Stage, config: Any) -> dict | None:

@@ -24,6 +24,7 @@ def sentence_instead_of_traceback() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write(
-            "\nInterrupted. Give the same command again: finished stages and saved checkpoints are kept.\n"
+            "\nInterrupted. Studies, and `msrl prepare`, `generate` and `push`, go on when the same command is given again; a single "
+            "trainer does with --resume_from_checkpoint latest, from the last checkpoint it saved (--save_steps).\n"
         )
         sys.exit(130)

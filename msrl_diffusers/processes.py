@@ -1,18 +1,27 @@
-"""Processes and threads, as `accelerate launch` set them up."""
+"""Processes and threads, as `accelerate launch` set them up, and folders that one command at a time may write into."""
 
 import ctypes
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+from uuid import uuid4
 
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
-from .errors import InputError
+from .errors import Busy, InputError
 
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -30,6 +39,87 @@ def device_name() -> str:
     """What this process computes on: the name of its GPU, or the device's type."""
     device = process_state().device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise InputError where nothing can be written into a folder, which need not exist: said before the work whose results go
+    there. Makes nothing."""
+    place = Path(os.path.abspath(folder))
+    nearest = next(path for path in (place, *place.parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise InputError(f"Nothing can be written into {folder}: {nearest} is a file; give another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(
+            f"Nothing may be written into {folder}: {nearest} is closed to this user; give another folder."
+        )
+
+
+def check_shared(output_dir: str | Path) -> None:
+    """Raise InputError, in every process, unless all of them see what the first one writes into `output_dir`, which it makes. All
+    must call it; does nothing where there is one."""
+    state, folder = process_state(), Path(output_dir)
+    if state.num_processes == 1:
+        return
+    check_writable(folder)
+    name = f".seen-by-all-{uuid4().hex}"  # a name that no network file system remembers as missing
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (name,) = broadcast_object_list([name])
+    seen = gather_object([(folder / name).is_file()])
+    if state.is_main_process:
+        (folder / name).unlink()
+    if not all(seen):
+        raise InputError(
+            f"output_dir={folder} is not the folder that the first of {len(seen)} processes has: {seen.count(False)} of them do not see "
+            "what that one writes; on several machines give one on a disk that all share."
+        )
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Hold a folder, which need not exist: of two commands that write into one, each would spoil what the other resumes from. The
+    system lets go of it when this process dies, whatever killed it. All processes must call it.
+
+    Raises:
+        InputError: nothing can be written there.
+        Busy: another command holds it.
+    """
+    check_writable(folder)
+    file, held = None, True
+    if process_state().is_main_process:
+        place = Path(os.path.abspath(folder))  # "." has no name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = place.with_name(f".{place.name}.lock").open("w")
+        except OSError:  # only the folder itself can be written into: nothing is held
+            pass
+        else:
+            held = _lock(file)
+    try:
+        (held,) = broadcast_object_list([held])
+        if not held:
+            raise Busy(
+                f"Another command is at work in {folder}; wait for its end, or give this one another output_dir."
+            )
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(file: IO) -> bool:
+    """Hold a file until it is closed; False if another process does. Where the system, or the file system, has no such locks,
+    nothing is held."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def use_whole_cpu() -> None:

@@ -95,6 +95,11 @@ def test_modules_are_short_and_without_what_is_forbidden(name):
         assert not re.search(pattern, text, re.MULTILINE), pattern
 
 
+def test_trainers_clip_where_a_gradient_that_is_not_finite_is_seen():
+    clips = [name for name, path in MODULES.items() if "clip_grad_norm_(" in path.read_text()]
+    assert clips == ["trainers.base", "trainers.tuned_weights"]
+
+
 def test_the_pipeline_ignores_reinforcement_learning():
     text = MODULES["pipelines.med_volume"].read_text().lower()
     assert not re.search(r"reward|rollout|log_prob|advantage", text)

@@ -107,6 +107,18 @@ def test_the_probability_form_is_the_mean_probability_of_what_is_stated():
     torch.testing.assert_close(reward.probabilities(samples), probabilities)
 
 
+@pytest.mark.parametrize("kind", ["share", "probability", "exact"])
+def test_samples_that_are_no_numbers_get_no_reward(kind):
+    """Beside the threshold they would have no attribute, which many prompts ask for."""
+    reward, samples = AttributeMatch(PixelClassifier(), kind=kind), showing((), ("nevus",))
+    samples[0] = torch.nan
+    for score in (reward, reward.matches):
+        with pytest.raises(
+            InputError, match=f"attribute_{kind}: the classifier gives 1 of 2 samples pro.* no numbers"
+        ):
+            score(samples, PROMPTS)
+
+
 def test_labels_may_stand_in_any_order_among_others():
     labels = ["Ink", "other", "gel_bubble", "NEVUS", "hair", "ruler", "melanoma"]
     reward = AttributeMatch(PixelClassifier(labels), builder=BUILDER)
@@ -213,6 +225,16 @@ def test_a_classifier_is_loaded_to_be_trained_for_other_attributes(tmp_path):
     assert other(pixel_values=inputs).logits.shape == (1, 2)
     body = {name: value for name, value in other.state_dict().items() if not name.startswith("classifier")}
     assert all(torch.equal(value, trained[name]) for name, value in body.items())
+
+
+def test_a_pretrained_network_s_batch_statistics_are_kept_when_it_is_trained(tmp_path):
+    """The default of transformers, 0.99, is the weight of the newest batch to PyTorch."""
+    model, processor = build_image_classifier("efficientnet", ATTRIBUTES, 16, batch_norm_momentum=0.99)
+    save_image_classifier(model, processor, tmp_path / "classifier")
+    for names, momentum in ((None, 0.99), (["cat", "dog"], 0.1)):
+        loaded, _ = load_image_classifier(tmp_path / "classifier", names)
+        newest = max(layer.momentum for layer in loaded.modules() if isinstance(layer, nn.BatchNorm2d))
+        assert newest == loaded.config.batch_norm_momentum == momentum
 
 
 def test_what_is_no_classifier_is_refused(tmp_path):

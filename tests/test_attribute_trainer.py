@@ -1,6 +1,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,18 @@ def test_the_script_trains_a_fresh_network_and_goes_on_from_it(run_script, tmp_p
     )  # fmt: skip
     tuned = AttributeMatch.from_pretrained(tmp_path / "tuned" / "classifier")
     assert differing(copied(reward.model), copied(tuned.model))
+
+
+def test_the_script_reads_artifacts_of_an_only_diagnosis(run_script, tmp_path):
+    write_dermoscopy(tmp_path / "images", 2, 16)
+    run_script(
+        "--data_dir", str(tmp_path / "images"), "--diagnoses", "nevus", "--image_size", "16", "--train_batch_size", "4",
+        "--output_dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    only = PromptBuilder(["nevus"])
+    reward = AttributeMatch.from_pretrained(tmp_path / "out" / "classifier", only)
+    assert list(reward.model.config.id2label.values()) == list(only.artifacts)
+    assert reward(torch.zeros(1, 3, 16, 16), only.prompts()[:1]).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -322,6 +335,8 @@ def test_sets_that_can_t_be_trained_on_are_refused(tmp_path):
         build(tmp_path, blatant(), blatant(name="h", builder=other))
     with pytest.raises(InputError, match="has no label 'ink'"):
         build(tmp_path, blatant(builder=other))
+    with pytest.raises(InputError, match="no attribute to tell images by"):
+        build(tmp_path, replace(blatant(), attributes=torch.zeros(16, 0), attribute_names=()))
 
 
 def test_images_of_another_size_than_the_model_s_are_refused(tmp_path):

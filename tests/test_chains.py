@@ -12,7 +12,7 @@ import pytest
 import torch
 from launching import finish
 
-from msrl_diffusers import chains
+from msrl_diffusers import chains, processes
 from msrl_diffusers.chains import Chain, Stage, finished_fingerprint, open_folder
 from msrl_diffusers.errors import InputError
 
@@ -181,7 +181,7 @@ def test_without_locks_nothing_is_held(error, monkeypatch, tmp_path):
     def flock(*_):
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(chains, "fcntl", error and SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr(processes, "fcntl", error and SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
     assert bakery([]).run(Settings(str(tmp_path)))["made"] == "cake"
 
 

@@ -91,6 +91,9 @@ def test_an_unknown_precision_is_refused(config_class):
         (LatentDiffusionConfig, {"class_dropout": 1.0}, r"class_dropout must lie in \[0, 1\), got 1.0"),
         (LatentDiffusionConfig, {"encode_batch_size": 0}, "encode_batch_size must be positive, got 0"),
         (RewardConfig, {"validation_fraction": 0.0}, r"validation_fraction must lie in \(0, 1\), got 0.0"),
+        (FeatureConfig, {"train_batch_size": 1}, "train_batch_size must be 2 or more, got 1: .* does not enlarge"),
+        (RewardConfig, {"train_batch_size": 1}, "train_batch_size must be 2 or more, got 1: .* does not enlarge"),
+        (StudyConfig, {"rewards": {"train_batch_size": 1}}, "RewardConfig: train_batch_size must be 2 or more, got 1"),
         (RewardConfig, {"max_gain": 1.0}, r"max_gain must lie in \[0, 1\), got 1.0"),
         (RewardConfig, {"slices_per_volume": 0}, "slices_per_volume must be positive, got 0"),
         (StudyConfig, {"watch_per_class": -1}, "watch_per_class must be 0 or more, got -1"),
@@ -173,6 +176,7 @@ def test_sections_are_checked(section):
         ({"reconstruction_steps": [0, 10]}, "reconstruction_steps must be from 1 to 100, got 0"),
         ({"reconstruction_steps": [1, 101]}, "reconstruction_steps must be from 1 to 100, got 101"),
         ({"evaluation_per_class": 1}, "evaluation_per_class must be 2 or more, got 1"),
+        ({"trajectories_per_class": 0}, "trajectories_per_class must be 2 or more, got 0"),
         ({"num_curve_points": -1}, "num_curve_points must be 0 or more, got -1"),
         ({"degraded_anchors": {"kinds": ["blur"]}}, "needs two lists, kinds and strengths"),
         ({"degraded_anchors": {"kinds": ["smear"], "strengths": [0.5]}}, "kind 'smear' is unknown; choose of"),
@@ -341,6 +345,11 @@ class Placed:
     track: bool = field(default=True, metadata={"help": "Where it goes."})
 
 
+@dataclass
+class Flagged(Placed):
+    quick: bool = False
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -368,6 +377,22 @@ def test_options_may_be_shortened_and_values_may_look_like_options():
     arguments = ["--place=--here", "--max_st", "4", "--trac", "no"]
     placed, config = parse([Placed, RewardConfig], None, arguments)
     assert (placed.place, placed.track, config.max_steps) == ("--here", False, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--quick", "here", "--track", "no"], ("here", False, True)),
+        (["--track", "no", "--qui", "here"], ("here", False, True)),
+        (["--track", "False", "--quick", "--", "here"], ("here", False, True)),
+        (["--quick=no", "here", "--track"], ("here", True, False)),
+        (["--quick", "no", "--track", "n", "no"], ("no", False, False)),
+        (["--", "--quick"], ("--quick", True, False)),
+    ],
+)
+def test_a_flag_takes_no_positional_for_its_value(arguments, expected):
+    (placed,) = parse([Flagged], None, arguments, positionals=("place",))
+    assert (placed.place, placed.track, placed.quick) == expected
 
 
 def test_a_mapping_is_an_option_too():

@@ -122,6 +122,22 @@ def test_train_ppo_refuses_real_volumes_of_another_size(checkpoints, tmp_path, m
     assert "real.safetensors (1, 32, 32, 32); prepare them alike." in error
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_train_rl_needs_no_method(flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_here("train_rl.py", flag, monkeypatch=monkeypatch)
+    assert (caught.value.code, capsys.readouterr().out.startswith("usage: train_rl.py")) == (0, True)
+
+
+def test_make_clean_removes_no_results(tmp_path):
+    (tmp_path / "outputs" / "study").mkdir(parents=True)
+    (tmp_path / "build").mkdir()
+    subprocess.run(
+        ["make", "-C", str(tmp_path), "-f", str(ROOT / "Makefile"), "clean"], check=True, capture_output=True
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
 @pytest.mark.slow
 def test_a_study_in_two_processes(tmp_path):
     """All processes train, the first one does the rest; every stage leaves what it leaves in one process."""
@@ -189,7 +205,10 @@ BAD = {
     "unknown stage": ("run_study.py", ["--config", "{folder}/good.yaml", "--stages", "brew"], "Unknown stage 'brew'"),
     "no inputs": ("run_study.py", ["--config", "{folder}/good.yaml", "--stages", "ppo"], "'ppo' needs the result of 'prepare'"),
     "missing checkpoint": (
-        "train_ppo.py", ["--pipeline", "{folder}/nothing", "--reward_volume", "r"], "nothing holds no MedVolumePipeline",
+        "train_ppo.py", ["--pipeline", "{folder}/nothing", "--reward_volume", "r"], "nothing is neither a folder nor a name of a repository",
+    ),
+    "output_dir is a file": (
+        "train_ppo.py", ["--pipeline", "p", "--reward_volume", "r", "--output_dir", "{folder}/good.yaml"], "good.yaml is a file; give another",
     ),
     "no reward": ("train_ppo.py", ["--pipeline", "{folder}/nothing"], "--pipeline needs a reward"),
     "patience for nothing": (

@@ -188,7 +188,7 @@ def test_folders_of_something_else(tmp_path, vit):
         load_extractor, str(tmp_path / "own")
     )
     (tmp_path / "own" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "can't be loaded as SliceFeatureExtractor" in failure(load_extractor, str(tmp_path / "own"))
+    assert "own holds no SliceFeatureExtractor: Error no file named" in failure(load_extractor, str(tmp_path / "own"))
 
 
 def test_specs_that_name_nothing(tmp_path):

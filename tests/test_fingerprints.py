@@ -142,6 +142,20 @@ def test_options_that_are_not_used_change_no_fingerprint():
         assert found == [name for name in names if first in chain.up_to(name)], option
 
 
+def test_a_limit_of_trajectories_counts_where_a_class_may_have_more(tmp_path):
+    """What was finished before there was one stays finished."""
+
+    def mark(**fields) -> str:
+        return fingerprint(StudyConfig(num_per_class=300, **fields), "trajectories")
+
+    unlimited = mark(trajectories_per_class=None)
+    assert mark(trajectories_per_class=300) == mark(trajectories_per_class=301) == unlimited
+    assert len({unlimited, mark(), mark(trajectories_per_class=299)}) == 3
+    write_phantoms(tmp_path, 2, image_size=16)
+    folder = {"dataset": "nifti_folder", "data_dir": str(tmp_path)}  # it is not known yet how many there are
+    assert mark(**folder) != mark(**folder, trajectories_per_class=None)
+
+
 def test_whatever_decides_about_a_policy_is_in_its_fingerprint():
     """Floors let it be tuned at all; the sampler at which it is watched picks its weights, with a refresh as well."""
     lax, strict = (StudyConfig(validity_floors={"auc": floor}) for floor in (0.1, 0.9))

@@ -1,6 +1,8 @@
 """msrl generate: what it writes, that it goes on where it was killed, and one sentence for what can't be."""
 
 import json
+import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,8 +16,9 @@ from msrl_diffusers.app.volume_files import decode_checked, file_stems, nifti_by
 from msrl_diffusers.cli import evaluate as evaluate_verb
 from msrl_diffusers.cli import generate as generate_verb
 from msrl_diffusers.data.cases import list_cases
-from msrl_diffusers.errors import InputError
+from msrl_diffusers.errors import Busy, InputError
 from msrl_diffusers.evaluation.sources import open_source
+from msrl_diffusers.processes import alone_in
 
 
 QUICK = ["--num_inference_steps", "2"]
@@ -175,6 +178,27 @@ def test_other_settings_are_refused(model, five, tmp_path, options, message):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_refused_run_leaves_the_folder_to_the_corrected_command(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(supports_guidance=False)
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="it can't be guided: use guidance_scale=1"):
+        generate(tmp_path / "model", tmp_path / "out", "--guidance_scale", "2")
+    assert len(images(generate(tmp_path / "model", tmp_path / "out"))) == 2
+    assert json.loads((tmp_path / "out" / "generation.json").read_text())["settings"]["guidance_scale"] == 1.0
+
+
+@pytest.mark.parametrize("place", ["out", "."])
+def test_of_two_commands_in_one_folder_the_second_is_refused(model, tmp_path, monkeypatch, place):
+    """Both would find no volumes yet, and mix those of their settings."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out" if place == "." else tmp_path)
+    with alone_in(tmp_path / "out"), pytest.raises(Busy, match=f"Another command is at work in {re.escape(place)};"):
+        generate(model, place)
+    assert not images(tmp_path / "out")
+    assert len(images(Path(generate(model, place)))) == 2
+
+
 def test_a_folder_of_volumes_that_do_not_say_their_intensities_are_final_is_refused(model, tmp_path):
     """Readers would scale these, and not those that came beside them."""
     out = generate(model, tmp_path / "out", "--num_volumes", "1")
@@ -246,9 +270,6 @@ def test_a_folder_of_another_origin_is_refused(model, tmp_path):
     (tmp_path / "b" / "generation.json").write_text("{}")
     with pytest.raises(InputError, match=r"generation\.json can't be read"):
         generate(model, tmp_path / "b")
-    (tmp_path / "c").write_text("")
-    with pytest.raises(InputError, match="c is a file; give a folder to --output_dir"):
-        generate(model, tmp_path / "c")
 
 
 def test_nan_is_refused(tmp_path):

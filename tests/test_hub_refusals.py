@@ -11,6 +11,7 @@ from hub_scene import AUDIT, NAME, commits, run_verb, same_weights, stored
 from hub_server import HubServer
 from peft import LoraConfig
 from safetensors.torch import save_file
+from tiny import tiny_stable_diffusion
 
 from msrl_diffusers import (
     UNet3DModel,
@@ -19,6 +20,7 @@ from msrl_diffusers import (
 from msrl_diffusers.cli.card import run as write_card
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.hub import NO_AUDIT, push_folder
+from msrl_diffusers.trainers.lora import save_lora
 
 
 # Warnings are errors here; these are of diffusers and huggingface_hub about each other.
@@ -63,6 +65,21 @@ def test_no_push_without_an_audit(hub, folder, tmp_path, capsys):
     code, _, _ = run_verb([folder, "--repo_id", NAME, "--without_audit"], capsys)
     assert code == 0
     assert NO_AUDIT in stored(hub)["README.md"].decode()
+
+
+def test_no_audit_is_asked_for_where_none_can_be_made(hub, tmp_path):
+    """Of images: of a pipeline, and of an adapter without facts about it."""
+    pipeline = tiny_stable_diffusion()
+    pipeline.save_pretrained(tmp_path / "sd")
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    save_lora(pipeline, tmp_path / "lora")
+    for place in ("sd", "lora"):
+        with pytest.raises(
+            InputError, match=r"has no audit of memorization, and .* volumes only: say --without_audit"
+        ):
+            push_folder(tmp_path / place, NAME)
+        push_folder(tmp_path / place, f"somebody/{place}", without_audit=True)
+        assert "pipeline_tag: text-to-image" in stored(hub, f"somebody/{place}")["README.md"].decode()
 
 
 def test_an_audit_from_elsewhere(hub, folder, tmp_path):

@@ -93,19 +93,30 @@ def test_isic_tables_have_a_column_per_diagnosis(tmp_path):
         "a": ([1, 0, 0, 1], "dermoscopy image of melanoma with gel bubble"),
         "b": ([0, 1, 1, 0], "dermoscopy image of nevus with hair"),
     }
-    assert set(load(tmp_path).subject_ids) == {"i0", "i1"}
+    assert set(load(tmp_path).subject_ids) == {"i0.png", "i1.png"}
 
 
 def test_a_subject_that_is_not_known_is_none(tmp_path):
     """Else all of these would be images of one."""
     rows = ["i0.png,n/a,melanoma,0,1", "i1.png,NA,nevus,1,0", "i2.png,s2,nevus,1,0"]
-    assert set(load(write_folder(tmp_path, rows)).subject_ids) == {"i0", "i1", "s2"}
+    assert set(load(write_folder(tmp_path, rows)).subject_ids) == {"i0.png", "i1.png", "s2"}
+
+
+def test_files_of_one_name_in_folders_of_patients_are_subjects_of_their_own(tmp_path):
+    """As CheXpert lays them out; by their last names all would be images of one."""
+    names = [f"patient{n}/study1/view1_frontal.png" for n in range(4)]
+    rows = [f"{name},{row.split(',', 2)[2]}" for name, row in zip(names, four_rows(), strict=True)]
+    rows[0] = f"./{rows[0]}"
+    images = load(write_folder(tmp_path, rows, "file_name,diagnosis,hair,gel_bubble", names))
+    assert images.subject_ids == names
+    train, heldout = images.split(0.25)
+    assert (len(train), len(heldout)) == (3, 1)
 
 
 def test_isic_s_own_column_of_images_beside_file_names(tmp_path):
     header = "file_name,image,MEL,NV,hair,gel_bubble"
     rows = ["i0.png,ISIC_0,1.0,0.0,0,1", "i1.png,ISIC_1,0.0,1.0,1,0"]
-    assert set(load(write_folder(tmp_path, rows, header)).subject_ids) == {"i0", "i1"}
+    assert set(load(write_folder(tmp_path, rows, header)).subject_ids) == {"i0.png", "i1.png"}
 
 
 def test_diagnoses_may_be_called_by_isic_s_codes(tmp_path):
@@ -114,7 +125,9 @@ def test_diagnoses_may_be_called_by_isic_s_codes(tmp_path):
         write_folder(tmp_path, rows, "file_name,diagnosis,hair,gel_bubble"),
         builder=PromptBuilder(diagnoses=["mel", "nv"], artifacts=["hair", "gel bubble"]),
     )
-    assert {subject: values[:2] for subject, (values, _) in by_subject(images).items()} == {"i0": [1, 0], "i1": [0, 1]}
+    assert {subject: values[:2] for subject, (values, _) in by_subject(images).items()} == {
+        "i0.png": [1, 0], "i1.png": [0, 1],
+    }  # fmt: skip
 
 
 def test_other_names_in_the_table(tmp_path):
@@ -125,8 +138,8 @@ def test_other_names_in_the_table(tmp_path):
         artifact_columns={"hair": "hairy", "gel bubble": "bubbles"},
     )  # fmt: skip
     assert by_subject(images) == {
-        "i0": ([0, 1, 0, 1], "dermoscopy image of nevus with gel bubble"),
-        "i1": ([1, 0, 1, 0], "dermoscopy image of melanoma with hair"),
+        "i0.png": ([0, 1, 0, 1], "dermoscopy image of nevus with gel bubble"),
+        "i1.png": ([1, 0, 1, 0], "dermoscopy image of melanoma with hair"),
     }
 
 
@@ -284,6 +297,15 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
     assert np.abs(pixels[0, 0] - np.linspace(0, 255, SIZE)).max() <= 1
     with pytest.raises(InputError, match=r"scan.tif has 32 bits per pixel \(mode F\); save it as 8-bit RGB"):
         square_image(Image.fromarray(ramp.astype(np.float32)), SIZE, "scan.tif")
+
+
+def test_twelve_bits_in_sixteen_are_refused():
+    """They would become black, in 16 levels; an image of one value is no sign of its scale."""
+    ramp = np.repeat(np.linspace(0, 4095, SIZE).astype(np.uint16)[None], SIZE, axis=0)
+    with pytest.raises(InputError, match=r"x.png has 16 bits per pixel, but no value above 4095, .*multiply .* by 16"):
+        square_image(Image.fromarray(ramp), SIZE, "x.png")
+    assert square_image(Image.fromarray(ramp * 16), SIZE, "x.png").max() == 255
+    assert (square_image(Image.fromarray(np.zeros_like(ramp)), SIZE, "x.png") == 0).all()
 
 
 def test_bytes_are_read_as_files_are(tmp_path):

@@ -39,7 +39,8 @@ from msrl_diffusers.data.preparation import prepare_cases
 from msrl_diffusers.data.processor import scale_on_own_grid
 from msrl_diffusers.data.reading import affine_of, read_image
 from msrl_diffusers.data.splits import SplitPlan
-from msrl_diffusers.errors import InputError
+from msrl_diffusers.errors import Busy, InputError
+from msrl_diffusers.processes import alone_in
 
 
 PROCESSOR = VolumeProcessor(SIZE, FIELD_OF_VIEW)
@@ -329,6 +330,19 @@ def test_the_verb_writes_what_it_promises(tmp_path, capsys):
     (tmp_path / "heldout.txt").write_text("phantom-HGG-00000\nphantom-LGG-00003\n")
     with pytest.raises(InputError, match="1 subjects are in the training set and in the hold-out"):
         prepare_verb.run([*arguments, *lists])
+
+
+def test_of_two_commands_in_one_folder_the_second_is_refused(tmp_path):
+    """The first to end would remove the volumes that the other has yet to join."""
+    write_phantoms(tmp_path / "data", 4, image_size=SIZE)
+    arguments = ["--dataset", "nifti_folder", "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"),
+                 "--label_column", "grade", "--image_size", "8", "--num_workers", "0"]  # fmt: skip
+    with (
+        alone_in(tmp_path / "out"),
+        pytest.raises(Busy, match=r"Another command is at work in .*out; wait for its end"),
+    ):
+        prepare_verb.run(arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_left_out_is_told_anew(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import copied, differing, tiny_phantoms
+from torch.overrides import TorchFunctionMode
 from trainers_scene import build
 
 from msrl_diffusers import FeatureConfig, LatentDiffusionConfig, MedVolumePipeline
@@ -66,6 +67,29 @@ def test_diffusion_sets_the_scale_of_the_latents(flip, tmp_path):
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
     assert latents.mean().item() == pytest.approx(0, abs=1e-3)
     assert (restored - expected).abs().mean() < 1e-2
+
+
+class Noting(TorchFunctionMode):
+    """Keeps every tensor of so many volumes that an operation gave."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number, self.found = number, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.ndim == 5 and len(found) == self.number:
+            self.found.append(found)
+        return found
+
+
+def test_the_latents_of_all_volumes_are_there_once(tmp_path):
+    """And not once more for every step of their making."""
+    trainer, _ = build("diffusion", tmp_path, flip_augmentation=True, encode_batch_size=4)
+    with Noting(12) as noting:
+        latents, labels = trainer._cache_latents(torch.device("cpu"))
+    assert {tensor.data_ptr() for tensor in noting.found} == {latents.data_ptr()}
+    assert torch.equal(labels, trainer.train_dataset.class_labels.repeat(2))
 
 
 def test_diffusion_keeps_the_averaged_weights(tmp_path):

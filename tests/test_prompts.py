@@ -82,7 +82,22 @@ def test_other_names():
     assert builder.targets(prompts[3:5]).tolist() == [[1, 0, 0, 1, 1], [0, 1, 0, 0, 0]]
     assert [builder.describe(builder.parse(prompt)) for prompt in prompts] == prompts
     assert PromptBuilder(["a"], []).prompts() == ["dermoscopy image of a"]
+    assert PromptBuilder(["a"], []).attribute_names == ()
     assert PromptBuilder(["melanoma", "nevus"]) == PromptBuilder()
+
+
+def test_an_only_diagnosis_is_no_attribute():
+    """It would be the same in all images, and no classifier can learn it."""
+    builder = PromptBuilder(["chest x-ray"], ["pacemaker", "tube"], "image of")
+    assert builder.attribute_names == ("pacemaker", "tube")
+    prompts = builder.prompts()
+    endings = ["", " with tube", " with pacemaker", " with pacemaker and tube"]
+    assert prompts == ["image of chest x-ray" + ending for ending in endings]
+    assert builder.targets(prompts).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert [builder.describe(builder.parse(prompt)) for prompt in prompts] == prompts
+    assert builder.describe({"chest x-ray": 1, "tube": 1}) == prompts[1]
+    with pytest.raises(InputError, match="has one of the diagnoses"):
+        builder.describe({"chest x-ray": 0, "tube": 1})
 
 
 @pytest.mark.parametrize(

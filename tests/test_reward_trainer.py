@@ -8,6 +8,7 @@ import torch
 from launching import finish
 from safetensors.torch import load_file
 from tiny import copied, differing
+from torch.overrides import TorchFunctionMode
 from trainers_scene import build, scored_volumes
 
 from msrl_diffusers import (
@@ -24,7 +25,7 @@ from msrl_diffusers.trainers.augmentation import draw_slices
 
 def test_reward_trainer_splits_by_subject(tmp_path):
     trainer, _ = build("reward-volume", tmp_path, max_steps=1, validation_fraction=0.3)
-    train, validation = trainer.train_dataset, trainer.eval_dataset
+    train, validation = (trainer.data.select(rows) for rows in (trainer.train_rows, trainer.eval_rows["validation"]))
     assert not set(train.subject_ids) & set(validation.subject_ids)
     assert (len(set(train.subject_ids)), len(set(validation.subject_ids))) == (4, 2)
     assert len(train) + len(validation) == 12
@@ -35,13 +36,35 @@ def test_reward_trainer_splits_by_subject(tmp_path):
             assert (everything.targets[row], everything.subject_ids[row]) == (target, subject)
 
 
+class Largest(TorchFunctionMode):
+    """Notes the most volumes that any operation gave."""
+
+    most = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.ndim == 5:
+            self.most = max(self.most, len(found))
+        return found
+
+
+def test_reward_data_are_not_copied(tmp_path):
+    """All trajectory sets may fill the memory: a side of the split is most of them once more, in every process."""
+    many = ScoredVolumes.cat([scored_volumes()] * 8)
+    with Largest() as largest:
+        trainer, _ = build_ensemble(tmp_path, many, num_heads=1, spread_penalty=0.0, max_steps=1)
+        trainer.train()
+    assert (len(many), largest.most) == (96, 32)  # a batch of the evaluation
+
+
 def test_reward_trainer_learns_quality(tmp_path):
     trainer, module = build("reward-volume", tmp_path, max_steps=80, learning_rate=1e-2, train_batch_size=8)
     figures = trainer.train()
     assert figures["train_loss"] < 0.1
     assert figures["train_spearman"] > 0.6
-    scores = scores_of(module, trainer.eval_dataset.pixel_values, None, batch_size=1)
-    assert scores[trainer.eval_dataset.targets == 1].min() > scores[trainer.eval_dataset.targets == 0].max()
+    unseen = trainer.data.select(trainer.eval_rows["validation"])
+    scores = scores_of(module, unseen.pixel_values, None, batch_size=1)
+    assert scores[unseen.targets == 1].min() > scores[unseen.targets == 0].max()
 
 
 def additional_volumes(count: int = 40) -> ScoredVolumes:
@@ -122,7 +145,7 @@ def test_the_penalty_for_spread_is_no_part_of_the_training(tmp_path):
 
 def test_heads_see_subjects_under_weights_of_their_own(tmp_path):
     trainer, _ = build_ensemble(tmp_path)
-    data, weights = trainer.train_dataset, trainer.weights
+    data, weights = trainer.data.select(trainer.train_rows), trainer.weights
     assert weights.shape == (len(data), 3)
     assert weights.min() > 0
     by_subject = {subject: weights[i] for i, subject in enumerate(data.subject_ids)}
@@ -136,7 +159,7 @@ def test_heads_see_subjects_under_weights_of_their_own(tmp_path):
     torch.testing.assert_close(drawn.std(dim=0), torch.ones(3), atol=0.3, rtol=0)
     assert torch.corrcoef(drawn.T)[0, 1].abs() < 0.2
     grown, _ = build_ensemble(tmp_path, additional=additional_volumes())
-    for i, subject in enumerate(grown.train_dataset.subject_ids):
+    for i, subject in enumerate(grown.data.select(grown.train_rows).subject_ids):
         if subject in by_subject:
             assert torch.equal(grown.weights[i], by_subject[subject])
     plain, _ = build_ensemble(tmp_path, bootstrap_heads=False)
@@ -148,7 +171,7 @@ def test_the_loss_of_several_heads_and_weights_by_hand(tmp_path):
         return trainer._loss(lambda volumes, return_heads: heads, torch.zeros(2, 1), torch.tensor([0, 1])).item()
 
     trainer, _ = build_ensemble(tmp_path, num_heads=2)
-    trainer.train_dataset.targets[:2] = torch.tensor([1.0, 0.0])
+    trainer.data.targets[trainer.train_rows[:2]] = torch.tensor([1.0, 0.0])
     trainer.weights[:2] = torch.tensor([[1.0, 3.0], [1.0, 1.0]])
     heads = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
     # first head: errors 1 and 0 of equal weight; second: 1 of weight 3 and 4 of weight 1
@@ -183,7 +206,8 @@ def test_joined_reward_data_keeps_order_and_weights():
     assert joined.select(torch.tensor([0, 20])).weights.tolist() == [1.0, 3.0]
     assert ScoredVolumes.cat([data, data]).weights is None
     parts = joined.split_by_subject(0.3, 0)
-    assert {weight for part in parts for weight in part.weights.tolist()} == {1.0, 3.0}
+    assert torch.cat(parts).sort().values.tolist() == list(range(24))
+    assert {weight for rows in parts for weight in joined.select(rows).weights.tolist()} == {1.0, 3.0}
 
 
 def test_reward_data_that_does_not_fit_is_refused():
@@ -208,8 +232,8 @@ def test_reward_data_that_does_not_fit_is_refused():
 
 def test_a_subject_stays_on_its_side_when_data_are_added():
     first, added = scored_volumes(), additional_volumes(200)
-    train, validation = first.split_by_subject(0.3, 0)
-    added_train, added_validation = added.split_beside(first, 0.3, 0)
+    train, validation = (first.select(rows) for rows in first.split_by_subject(0.3, 0))
+    added_train, added_validation = (added.select(rows) for rows in added.split_beside(first, 0.3, 0))
     assert len(added_train) + len(added_validation) == len(added)
     sides = {"train": set(added_train.subject_ids), "validation": set(added_validation.subject_ids)}
     assert not sides["train"] & sides["validation"]
@@ -218,10 +242,11 @@ def test_a_subject_stays_on_its_side_when_data_are_added():
     assert set(first.subject_ids) & (sides["train"] | sides["validation"]), "no subject is in both"
     assert 0.2 < len(added_validation) / len(added) < 0.4
     more = ScoredVolumes(added.pixel_values, added.targets, [f"ppo-2 {subject}" for subject in added.subject_ids])
-    grown_train, grown_validation = ScoredVolumes.cat([added, more]).split_beside(first, 0.3, 0)
+    grown = ScoredVolumes.cat([added, more])
+    grown_train, grown_validation = (grown.select(rows) for rows in grown.split_beside(first, 0.3, 0))
     assert sides["train"] <= set(grown_train.subject_ids)
     assert sides["validation"] <= set(grown_validation.subject_ids)
-    assert set(added.split_beside(first, 0.3, 1)[1].subject_ids) != sides["validation"]
+    assert set(added.select(added.split_beside(first, 0.3, 1)[1]).subject_ids) != sides["validation"]
 
 
 def test_a_reward_is_refreshed_from_its_weights(tmp_path):
@@ -234,9 +259,12 @@ def test_a_reward_is_refreshed_from_its_weights(tmp_path):
     )
     added = additional_volumes()
     trainer = RewardTrainer(model, args, scored_volumes(), added)
-    assert len(trainer.train_dataset) + len(trainer.added_eval_dataset) == len(plain.train_dataset) + len(added)
-    assert torch.equal(trainer.train_dataset.targets[: len(plain.train_dataset)], plain.train_dataset.targets)
-    assert trainer.eval_dataset.subject_ids == plain.eval_dataset.subject_ids
+    first, rows = len(plain.train_rows), {**trainer.eval_rows, "train": trainer.train_rows}
+    assert sorted(row for each in rows.values() for row in each.tolist()) == list(range(12 + len(added)))
+    assert torch.equal(rows["train"][:first], plain.train_rows)
+    assert rows["train"][first:].min() >= 12
+    assert rows["added_validation"].min() >= 12  # those of the additional data
+    assert torch.equal(rows["validation"], plain.eval_rows["validation"])
     untrained = trainer.evaluate()
     assert differing(before, copied(model)) == []
     assert {name: untrained[name] for name in figures if name.startswith("validation")} == {
@@ -253,7 +281,9 @@ def test_a_reward_is_refreshed_from_its_weights(tmp_path):
 def test_additional_data_of_validation_subjects_alone_are_refused(tmp_path):
     trainer, _ = build("reward-volume", tmp_path)
     with pytest.raises(InputError, match="All 2 additional volumes are of validation subjects; add volumes of others"):
-        RewardTrainer(trainer.model, trainer.args, scored_volumes(), trainer.eval_dataset)
+        RewardTrainer(
+            trainer.model, trainer.args, scored_volumes(), trainer.data.select(trainer.eval_rows["validation"])
+        )
 
 
 def test_any_network_may_be_a_reward_model(tmp_path):

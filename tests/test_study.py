@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from tiny import copied, differing, settings_with
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from msrl_diffusers import (
     MedVolumePipeline,
     StudyConfig,
+    UNet3DModel,
     VolumeDataset,
-    VolumeRewardModel,
     run_study,
     write_phantoms,
 )
@@ -20,13 +21,16 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.features import extract_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.hub.contents import shared_json
+from msrl_diffusers.models.autoencoder_vq_3d import Decoder3D, Encoder3D
 from msrl_diffusers.processes import process_state
 from msrl_diffusers.study import STAGES
 from msrl_diffusers.study.artifacts import (
-    load_model,
+    load_extractors,
     load_pipeline,
     load_reported,
     load_reward_models,
+    load_scores,
+    load_sources,
     load_split,
 )
 from msrl_diffusers.study.baseline import Yardstick, load_baseline
@@ -35,7 +39,9 @@ from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.release import write_release
 from msrl_diffusers.study.report import ARMS as PAGE_ARMS
 from msrl_diffusers.study.report import gap_closed, markdown
+from msrl_diffusers.study.reward_data import reward_data, reward_sets, scored_counts
 from msrl_diffusers.study.stages import load_arm
+from msrl_diffusers.trajectories import score_set
 
 
 CPU_CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "phantoms" / "cpu.yaml"
@@ -235,6 +241,28 @@ def test_the_arms_are_kept_and_the_splits_apart(finished):
         assert (finished / picture).is_file()
 
 
+def test_pictures_of_a_stage_need_no_more_memory_than_its_training(tmp_path):
+    """Else it dies of them after its training was done."""
+    seen = {Encoder3D: [], Decoder3D: [], UNet3DModel: []}
+
+    def note(module, inputs):
+        if type(module) in seen and not module.training:
+            seen[type(module)].append((len(inputs[0]), torch.is_autocast_enabled("cpu")))
+
+    config = settings_with(
+        tmp_path, sampling_batch_size=3, vqgan={"train_batch_size": 2}, diffusion={"encode_batch_size": 2}
+    )
+    run_study(config, ["prepare"])
+    handle = register_module_forward_pre_hook(note)
+    try:
+        run_study(config, ["vqgan", "diffusion"])
+    finally:
+        handle.remove()
+    assert {count for count, _ in seen[Encoder3D]} == {1, 2}  # pictures, and what training takes at once
+    assert {count for count, _ in seen[Decoder3D]} == {1, 2, 3}
+    assert set(seen[UNet3DModel]) == {(3, True), (2, True)}  # 8 volumes, in bfloat16 as of the config
+
+
 def test_distances_are_those_of_the_volumes_that_are_kept(finished, report):
     config = settings_with(finished)
     _, known = load_baseline(config)
@@ -260,6 +288,32 @@ def test_targets_run_from_nought_to_one(finished):
     chosen = json.loads((finished / "samplers" / "samplers.json").read_text())
     fids = [sampler["fid"]["all"] for sampler in chosen["samplers"]]
     assert chosen["best_sampler"] == fids.index(min(fids))
+
+
+def test_a_set_of_trajectories_has_no_more_volumes_than_is_said(study, tmp_path):
+    """And all that is made of the sets, or compared with them, is of as many; a release says what it was trained on all the same."""
+    train, degraded = load_split(settings_with(study), "train"), {"kinds": ["blur"], "strengths": [0.5]}
+    config = settings_with(study, trajectories_per_class=3, degraded_anchors=degraded, marginal_labels=0.5)
+    run_study(config, ["trajectories", "score", "rewards"])
+    made = json.loads((study / "trajectories" / "stage.json").read_text())["result"]
+    assert (made["volumes_per_set"], made["unet_forwards"]) == (6, 6 * (1 + 5 + 2 + 4))
+    sets = dict(reward_sets(config, load_sources(config)))
+    for volumes in sets.values():
+        assert volumes.subject_ids == train.take_per_class(3).subject_ids
+    scores = load_scores(config)
+    assert (scores["n"], scores["n_by_class"]) == (6, {"HGG": 3, "LGG": 3})
+    extractor, blurred = load_extractors(config)["label"], sets["degraded-blur-050"]
+    assert scores["fid"]["degraded-blur-050"] == pytest.approx(
+        score_set(extractor, train.take_per_class(3), blurred), rel=1e-4
+    )
+    assert len(reward_data(config)) == 5 * 6
+    uncapped = settings_with(study, trajectories_per_class=None)
+    assert load_sources(uncapped).subject_ids == train.subject_ids  # in their order: noise goes by it
+    assert scored_counts(uncapped, train, scores) == {0: 3, 1: 3}
+    assert scored_counts(uncapped, train, {}) == {0: 4, 1: 4}  # as of models released before there was a limit
+    write_release(config, tmp_path / "release")
+    with pytest.raises(InputError, match=r"was trained on 8 phantoms or more, .* give num_per_class=4"):
+        run_study(settings_with(tmp_path / "out", pretrained=str(tmp_path / "release"), num_per_class=3), ["prepare"])
 
 
 def test_a_finished_study_is_not_run_again(study):
@@ -407,10 +461,3 @@ def test_reward_models_are_ready_to_score(finished):
     models = load_reward_models(settings_with(finished))
     assert set(models) == {"volume", "slice", "heldout"}
     assert not any(model.training for model in models.values())
-
-
-@pytest.mark.parametrize("path_type", [str, Path])
-@pytest.mark.parametrize("model_class", [VolumeRewardModel, MedVolumePipeline])
-def test_a_checkpoint_that_is_not_there_is_refused(model_class, path_type, tmp_path):
-    with pytest.raises(InputError, match=f"nothing holds no {model_class.__name__}"):
-        load_model(model_class, path_type(tmp_path / "nothing"))

@@ -9,7 +9,7 @@ from tiny_text_to_image import RESNET, config
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.text_to_image import CHAIN
 from msrl_diffusers.text_to_image.chain import STAGES
-from msrl_diffusers.text_to_image.command_line import parse_text_to_image
+from msrl_diffusers.text_to_image.command_line import MODELS, parse_text_to_image
 from msrl_diffusers.text_to_image.config import CLASSIFIERS
 
 
@@ -38,7 +38,11 @@ def test_no_two_of_reward_judge_and_features_are_one_model(tmp_path):
         ({"reward_kind": "nice"}, "reward_kind must be one of"),
         (
             {"artifacts": ["hair", "sand"]},
-            "Drawn images have the diagnoses and artifacts of dermoscopy; give a data_dir",
+            "Drawn images have the diagnoses, artifacts and opening of dermoscopy; give a data_dir",
+        ),
+        (
+            {"opening": "photo of"},
+            "Drawn images have the diagnoses, artifacts and opening of dermoscopy; give a data_dir",
         ),
         ({"num_heldout_prompts": 32}, "num_heldout_prompts=32 of 32 prompts leaves none to train on"),
         ({"num_heldout_prompts": 0}, "select_by: heldout_reward needs num_heldout_prompts above 0"),
@@ -79,7 +83,7 @@ def test_the_config_for_stable_diffusion_has_the_published_sampler_and_reward(tm
     tiny_stable_diffusion().save_pretrained(tmp_path / "pipeline")
     path = EXAMPLES / "configs" / "dermoscopy" / "stable_diffusion.yaml"
     given = ["--pretrained_model_name_or_path", str(tmp_path / "pipeline"), "--data_dir", str(tmp_path)]
-    found = parse_text_to_image("ppo", path, given)
+    found = parse_text_to_image("ppo", arguments=["--config", str(path), *given])
     ppo = found.trainer_config("ppo")
     assert (ppo.num_inference_steps, ppo.eta, ppo.guidance_scale, found.reward_kind) == (50, 1, 5, "share")
     assert ppo.samples_per_rollout % (32 - found.num_heldout_prompts) == 0  # every prompt as often
@@ -101,3 +105,13 @@ def test_the_embedded_story_starts_from_models_of_the_config_that_trains_all():
         == 3
     )
     assert found.augmentation_seeds == [0, 1, 2]
+
+
+@pytest.mark.parametrize("option", ["data_dir", *MODELS])
+def test_other_data_or_models_than_the_embedded_need_a_config_of_their_own(option, tmp_path):
+    """Judge, distances and settings would be those of small drawn images."""
+    demo, given = EXAMPLES / "configs" / "dermoscopy" / "demo.yaml", [f"--{option}", str(tmp_path)]
+    with pytest.raises(InputError, match=f"--{option} needs --config .* would be those of demo.yaml"):
+        parse_text_to_image("ppo", demo, given)
+    tiny_stable_diffusion().save_pretrained(tmp_path)
+    assert getattr(parse_text_to_image("ppo", demo, ["--config", str(demo), *given]), option) == str(tmp_path)

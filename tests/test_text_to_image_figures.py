@@ -20,6 +20,7 @@ from tiny_text_to_image import (
     tiny_text_to_image_study,
 )
 
+from msrl_diffusers.data.dermoscopy import write_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset, to_uint8
 from msrl_diffusers.data.prompts import PromptBuilder
 from msrl_diffusers.errors import InputError
@@ -28,7 +29,7 @@ from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.text_to_image.augmentation import diagnosis_only, missing_prompts
 from msrl_diffusers.text_to_image.config import NETWORKS, TextToImageStudyConfig
 from msrl_diffusers.text_to_image.data import in_subgroup, load_captioned_folder, make_splits, thin_out
-from msrl_diffusers.text_to_image.diversity import prompt_diversity
+from msrl_diffusers.text_to_image.diversity import diversity_of_sets, prompt_diversity
 from msrl_diffusers.text_to_image.evaluate import fidelity, matched_rows
 from msrl_diffusers.text_to_image.extractors import ClassifierExtractor, image_features
 from msrl_diffusers.text_to_image.figures import mosaic
@@ -148,6 +149,18 @@ def test_splits_share_no_subject_and_the_subgroup_is_rare_in_training_only():
     assert {name: len(its) for name, its in splits.items()} == {"train": 56, "judge": 64, "heldout": 64}
 
 
+def test_splits_of_an_only_diagnosis(tmp_path):
+    write_dermoscopy(tmp_path, 2, IMAGE_SIZE)
+    fields = {"data_dir": str(tmp_path), "diagnoses": ["nevus"], "opening": "photo of", "num_heldout_prompts": 4}
+    splits = make_splits(config(**fields, rare_attributes=[], augmentation={}))
+    assert sum(len(images) for images in splits.values()) == 32
+    for images in splits.values():
+        assert images.attribute_names == ("hair", "gel bubble", "ruler", "ink")
+        assert all(prompt.startswith("photo of nevus") for prompt in images.prompts)
+    with pytest.raises(InputError, match="rare_attributes are of one diagnosis among several"):
+        config(**fields)
+
+
 def test_thinning_out_leaves_one_of_every_prompt(images):
     thin = thin_out(images, ["nevus", "ink"], 0.01)
     inside = in_subgroup(thin, ["nevus", "ink"])
@@ -180,6 +193,10 @@ def test_held_out_prompts_leave_every_attribute_with_both_values():
     assert split_prompts(BUILDER, 0)[1] == []
     with pytest.raises(InputError, match="With 31 of 32 prompts held out an attribute is the same in all others"):
         split_prompts(BUILDER, 31)
+    only = PromptBuilder(["nevus"], ["hair", "ink"])
+    train, heldout = split_prompts(only, 2, seed=1)
+    stated = only.targets(train)
+    assert stated.sum(dim=0).tolist() == [1, 1]  # of two prompts
 
 
 def write_captions(folder, rows: list[str], header: str = "file_name,text") -> None:
@@ -194,9 +211,14 @@ def test_a_folder_with_captions(tmp_path):
     assert loaded.prompts == ["A mole on the back", "Hair, and ink"]
     assert loaded.pixel_values.shape == (2, 3, 16, 16)
     assert [int(image.unique()) for image in loaded.pixel_values] == [200, 100]
-    assert loaded.subject_ids == ["a", "b"]
+    assert loaded.subject_ids == ["a.png", "b.png"]
     write_captions(tmp_path, ["a.png,A mole,n/a", "b.png,Hair,s2"], "file_name,text,subject_id")
-    assert load_captioned_folder(tmp_path, image_size=16).subject_ids == ["a", "s2"]
+    assert load_captioned_folder(tmp_path, image_size=16).subject_ids == ["a.png", "s2"]
+    for patient in ("p1", "p2"):
+        (tmp_path / patient).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / patient / "a.png")
+    write_captions(tmp_path, ["p1/a.png,A mole", "p2/a.png,Hair"])
+    assert load_captioned_folder(tmp_path, image_size=16).subject_ids == ["p1/a.png", "p2/a.png"]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +306,24 @@ def test_pairs_are_of_one_prompt(images):
         pixels, images.attributes[[0, 0, 1, 1]], images.attribute_names, ["a", "a", "b", "b"], list("abcd")
     )
     assert prompt_diversity(black_and_white)["value"] == pytest.approx(1, abs=1e-6)
+
+
+def test_sets_are_compared_over_the_prompts_that_give_the_most_pairs(images):
+    """A rare prompt would leave all others one pair; one that a set lacks would count in the others alone."""
+    many = ImageDataset.cat([images] * 3)  # six of every prompt
+    rows = [row for row, prompt in enumerate(many.prompts) if prompt not in PROMPTS[:2]]
+    rare = [many.prompts.index(PROMPTS[1]), len(images) + many.prompts.index(PROMPTS[1])]  # two; of PROMPTS[0] none
+    found = diversity_of_sets({"real": many.select(sorted(rows + rare)), "before": many}, seed=3)
+    for figures in found.values():
+        assert set(figures["by_prompt"]) == set(PROMPTS[2:])
+        assert figures["pairs"] == 8 * 30
+    assert found["real"] == found["before"] == prompt_diversity(many.select(rows), seed=3)
+    assert diversity_of_sets({"real": images, "before": many}, seed=3) == {
+        name: prompt_diversity(its, seed=3) for name, its in {"real": images, "before": many}.items()
+    }  # of the same prompts: nothing is left out
+    single = images.select([images.prompts.index(prompt) for prompt in PROMPTS])
+    without = diversity_of_sets({"real": single, "before": images}, seed=3)
+    assert without == {"real": None, "before": prompt_diversity(images, seed=3)}
 
 
 @pytest.mark.parametrize("settings", [RESNET, VIT])

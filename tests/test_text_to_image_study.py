@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
 from tiny import copied, differing
 from tiny_text_to_image import IMAGE_SIZE, VIT, config, tiny_text_to_image, tiny_text_to_image_study
 
@@ -126,7 +127,7 @@ def test_the_report_says_where_its_numbers_come_from(report, finished):
     assert f"{report['attribute_match']['judge']['after']:.1%}" in page
     (row,) = (line for line in page.splitlines() if line.startswith("| real, training (floor) |"))
     assert row.endswith("|  |  |")
-    assert f"| real, held out |  |  |  | {report['diversity']['real']['value']:.3f} |" in page
+    assert f"| real, held out |  |  |  | {report['diversity']['real']['value']:.3f} (32 pairs) |" in page
     assert (finished / "report.html").is_file()
 
 
@@ -413,11 +414,30 @@ def test_a_given_pipeline_is_fine_tuned_on_a_folder(use_lora, tmp_path, monkeypa
         monkeypatch=monkeypatch,
     )  # fmt: skip
     assert "written" in capsys.readouterr().out
-    assert (tmp_path / "out" / LORA_FILE).is_file() == use_lora
+    assert (tmp_path / "out" / "lora" / LORA_FILE).is_file() == use_lora
     assert (tmp_path / "out" / "curves.png").is_file()
     if not use_lora:
         tuned = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
         assert differing(copied(tiny_text_to_image().unet), copied(tuned.unet))
+
+
+def test_a_given_pipeline_is_fine_tuned_on_images_of_other_attributes(tmp_path, monkeypatch, capsys):
+    """No classifier is trained, so an attribute may be the same in all images."""
+    tiny_text_to_image().save_pretrained(tmp_path / "base")
+    (tmp_path / "images").mkdir()
+    rows = ["file_name,finding,tube"]
+    for number, finding in enumerate(("effusion", "normal")):
+        Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (90 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+        rows.append(f"{number}.png,{finding},1")
+    (tmp_path / "images" / "metadata.csv").write_text("\n".join(rows) + "\n")
+    attributes = ["--diagnoses", "effusion", "normal", "--artifacts", "tube", "--opening", "chest x-ray of"]
+    arguments = ["--pretrained_model_name_or_path", str(tmp_path / "base"), *attributes, "--report_to", "none"]
+    arguments += ["--diagnosis_column", "finding", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    run_here("train_text_to_image.py", *arguments, "--data_dir", str(tmp_path / "images"), monkeypatch=monkeypatch)
+    assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
+    with pytest.raises(SystemExit):
+        run_here("train_text_to_image.py", *arguments, monkeypatch=monkeypatch)
+    assert "Drawn images have the prompts of dermoscopy; give a data_dir for others" in capsys.readouterr().err
 
 
 def test_a_user_s_error_is_one_line(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import Brightness, copied, differing
 from tiny_text_to_image import IMAGE_SIZE, VAE, tiny_images, tiny_text_to_image
@@ -193,10 +194,10 @@ def test_lora_loads_in_plain_diffusers(images, tmp_path):
     )  # fmt: skip
     assert not getattr(tuned.unet, "peft_config", None)  # merged: a saved pipeline is whole
     assert differing(before, copied(tuned.unet))
-    assert (tmp_path / LORA_FILE).is_file()
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == [LORA_FILE]  # alone: a folder to share
     expected = sample(tuned)
     assert not torch.allclose(sample(untouched), expected, atol=1e-3)
-    untouched.load_lora_weights(tmp_path)
+    untouched.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(sample(untouched), expected, atol=1e-4, rtol=1e-3)
     untouched.unload_lora_weights()
     assert differing(before, copied(untouched.unet)) == []
@@ -214,6 +215,23 @@ def test_after_an_adapter_all_weights_can_be_tuned(images, tmp_path):
     )  # fmt: skip
     DiffusionPPOTrainer(pipeline, Brightness(), args, train_conditions=["a nevus"]).train()
     assert len(differing(before, copied(pipeline.unet))) > 0.9 * len(before)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_adapter_in_what_is_trained_is_refused(part, images, tmp_path):
+    """All weights would be saved under the names of its layers, which nothing loads."""
+    pipeline = tiny_text_to_image()
+    target = {"unet": "to_q", "text_encoder": "q_proj"}[part]
+    getattr(pipeline, part).add_adapter(LoraConfig(r=2, target_modules=[target], init_lora_weights=False), "mine")
+    args = TextToImageConfig(**settings(tmp_path, max_steps=1, train_text_encoder=True))
+    with pytest.raises(InputError, match=r"carries the LoRA adapter mine, .*fuse_lora\(\), then unload_lora_weights"):
+        TextToImageTrainer(pipeline, args, images)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    TextToImageTrainer(pipeline, args, images).train()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert differing(copied(getattr(pipeline, part)), copied(getattr(again, part))) == []
 
 
 def test_weights_that_somebody_froze_stay_as_they_are(tmp_path):
@@ -246,7 +264,7 @@ def test_the_adapter_of_a_half_precision_pipeline_is_in_float32(images, tmp_path
     trainer = TextToImageTrainer(pipeline, TextToImageConfig(**settings(tmp_path / "sft", **args)), images)
     assert adapter_dtypes(pipeline) == {torch.float32}
     assert trainer.train()["grad_norm"] > 0
-    assert {value.dtype for value in load_file(tmp_path / "sft" / LORA_FILE).values()} == {torch.float32}
+    assert {value.dtype for value in load_file(tmp_path / "sft" / "lora" / LORA_FILE).values()} == {torch.float32}
     assert {value.dtype for value in pipeline.unet.parameters()} == {torch.bfloat16}
     assert differing(before, copied(pipeline.unet))
 

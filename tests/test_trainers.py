@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from launching import interrupted_when_saving
 from safetensors.torch import load_file
@@ -315,7 +316,7 @@ def test_half_the_batch_twice_is_the_whole_batch(tmp_path):
         module.network.norm_out = torch.nn.Identity()
     before = copied(whole[1])
     for trainer, _ in (whole, halves):  # flips are drawn per step: without left and right there is nothing to flip
-        data = trainer.train_dataset.pixel_values
+        data = trainer.data.pixel_values
         data.copy_((data + data.flip(-1)) / 2)
         trainer.train()
     one, other = copied(whole[1]), copied(halves[1])
@@ -337,6 +338,48 @@ def test_discriminators_accumulate_gradients_too(tmp_path):
         trainer.train()
         weights.append(copied(module["discriminators"]))
     assert differing(*weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("vqgan", "model"),
+        ("vqgan", "discriminators"),
+        ("diffusion", ""),
+        ("features-slice", ""),
+        ("reward-volume", ""),
+    ],
+)
+def test_a_gradient_that_is_not_finite_ends_it_with_the_checkpoint_before(name, part, tmp_path):
+    """Weights that took it never recover, and would replace the last good ones."""
+    settings = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1}
+    trainer, module = build(name, tmp_path, **settings)
+    parameter = next(value for key, value in module.named_parameters() if key.startswith(part))
+    before = []
+
+    def broken_in_the_second(gradient):
+        before.append(parameter.detach().clone())
+        return gradient * torch.inf if len(before) == 2 else gradient
+
+    parameter.register_hook(broken_in_the_second)
+    with pytest.raises(InputError, match=r"the gradient of step 2 is not finite, so .* with a lower learning_rate"):
+        trainer.train()
+    assert torch.equal(parameter, before[1])
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+    resumed, module = build(name, tmp_path, resume_from_checkpoint="latest", **settings)
+    resumed.train()
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["vqgan", "diffusion", "features-slice", "reward-volume"])
+def test_pretraining_is_not_sharded(name, tmp_path, monkeypatch):
+    """What it saves at the end would be the shares of the processes."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    trainer, module = build(name, tmp_path, max_steps=1)
+    before = copied(module)
+    with pytest.raises(InputError, match="FSDP shards the denoiser that is tuned, and can't be used in pretraining"):
+        trainer.train()
+    assert differing(before, copied(module)) == []
 
 
 def test_trainings_of_different_precision_in_one_process(tmp_path):

@@ -1,5 +1,6 @@
 """Every verb of `msrl` has examples in its help, and ends with 1 and one sentence where its command line is wrong."""
 
+import os
 import sys
 
 import pytest
@@ -46,7 +47,10 @@ def test_ctrl_c_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr("msrl_diffusers.cli.env.run", interrupted)
     code, out, err = ended(monkeypatch, capsys, "env")
     assert (code, out) == (130, "")
-    assert err.startswith("\nInterrupted. Give the same command again")
+    assert err.startswith(
+        "\nInterrupted. Studies, and `msrl prepare`, `generate` and `push`, go on when the same command"
+    )
+    assert "a single trainer does with --resume_from_checkpoint latest" in err  # without it one begins anew
 
 
 def test_options_that_are_taken_before_stand_in_the_help(monkeypatch, capsys):
@@ -74,3 +78,34 @@ def test_an_unknown_verb_is_one_sentence(verb, message, monkeypatch, capsys):
     code, out, err = ended(monkeypatch, capsys, verb)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: There is no verb {verb!r}; {message}")
+
+
+WRITING = {
+    "generate": ["--model", "model_cards/phantoms-32"],
+    "prepare": ["--dataset", "nifti_folder", "--data_dir", "nowhere"],
+    "evaluate": ["real", "generated"],
+    "audit": ["train", "generated"],
+    "study": ["--dataset", "phantoms"],
+    "study --seeds": ["--dataset", "phantoms", "--seeds", "0"],
+}
+
+
+@pytest.mark.parametrize("below", ["", "further/down"])
+@pytest.mark.parametrize("command", WRITING)
+def test_where_nothing_can_be_written_no_work_begins(command, below, tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    output_dir = tmp_path / "notes.txt" / below
+    code, _, err = ended(monkeypatch, capsys, command.split()[0], *WRITING[command], "--output_dir", str(output_dir))
+    (sentence,) = err.splitlines()[-1:]
+    assert (code, sentence.startswith(f"error: Nothing can be written into {output_dir}")) == (1, True)
+    assert sentence.endswith(f": {tmp_path / 'notes.txt'} is a file; give another folder.")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+def test_a_closed_folder_is_said_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "theirs").mkdir(mode=0o500)
+    code, _, err = ended(
+        monkeypatch, capsys, "audit", "train", "generated", "--output_dir", str(tmp_path / "theirs/audit")
+    )
+    assert (code, f"{tmp_path / 'theirs'} is closed to this user" in err) == (1, True)

@@ -24,8 +24,9 @@ from msrl_diffusers.data.phantoms import ID2LABEL, PhantomParameters, make_phant
 from msrl_diffusers.evaluation.features import extract_features, extractor_identity
 from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.files import write_json, write_text
+from msrl_diffusers.models.loading import load_model
 from msrl_diffusers.seeding import generator_for
-from msrl_diffusers.study.artifacts import EXTRACTOR_CLASSES, load_model
+from msrl_diffusers.study.artifacts import EXTRACTOR_CLASSES
 from msrl_diffusers.study.report import git_commit, versions
 
 

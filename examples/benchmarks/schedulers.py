@@ -24,7 +24,7 @@ from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.evaluation.features import extract_features, extractor_identity
 from msrl_diffusers.evaluation.fidelity import bootstrap_frechet, centred_interval, frechet_distance
 from msrl_diffusers.files import folder_mark, write_json, write_text
-from msrl_diffusers.study.artifacts import load_model
+from msrl_diffusers.models.loading import load_model
 from msrl_diffusers.study.report import git_commit, versions
 
 

@@ -19,7 +19,7 @@ from ..evaluation.memorization import Pair, audit, check_references
 from ..evaluation.page import Figure, write_report
 from ..evaluation.sources import VolumeSource
 from ..plots import plot_volumes
-from ..processes import keep_freed_memory
+from ..processes import check_writable, keep_freed_memory
 from ..study.report import git_commit, versions
 from .sets import SET, SetArguments, open_generated, open_set
 
@@ -56,6 +56,7 @@ def run(arguments: Sequence[str]) -> None:
         [AuditArguments, SetArguments], None, arguments,
         positionals=("train", "generated"), prog="msrl audit", description=__doc__,
     )  # fmt: skip
+    check_writable(args.output_dir)
     keep_freed_memory()
     train = open_set(args.train, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)

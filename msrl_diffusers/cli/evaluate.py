@@ -21,7 +21,7 @@ from ..evaluation.extractors import load_extractor
 from ..evaluation.page import Figure, write_report
 from ..evaluation.sources import VolumeSource, check_comparable
 from ..plots import plot_volumes
-from ..processes import keep_freed_memory
+from ..processes import check_writable, keep_freed_memory
 from ..study.report import git_commit, versions
 from .sets import SET, SetArguments, open_generated, open_set
 
@@ -64,6 +64,7 @@ def run(arguments: Sequence[str]) -> None:
         [EvaluateArguments, SetArguments], None, arguments,
         positionals=("real", "generated"), prog="msrl evaluate", description=__doc__,
     )  # fmt: skip
+    check_writable(args.output_dir)
     keep_freed_memory()
     extractor = load_extractor(args.extractor)
     extractor.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,11 +31,11 @@ from ..data.processor import from_nifti
 from ..errors import InputError
 from ..evaluation.features import hash_tensors
 from ..files import write_json, write_text
+from ..models.loading import load_model
 from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_volumes
-from ..processes import keep_freed_memory
+from ..processes import alone_in, keep_freed_memory
 from ..seeding import sample_generators
-from ..study.artifacts import load_model
 from ..study.report import git_commit, versions
 from .sets import is_pipeline
 
@@ -90,6 +90,12 @@ def run(arguments: Sequence[str]) -> None:
     """Generate what the command line says."""
     (args,) = parse([GenerateArguments], None, arguments, prog="msrl generate", description=__doc__)
     keep_freed_memory()
+    with alone_in(args.output_dir):
+        _generate_missing(args)
+
+
+def _generate_missing(args: GenerateArguments) -> None:
+    """Generate the volumes that the folder lacks; its record, table and sheet are of all."""
     output_dir = Path(args.output_dir)
     record = _read_record(output_dir)
     pipeline = open_pipeline(args.model, args.dtype, args.lora, args.lora_scale, args.revision, args.variant)
@@ -222,24 +228,23 @@ def _settings(pipeline: MedVolumePipeline, classes: Sequence[int], args: Generat
 
 
 def _read_record(output_dir: Path) -> dict | None:
-    """What an earlier run left in the folder.
+    """What an earlier run left in the folder; None where that made no image, so that none is of other settings.
 
     Raises:
         InputError: images of another origin, or a record that can't be read.
     """
     path = output_dir / RECORD
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"{output_dir} is a file; give a folder to --output_dir.")
     if not path.exists():
         others = [*output_dir.glob("*.nii*"), *output_dir.glob("metadata.csv")]
         if others:
             raise InputError(f"{others[0]} was not written by msrl generate; give an empty folder to --output_dir.")
         return None
     try:
-        record = json.loads(path.read_text())
-        return {"settings": dict(record["settings"]), "num_volumes": int(record["num_volumes"])}
+        content = json.loads(path.read_text())
+        record = {"settings": dict(content["settings"]), "num_volumes": int(content["num_volumes"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} can't be read ({error}); give another --output_dir.") from error
+    return record if any(output_dir.glob("*.nii.gz")) else None
 
 
 def _check_settings(old: dict, new: dict, output_dir: Path) -> None:

@@ -22,6 +22,7 @@ from ..data.splits import SIDES, TABLE_1, SplitPlan
 from ..data.volumes import VolumeDataset
 from ..errors import InputError
 from ..plots import plot_volumes
+from ..processes import alone_in
 
 
 @dataclass
@@ -96,18 +97,21 @@ def run(arguments: Sequence[str]) -> None:
     """Prepare what the command line says and print the summary."""
     (args,) = parse([PrepareArguments], None, arguments, prog="msrl prepare", description=__doc__)
     output_dir = Path(args.output_dir)
-    listing = list_cases(
-        args.dataset, args.data_dir,
-        modality=args.modality, kind=args.kind, csv=args.csv, label_column=args.label_column, label_bins=args.bins(),
-        subject_column=args.subject_column,
-    )  # fmt: skip
-    if args.strict and listing.rejected:
-        write_rejections(listing.rejected, output_dir / "rejected.csv")
-        raise InputError(listing.rejected[0].reason)
-    processor = VolumeProcessor(args.image_size, args.field_of_view)
-    summary = prepare_cases(listing, processor, args.plan(), output_dir, args.num_workers, args.strict)
-    shown = {side: VolumeDataset.load(output_dir / f"{side}.safetensors", per_class=4).pixel_values for side in SIDES}
-    plot_volumes(shown, output_dir / "sheet.png")
+    with alone_in(output_dir):
+        listing = list_cases(
+            args.dataset, args.data_dir,
+            modality=args.modality, kind=args.kind, csv=args.csv, label_column=args.label_column, label_bins=args.bins(),
+            subject_column=args.subject_column,
+        )  # fmt: skip
+        if args.strict and listing.rejected:
+            write_rejections(listing.rejected, output_dir / "rejected.csv")
+            raise InputError(listing.rejected[0].reason)
+        processor = VolumeProcessor(args.image_size, args.field_of_view)
+        summary = prepare_cases(listing, processor, args.plan(), output_dir, args.num_workers, args.strict)
+        shown = {
+            side: VolumeDataset.load(output_dir / f"{side}.safetensors", per_class=4).pixel_values for side in SIDES
+        }
+        plot_volumes(shown, output_dir / "sheet.png")
     sys.stdout.write(json.dumps(summary, indent=2) + "\n")
 
 

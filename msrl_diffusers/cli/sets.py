@@ -10,9 +10,9 @@ import torch
 
 from ..errors import InputError
 from ..evaluation.sources import VolumeSource, check_kind, open_source
+from ..models.loading import load_model
 from ..pipelines.med_volume import MedVolumePipeline
 from ..pipelines.sampling import sample_volumes
-from ..study.artifacts import load_model
 
 
 SET = "folder of NIfTI images, or .safetensors file of prepared volumes"

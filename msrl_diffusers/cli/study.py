@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..arguments import CONFIG_HELP, parse, take_option
 from ..errors import InputError
-from ..processes import process_state
+from ..processes import check_writable, process_state
 from ..study import StudyConfig, run_study
 from ..study.chain import STAGES, enabled_stages
 from ..study.command_line import read_study
@@ -59,6 +59,8 @@ def run(arguments: Sequence[str]) -> None:
         [StudyArguments, StudyConfig], read_study(config_path) if config_path else None, rest,
         prog="msrl study", description=__doc__, taken=CONFIG_HELP,
     )  # fmt: skip
+    if args.release or args.seeds:  # of what is written at the end; stages see to their own folders
+        check_writable(args.release or config.output_dir)
     if args.seeds:
         runs = run_variants(config, args.seeds, args.ablations or (), args.jobs)
         if process_state().is_main_process:

@@ -269,7 +269,7 @@ def square_image(source: Image.Image | Mapping, image_size: int, name: str) -> n
     bicubic, RGB; transparent pixels become white.
 
     Raises:
-        InputError: it can't be opened, is damaged, or has more bits per channel than can be kept.
+        InputError: it can't be opened, is damaged, has more bits per channel than can be kept, or uses fewer than it has.
     """
     try:
         if isinstance(source, Mapping):
@@ -280,7 +280,7 @@ def square_image(source: Image.Image | Mapping, image_size: int, name: str) -> n
             if image.mode in WIDE_MODES:
                 raise InputError(f"{name} has 32 bits per pixel (mode {image.mode}); save it as 8-bit RGB.")
             if image.mode.startswith("I;16"):  # PIL would clip it at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = Image.fromarray(_eight_bits(np.asarray(image), name))
             if "transparency" in image.info or image.mode in WITH_ALPHA:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -292,6 +292,17 @@ def square_image(source: Image.Image | Mapping, image_size: int, name: str) -> n
             f"{name} can't be read as an image ({_one_line(error)}); copy or convert it again."
         ) from error
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+    """The upper halves of 16-bit values; of 12-bit ones (a detector's, 0 to 4095) these would be 16 levels of black."""
+    lowest, highest = values.min(), values.max()
+    if lowest < highest < 4096:
+        raise InputError(
+            f"{name} has 16 bits per pixel, but no value above {highest}, as 12-bit images have; multiply the values of all images by "
+            "16, or save them as 8-bit."
+        )
+    return (values >> 8).astype(np.uint8)
 
 
 def _describe_rows(
@@ -327,7 +338,7 @@ def _describe_rows(
     described = {}
     for number, row in enumerate(rows, start=2):
         place = f"{table}, line {number}"
-        file_name = _relative(table.parent / row["file_name"], table.parent)
+        file_name = relative_name(table.parent / row["file_name"], table.parent)
         if not (table.parent / file_name).is_file():
             raise InputError(f"{place}: the image {row['file_name']!r} is missing; copy it or leave out the row.")
         if diagnosis_column in columns:
@@ -351,9 +362,10 @@ def _describe_rows(
 
 
 def subject_of(row: Mapping[str, str], subject_column: str | None, file_name: str) -> str:
-    """Whom an image shows; one whose subject is not known, a subject of its own, by the file's name."""
+    """Whom an image shows; one whose subject is not known, a subject of its own: `file_name`, with the folders it lies in, as
+    folders of patients may hold files of the same names."""
     subject = row.get(subject_column or "subject_id")
-    return subject if class_is_given(subject) else Path(file_name).stem
+    return subject if class_is_given(subject) else file_name
 
 
 def _artifact_column(table: Path, columns: Sequence[str], name: str, given: Mapping[str, str]) -> str:
@@ -375,7 +387,8 @@ def _truth(value: str, place: str, column: str) -> int:
     return int(value.lower() in TRUE)
 
 
-def _relative(path: str | Path, folder: Path) -> str:
+def relative_name(path: str | Path, folder: Path) -> str:
+    """A file's path within `folder`, written in one way."""
     return Path(os.path.relpath(path, folder)).as_posix()
 
 

@@ -16,6 +16,7 @@ from ..errors import InputError
 DIAGNOSES = ("melanoma", "nevus")
 ARTIFACTS = ("hair", "gel bubble", "ruler", "ink")
 ATTRIBUTES = (*DIAGNOSES, *ARTIFACTS)
+OPENING = "dermoscopy image of"
 WITH, COMMA, AND = " with ", ", ", " and "
 
 
@@ -34,12 +35,12 @@ class PromptBuilder:
 
     diagnoses: Sequence[str] = DIAGNOSES
     artifacts: Sequence[str] = ARTIFACTS
-    opening: str = "dermoscopy image of"
+    opening: str = OPENING
 
     def __post_init__(self):
         for name in ("diagnoses", "artifacts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        names = self.attribute_names
+        names = (*self.diagnoses, *self.artifacts)
         if not self.diagnoses:
             raise InputError("Prompts need at least one diagnosis.")
         if len(set(names)) < len(names):
@@ -55,8 +56,8 @@ class PromptBuilder:
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
-        """The diagnoses, then the artifacts: the order of `targets`."""
-        return (*self.diagnoses, *self.artifacts)
+        """The diagnoses, then the artifacts: the order of `targets`. An only diagnosis is none: all images have it."""
+        return (*(self.diagnoses if len(self.diagnoses) > 1 else ()), *self.artifacts)
 
     def prompts(self) -> list[str]:
         """All prompts, diagnosis by diagnosis; `D * 2^A` of them, 32 by default."""
@@ -86,15 +87,16 @@ class PromptBuilder:
         return start + WITH + (COMMA.join(most) + AND + last if most else last)
 
     def describe(self, attributes: Mapping[str, bool | int]) -> str:
-        """The prompt of an image with these attributes; what is not named is absent.
+        """The prompt of an image with these attributes; what is not named is absent, but for an only diagnosis.
 
         Raises:
             InputError: an unknown name, or not exactly one diagnosis.
         """
-        unknown = sorted(set(attributes) - set(self.attribute_names))
+        names = (*self.diagnoses, *self.artifacts)
+        unknown = sorted(set(attributes) - set(names))
         if unknown:
-            raise InputError(f"There is no attribute {unknown[0]!r}; there are {list(self.attribute_names)}.")
-        shown = [name for name in self.diagnoses if attributes.get(name)]
+            raise InputError(f"There is no attribute {unknown[0]!r}; there are {list(names)}.")
+        shown = [name for name in self.diagnoses if attributes.get(name, len(self.diagnoses) == 1)]
         if len(shown) != 1:
             raise InputError(f"An image has one of the diagnoses {list(self.diagnoses)}; this one has {shown}.")
         return self.build(shown[0], [name for name in self.artifacts if attributes.get(name)])

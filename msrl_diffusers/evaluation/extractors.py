@@ -34,6 +34,7 @@ from ..models.feature_extractors import (
     VolumeFeatureExtractor,
     plane_slices,
 )
+from ..models.loading import load_model
 from .features import hash_tensors
 
 
@@ -311,13 +312,7 @@ def _load_own(folder: Path) -> SliceFeatureExtractor | VolumeFeatureExtractor | 
             f"{folder} holds a {name}, not one of {sorted(classes)}; a model of transformers is given as "
             f"transformers:{folder}."
         )
-    try:
-        network, report = classes[name].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder} can't be loaded as {name}: {_one_line(error)}.") from error
-    if report["missing_keys"]:
-        raise InputError(f"{folder} lacks weights of {name}, such as {report['missing_keys'][0]}; save it again.")
-    return network.float()
+    return load_model(classes[name], folder, use_safetensors=True).float()
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -236,11 +236,11 @@ def _values(
 ) -> dict:
     """What the templates show."""
     scores, source = contents.read_json("scores.json") or {}, audit_source(audit, report)
-    facts = (contents.kind == "adapter" and contents.read_json(FACTS)) or {}
+    facts = _facts(contents)
     arm = find_arm(contents, (report, source), arm)
     # what `msrl prepare` read tells more than that it was prepared
     dataset = report.get("data", {}).get("dataset") or report.get("dataset") or facts.get("dataset")
-    task, base_model = _task(contents, facts), stated["base_model"] or facts.get("base_model")
+    task, base_model = task_of(contents), stated["base_model"] or facts.get("base_model")
     on_hub = stated["base_model"] or "/" in (base_model or "")  # a study names a folder by its last part
     of_images = "attribute_match" in report  # a text-to-image study's
     own_base = not facts.get("base_model") and "pretrained_model_name_or_path" not in report.get("given", {})
@@ -292,11 +292,18 @@ def _values(
     }  # fmt: skip
 
 
-def _task(contents: Contents, facts: dict) -> str | None:
+def task_of(contents: Contents) -> str | None:
     """What the Hub calls what the folder's models do."""
     if contents.kind == "model":
         return MODELS.get(contents.class_name, (None, None))[1]
-    return facts.get("pipeline_tag") or (TEXT_TO_IMAGE if "text_encoder" in contents.classes else GENERATION)
+    if contents.kind == "adapter":
+        of_images = any(".transformer_blocks." in key for key in _adapter_keys(contents))  # of attention to a prompt
+        return _facts(contents).get("pipeline_tag") or (TEXT_TO_IMAGE if of_images else GENERATION)
+    return TEXT_TO_IMAGE if "text_encoder" in contents.classes else GENERATION
+
+
+def _facts(contents: Contents) -> dict:
+    return (contents.kind == "adapter" and contents.read_json(FACTS)) or {}
 
 
 def _sampler(report: dict, scores: dict, arm: str | None) -> dict:
@@ -387,8 +394,12 @@ def _channels(contents: Contents) -> int:
 
 def _is_prefixed(contents: Contents) -> bool:
     """Whether an adapter's keys name the components they belong to, as pipelines save them."""
+    return any(key.startswith("unet.") for key in _adapter_keys(contents))
+
+
+def _adapter_keys(contents: Contents) -> list[str]:
     with safe_open(contents.folder / contents.class_name, "pt") as file:
-        return any(key.startswith("unet.") for key in file.keys())
+        return list(file.keys())
 
 
 def _environment() -> Environment:

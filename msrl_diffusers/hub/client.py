@@ -15,11 +15,11 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import InputError
+from ..models.loading import HTTPError
 
 
 logger = logging.getLogger(__name__)
 
-HTTPError = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever the client is built on: also lost connections
 TRIES = 4
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may be gone in a moment
 NOTHING_TWICE = "what was uploaded is not sent twice"

@@ -13,6 +13,7 @@ from ..pipelines.remote_code import remote_index
 from .cards import (
     AUDITED,
     NO_AUDIT,
+    TEXT_TO_IMAGE,
     audit_source,
     audited_share,
     find_arm,
@@ -20,6 +21,7 @@ from .cards import (
     memorization_section,
     read_card,
     render_card,
+    task_of,
 )
 from .client import in_one_sentence, persistently, prepare_repository
 from .contents import FINDINGS, Contents, inspect_folder, is_weights, read_json, shared_json
@@ -80,6 +82,11 @@ def push_folder(
     contents = inspect_folder(folder)
     content = _report(contents, report)
     found = _audit(contents, content, audit, arm)
+    if found is None and not without_audit and task_of(contents) == TEXT_TO_IMAGE:
+        raise InputError(
+            f"{folder} has no audit of memorization, and `msrl audit` reads volumes only: say --without_audit, which the card will "
+            "state."
+        )
     if found is None and not without_audit:
         raise InputError(
             f"{folder} has no audit of memorization: run `msrl audit TRAIN {folder} --held_out OTHER --output_dir audit` and name "

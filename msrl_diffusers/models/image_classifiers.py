@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -25,6 +26,7 @@ from ..errors import InputError
 ARCHITECTURES = ("resnet", "vit", "convnext", "efficientnet")
 SMALLEST_IMAGE = 16  # pixels; below, the last maps have no room for a kernel
 FINE_BELOW = 48  # pixels
+MOMENTUM = 0.1  # of batch norms; in PyTorch the weight of the newest batch: with EfficientNet's default, 0.99, no others would count
 
 
 def build_image_classifier(
@@ -90,6 +92,8 @@ def load_image_classifier(
         ) from error
     if report["missing_keys"] and attribute_names is None:
         raise InputError(f"{path} lacks weights, such as {sorted(report['missing_keys'])[0]}; train it first.")
+    if attribute_names is not None:
+        _keep_batch_statistics(model)
     if image_size is not None:
         _resize_to(processor, image_size)
     return model.eval(), processor
@@ -109,6 +113,15 @@ def save_image_classifier(model: PreTrainedModel, processor, folder: str | Path)
     temporary.rmdir()
 
 
+def _keep_batch_statistics(model: PreTrainedModel) -> None:
+    """Give batch norms PyTorch's own momentum where they have one in TensorFlow's sense, the weight of what was before."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.momentum is not None and layer.momentum > 0.5:
+            layer.momentum = MOMENTUM
+    if getattr(model.config, "batch_norm_momentum", 0) > 0.5:  # saved with it
+        model.config.batch_norm_momentum = MOMENTUM
+
+
 def _small(architecture: str, image_size: int) -> tuple[type, dict]:
     """The config's class, and fields that make a network of 0.1 to 0.7 million parameters; small images keep finer maps, or
     a hair of one pixel would be lost in the first."""
@@ -122,10 +135,8 @@ def _small(architecture: str, image_size: int) -> tuple[type, dict]:
     if architecture == "convnext":
         fields = {"num_stages": 3, "hidden_sizes": [24, 48, 96], "depths": [1, 1, 2], "patch_size": 2 if fine else 4}
         return ConvNextConfig, {**fields, "image_size": image_size}
-    # Momentum in PyTorch is the weight of the newest batch: the default, 0.99, would keep no statistics but the last
-    # batch's.
     fields = {
-        "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640, "batch_norm_momentum": 0.1,
+        "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640, "batch_norm_momentum": MOMENTUM,
         "strides": [1, 1, 2, 2, 1, 1, 1] if fine else [1, 2, 2, 2, 1, 1, 1],
         "dropout_rate": 0.1, "drop_connect_rate": 0.0,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Reward models: networks that score the quality of a volume, or of its slices, on a scale regressed from FID."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,14 +60,15 @@ class ScoreNetwork(nn.Module):
         """What the heads score: pooled features `[B, F]`, float32.
 
         Raises:
-            InputError: samples so small that after all levels one voxel is left, which has no deviation.
+            InputError: samples so small that after all levels one voxel is left, which has no deviation, or none.
         """
-        hidden = F.silu(self.layers(sample)).float().flatten(2)
-        if hidden.shape[2] < 2:
+        levels = len(self.layers) // 2
+        if math.prod(edge // 2**levels for edge in sample.shape[2:]) < 2:
             raise InputError(
-                f"Samples {list(sample.shape[2:])} are down to one voxel after the levels of the reward model; give it fewer "
+                f"Samples {list(sample.shape[2:])} are down to one voxel or none after the levels of the reward model; give it fewer "
                 "block_out_channels."
             )
+        hidden = F.silu(self.layers(sample)).float().flatten(2)
         # Mean and deviation over space, normalized over samples only: a norm within a sample would hide its contrast.
         pooled = torch.cat([hidden.mean(dim=2), hidden.var(dim=2).add(1e-6).sqrt()], dim=1)
         return self.norm_out(pooled.to(self._dtype)).float()

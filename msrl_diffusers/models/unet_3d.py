@@ -61,7 +61,8 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         dropout (`float`): dropout in residual blocks; reinforcement learning needs 0.
 
     Raises:
-        ValueError: unequal lengths of `block_out_channels` and `attention_levels`, or missing `class_labels`.
+        ValueError: unequal lengths of `block_out_channels` and `attention_levels`, missing `class_labels`, or a sample whose axes
+            the network can't halve.
     """
 
     _supports_gradient_checkpointing = True
@@ -86,7 +87,8 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if len(attention_levels) != len(block_out_channels):
             raise ValueError(
-                f"attention_levels has {len(attention_levels)} entries for {len(block_out_channels)} resolutions."
+                f"attention_levels has {len(attention_levels)} entries for {len(block_out_channels)} resolutions; give one for each "
+                "of block_out_channels."
             )
         first = block_out_channels[0]
         temb_channels = 4 * first
@@ -144,6 +146,12 @@ class UNet3DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         return_dict: bool = True,
     ) -> UNet3DOutput | tuple[torch.Tensor]:
         """The model output `[B, C, D, H, W]` for noisy `sample`, `timestep` (a number or `[B]`) and `class_labels [B]`."""
+        factor = 2 ** len(self.downsamplers)
+        if any(size % factor for size in sample.shape[2:]):
+            raise ValueError(
+                f"A sample of {list(sample.shape[2:])} can't be denoised: every axis must be divisible by {factor}, for "
+                f"{len(self.downsamplers)} halvings."
+            )
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         temb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
         if self.class_embedding is not None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError
 from ..models.adapters import refuse_to_save
+from ..models.loading import HTTPError, hub_failure
 
 
 DENOISER = "unet"
@@ -225,9 +226,11 @@ def _find(source: str | os.PathLike, weight_name: str, subfolder: str | None = N
         raise InputError(f"{folder} holds no {weight_name}; give weight_name, of {found}.")
     try:
         return Path(hf_hub_download(str(source), weight_name, subfolder=subfolder, **hub_arguments))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{source} is no folder, and the Hub gave no {weight_name} for it: {reason}") from error
+    except (OSError, ValueError, HTTPError) as error:
+        reason = (
+            f"{source} is no folder, and the Hub gave no {weight_name} for it: {str(error).strip().splitlines()[0]}"
+        )
+        raise InputError(hub_failure(source, error) or reason) from error
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:

@@ -76,19 +76,31 @@ class AttributeMatch:
         return self.kind == "probability"
 
     def probabilities(self, samples: torch.Tensor) -> torch.Tensor:
-        """What the classifier sees, `[B, A]` in [0, 1], columns in the order of `builder.attribute_names`."""
+        """What the classifier sees, `[B, A]` in [0, 1], columns in the order of `builder.attribute_names`.
+
+        Raises:
+            InputError: a probability that is no number, of samples or a classifier that hold some such: compared with the threshold
+                it would count as absent.
+        """
         parameter = next(self.model.parameters())
         logits = [
             self.model(pixel_values=self.inputs(batch.to(parameter.device)).to(parameter.dtype)).logits
             for batch in samples.split(self.batch_size)
         ]
-        return torch.cat(logits)[:, self.columns].float().sigmoid().to(samples.device)
+        found = torch.cat(logits)[:, self.columns].float().sigmoid().to(samples.device)
+        wrong = int((~found.isfinite()).any(dim=1).sum())
+        if wrong:
+            raise InputError(
+                f"{self.name}: the classifier gives {wrong} of {len(found)} samples probabilities that are no numbers; look for samples "
+                "that are not finite, as of a policy that diverged or of fp16, else train the classifier anew."
+            )
+        return found
 
     def matches(self, samples: torch.Tensor, conditions: Sequence[str]) -> torch.Tensor:
         """Which attributes are as stated, `[B, A]` bool; for the rate per attribute.
 
         Raises:
-            InputError: a prompt outside the templates.
+            InputError: a prompt outside the templates, or probabilities that are no numbers.
         """
         targets = self.builder.targets(conditions).bool()  # before the classifier runs for nothing
         return (self.probabilities(samples) >= self.threshold) == targets.to(samples.device)
@@ -97,7 +109,7 @@ class AttributeMatch:
         """Rewards `[B]`, float32.
 
         Raises:
-            InputError: a prompt outside the templates, or class labels in place of prompts.
+            InputError: a prompt outside the templates, class labels in place of prompts, or probabilities that are no numbers.
         """
         if self.kind == "probability":
             targets = self.builder.targets(conditions).to(samples.device)
@@ -111,8 +123,10 @@ def attribute_columns(model: nn.Module, attribute_names: Sequence[str]) -> list[
     """Which logits of a classifier stand for these attributes.
 
     Raises:
-        InputError: the classifier is not multi-label, or has no such label.
+        InputError: the classifier is not multi-label, or has no such label; or there are no attributes.
     """
+    if not attribute_names:
+        raise InputError("There is no attribute to tell images by: prompts need several diagnoses, or artifacts.")
     config = model.config
     if config.problem_type not in (None, "multi_label_classification"):
         raise InputError(

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ..data.volumes import VolumeDataset
-from ..errors import InputError
 from ..models.feature_extractors import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
+from ..models.loading import load_model
 from ..models.reward_models import SliceRewardModel, VolumeRewardModel
 from ..pipelines.med_volume import MedVolumePipeline
 from ..processes import process_state
@@ -48,6 +48,13 @@ def stages_left_out(config: StudyConfig) -> tuple[str, ...]:
 def load_split(config: StudyConfig, split: str) -> VolumeDataset:
     """The `"train"` or `"heldout"` volumes."""
     return VolumeDataset.load(Path(config.output_dir) / "prepare" / f"{split}.safetensors")
+
+
+def load_sources(config: StudyConfig) -> VolumeDataset:
+    """The training volumes that reward data are made from and compared with: the first `trajectories_per_class` of every class;
+    all, in their order, where no class has more."""
+    train, most = load_split(config, "train"), config.trajectories_per_class
+    return train if most is None or max(train.class_counts().values()) <= most else train.take_per_class(most)
 
 
 def load_pipeline(config: StudyConfig) -> MedVolumePipeline:
@@ -111,15 +118,3 @@ def _load(config: StudyConfig, classes: dict, stage: str, prefix: str) -> dict[s
 
 def _on_device(model_class: type, path: str | Path) -> torch.nn.Module | MedVolumePipeline:
     return load_model(model_class, path, dtype=torch.float32).to(process_state().device)
-
-
-def load_model(model_class: type, path: str | Path, **kwargs) -> torch.nn.Module | MedVolumePipeline:
-    """`from_pretrained` of a model (in evaluation mode, as it always is) or of a pipeline.
-
-    Raises:
-        InputError: there is no such checkpoint.
-    """
-    try:
-        return model_class.from_pretrained(str(path), **kwargs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} holds no {model_class.__name__}: {str(error).splitlines()[0]}") from error

@@ -47,6 +47,7 @@ def study_chain(config: StudyConfig) -> Chain:
 
 
 def _prior_stages(config: StudyConfig) -> dict[str, Stage]:
+    cap = ("trajectories_per_class",) if config.caps_trajectories else ()
     return {
         "prepare": Stage(
             stages.prepare,
@@ -69,7 +70,9 @@ def _prior_stages(config: StudyConfig) -> dict[str, Stage]:
         ),
         "samplers": Stage(stages.choose_sampler, ("prepare", "extractors", "diffusion"), ("samplers", *_SAMPLING)),
         "trajectories": Stage(
-            stages.sample_trajectories, ("prepare", "diffusion"), ("synthetic_steps", "reconstruction_steps", *_SAMPLING)
+            stages.sample_trajectories,
+            ("prepare", "diffusion"),
+            ("synthetic_steps", "reconstruction_steps", *cap, *_SAMPLING),
         ),
         "score": Stage(
             score_trajectories,

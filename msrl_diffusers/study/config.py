@@ -146,6 +146,12 @@ class StudyConfig:
     reconstruction_steps: list[int] = field(
         default_factory=lambda: [1, 10, 25, 50, 75, 90, 99], metadata={"help": "Noise steps k of the reconstructions."}
     )
+    trajectories_per_class: int | None = field(
+        default=250,
+        metadata={
+            "help": "Volumes per class in every such set: as many as there are to train on, at most this; null: no limit."
+        },
+    )
     target_map: str = field(default="linear", metadata={"help": "linear, exponential or rank: from FID to target."})
     degraded_anchors: dict = field(
         default_factory=dict,
@@ -254,8 +260,9 @@ class StudyConfig:
         for name in ("max_steps", "downstream_per_class"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
-        if self.evaluation_per_class is not None and self.evaluation_per_class < 2:  # the covariance needs two
-            raise InputError(f"StudyConfig: evaluation_per_class must be 2 or more, got {self.evaluation_per_class}.")
+        for name in ("evaluation_per_class", "trajectories_per_class"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:  # the covariance needs two
+                raise InputError(f"StudyConfig: {name} must be 2 or more, got {getattr(self, name)}.")
         self._check_lists()
         if not self.frechet_features or not set(self.frechet_features) <= set(FRECHET_FEATURES):
             raise InputError(
@@ -318,6 +325,12 @@ class StudyConfig:
     def refreshes(self) -> bool:
         """Whether the reward models train on while the policy is tuned."""
         return bool(self.refresh) and self.method == "ppo"
+
+    @property
+    def caps_trajectories(self) -> bool:
+        """Whether a class may have more training volumes than `trajectories_per_class`; of phantoms that is known."""
+        most = self.trajectories_per_class
+        return most is not None and (self.dataset != "phantoms" or self.num_per_class > most)
 
     @property
     def rollout_sampler(self) -> dict:

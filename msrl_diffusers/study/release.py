@@ -39,7 +39,8 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         model.half().save_pretrained(path / f"extractor_{role}")
     forget_places(path)
     seen = volume_hashes(load_split(config, "train").pixel_values)  # none may be held out where these models are used
-    scores = {**load_scores(config), **load_samplers(config), "data_seed": config.data_seed, SEEN_VOLUMES: seen}
+    told = {"data_seed": config.data_seed, "n_train": len(seen), SEEN_VOLUMES: seen}
+    scores = {**load_scores(config), **load_samplers(config), **told}
     write_json(path / "scores.json", scores)
     facts = {
         "dataset": config.dataset,

@@ -16,8 +16,9 @@ from ..processes import process_state
 from ..seeding import fold_seed
 from ..trainers.reward_trainer import RewardTrainer, ScoredVolumes
 from ..trajectories import frechet_by_class, set_specs, set_targets
-from .artifacts import REWARD_CLASSES, load_extractors, load_scores, load_split
+from .artifacts import REWARD_CLASSES, load_extractors, load_scores, load_sources, load_split
 from .config import StudyConfig
+from .networks import make_reward_model
 from .stages import load_arm
 
 
@@ -26,19 +27,20 @@ MIN_ANCHORS = 64  # volumes of a class in the smallest set: all distances are of
 
 def score_trajectories(config: StudyConfig) -> dict:
     """FID of every set by the label extractor, and the reward targets."""
-    train = load_split(config, "train")
-    extractor, counts, fids = load_extractors(config)["label"], compared_counts(config, train), {}
-    real = first_of(train, counts)
+    sources = load_sources(config)
+    extractor, counts, fids = load_extractors(config)["label"], compared_counts(config, sources), {}
+    real = first_of(sources, counts)
     real_features = extract_features(extractor, real.pixel_values)
-    for name, volumes in tqdm(reward_sets(config, train), desc="score", total=len(reward_set_names(config))):
+    for name, volumes in tqdm(reward_sets(config, sources), desc="score", total=len(reward_set_names(config))):
         compared = first_of(volumes, counts)
         features = extract_features(extractor, compared.pixel_values)
         fids[name] = frechet_by_class(real_features, real, features, compared)
     scores = {
         "extractor": extractor_identity(extractor),
         "n": len(real),
+        "n_by_class": real.class_counts(),
         "fid": fids,
-        "targets": set_targets(fids, list(train.id2label.values()), config.target_map),
+        "targets": set_targets(fids, list(real.id2label.values()), config.target_map),
     }
     write_json(Path(config.output_dir) / "score" / "scores.json", scores)
     return scores
@@ -47,10 +49,10 @@ def score_trajectories(config: StudyConfig) -> dict:
 def train_rewards(config: StudyConfig) -> dict:
     """The two reward models, and a third of another seed and width that only watches."""
     data, results = reward_data(config), {}
-    told = {"num_classes": load_split(config, "train").num_classes} if config.conditional_rewards else {}
-    for role, model_class in REWARD_CLASSES.items():
+    num_channels, num_classes = data.pixel_values.shape[1], load_split(config, "train").num_classes
+    for role in REWARD_CLASSES:
         torch.manual_seed(fold_seed(config.seed_of("rewards"), "init", "reward", role))
-        model = model_class(**{"in_channels": data.pixel_values.shape[1], **told, **getattr(config, f"{role}_reward")})
+        model = make_reward_model(config, role, num_channels, num_classes)
         args = config.trainer_config("rewards", role, seed=reward_seed(config, role))
         results[role] = RewardTrainer(model, args, data).train()
         if process_state().is_main_process:
@@ -65,17 +67,17 @@ def reward_seed(config: StudyConfig, role: str) -> int:
 
 def reward_data(config: StudyConfig) -> ScoredVolumes:
     """All sets of the reward data with the targets of their sets, mixed with each volume's own where the config says so."""
-    train, targets = load_split(config, "train"), load_scores(config)["targets"]
+    sources, targets = load_sources(config), load_scores(config)["targets"]
     if config.marginal_labels:
         extractor = load_extractors(config)["label"]
-        real = extract_features(extractor, train.pixel_values)
+        real = extract_features(extractor, sources.pixel_values)
     parts = []
-    for name, volumes in reward_sets(config, train):
+    for name, volumes in reward_sets(config, sources):
         values = targets_by_volume(targets, name, volumes)
         if config.marginal_labels:
             features = extract_features(extractor, volumes.pixel_values)
             values = marginal_targets(
-                real, train.class_labels, features, volumes.class_labels, values, config.marginal_labels
+                real, sources.class_labels, features, volumes.class_labels, values, config.marginal_labels
             )
         parts.append(
             ScoredVolumes(volumes.pixel_values, values, volumes.subject_ids, class_labels=volumes.class_labels)
@@ -105,9 +107,9 @@ def reward_set_names(config: StudyConfig) -> list[str]:
     ]
 
 
-def reward_sets(config: StudyConfig, train: VolumeDataset) -> Iterator[tuple[str, VolumeDataset]]:
+def reward_sets(config: StudyConfig, sources: VolumeDataset) -> Iterator[tuple[str, VolumeDataset]]:
     """Every set of the reward data with its name, one at a time: trajectories from their files, degraded training volumes, and
-    samples of earlier policies, at most as many of each class as there are training volumes.
+    samples of earlier policies, at most as many of each class as there are `sources` (`load_sources`).
 
     Raises:
         InputError: a set that can't be read, or with too few volumes of a class.
@@ -115,23 +117,30 @@ def reward_sets(config: StudyConfig, train: VolumeDataset) -> Iterator[tuple[str
     for spec in set_specs(config.synthetic_steps, config.reconstruction_steps):
         yield spec.name, VolumeDataset.load(Path(config.output_dir) / "trajectories" / f"{spec.name}.safetensors")
     for kind, strength in _degradations(config):
-        yield _degraded_name(kind, strength), degrade_dataset(train, kind, strength, config.seed)
+        yield _degraded_name(kind, strength), degrade_dataset(sources, kind, strength, config.seed)
     for name, path in config.policy_anchors.items():
-        yield f"policy-{name}", _policy_anchor(name, path, train, config)
+        yield f"policy-{name}", _policy_anchor(name, path, sources, config)
 
 
-def _policy_anchor(name: str, path: str, train: VolumeDataset, config: StudyConfig) -> VolumeDataset:
-    counts = _label_counts(train)
+def _policy_anchor(name: str, path: str, sources: VolumeDataset, config: StudyConfig) -> VolumeDataset:
+    counts = _label_counts(sources)
     least = {label: min(count, MIN_ANCHORS) for label, count in counts.items()}
-    return load_given_set(name, path, train, config, "policy_anchors", least).take_per_class(counts)
+    return load_given_set(name, path, sources, config, "policy_anchors", least).take_per_class(counts)
 
 
-def compared_counts(config: StudyConfig, train: VolumeDataset) -> dict[int, int]:
+def compared_counts(config: StudyConfig, sources: VolumeDataset) -> dict[int, int]:
     """How many volumes of each class label distances are of: as many as the smallest set has, since those of unequal numbers
-    can't be compared. Samples of an earlier policy may be fewer than the training volumes, which all other sets are as many as."""
-    anchors = [_policy_anchor(name, path, train, config) for name, path in config.policy_anchors.items()]
-    counts = [_label_counts(volumes) for volumes in (train, *anchors)]
-    return {label: min(each[label] for each in counts) for label in train.id2label}
+    can't be compared. Samples of an earlier policy may be fewer than the sources, which all other sets are as many as."""
+    anchors = [_policy_anchor(name, path, sources, config) for name, path in config.policy_anchors.items()]
+    counts = [_label_counts(volumes) for volumes in (sources, *anchors)]
+    return {label: min(each[label] for each in counts) for label in sources.id2label}
+
+
+def scored_counts(config: StudyConfig, train: VolumeDataset, scores: dict) -> dict[int, int]:
+    """How many volumes of each class label the distances in `scores` are of. Scores that don't say it are of all."""
+    if "n_by_class" not in scores:
+        return compared_counts(config, train)
+    return {label: scores["n_by_class"][name] for label, name in train.id2label.items()}
 
 
 def first_of(volumes: VolumeDataset, counts: dict[int, int]) -> VolumeDataset:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 
+import torch
 from diffusers import DDIMScheduler
 
 from ..errors import InputError
@@ -82,7 +83,7 @@ def make_trainer_config(section: str, settings: Mapping) -> TrainingConfig:
 
 
 def check_network(section: str, arguments: Mapping) -> None:
-    """Raise InputError for an argument that the section's network does not have."""
+    """Raise InputError for an argument that the section's network does not have, or with which it can't be made."""
     network = NETWORKS[section]
     known = set(inspect.signature(network.__init__).parameters) - {"self"}
     unknown = sorted(set(arguments) - known)
@@ -93,3 +94,11 @@ def check_network(section: str, arguments: Mapping) -> None:
     found = sorted(set(arguments) & set(DERIVED)) if section == "unet" else []
     if found:
         raise InputError(f"Section 'unet': {found[0]} follows from the data and the autoencoder; remove it.")
+    if arguments:
+        try:
+            with torch.device("meta"):  # tensors there are shapes alone: no memory, no random numbers
+                network(**arguments)
+        except Exception as error:  # constructors, of others too, fail in every way
+            raise InputError(
+                f"Section {section!r} makes no {network.__name__} ({str(error).rstrip('.')}); correct one of {sorted(arguments)}."
+            ) from error

@@ -20,7 +20,6 @@ from ..evaluation.sources import open_source
 from ..files import write_json
 from ..hub.contents import SEEN_VOLUMES, read_json
 from ..models.autoencoder_vq_3d import VQModel3D
-from ..models.unet_3d import UNet3DModel
 from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_volumes
 from ..processes import process_state
@@ -29,10 +28,11 @@ from ..trainers.diffusion_trainer import LatentDiffusionTrainer
 from ..trainers.feature_trainer import FeatureTrainer
 from ..trainers.vqgan_trainer import VQGANTrainer
 from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
-from .artifacts import EXTRACTOR_CLASSES, load_extractors, load_pipeline, load_reported, load_split
+from .artifacts import EXTRACTOR_CLASSES, load_extractors, load_pipeline, load_reported, load_sources, load_split
 from .config import SHOW_LESIONS, StudyConfig
 from .downstream import run_downstream
 from .kinds import check_makes_same_kind, check_same_kind
+from .networks import check_networks, make_autoencoder, make_denoiser, make_extractor
 
 
 SCHEDULER_DEFAULTS = {
@@ -52,7 +52,8 @@ def prepare(config: StudyConfig) -> dict:
     """Volumes of both splits, their counts and fingerprint.
 
     Raises:
-        InputError: a split that later stages could not use (`_check_splits`), or a data set that can't be read.
+        InputError: a split that later stages could not use (`_check_splits`), networks that could not take its volumes
+            (`check_networks`), or a data set that can't be read.
     """
     folder, dataset, left_out = Path(config.output_dir) / "prepare", config.dataset, 0
     if config.dataset == "phantoms":
@@ -77,6 +78,7 @@ def prepare(config: StudyConfig) -> dict:
         left_out = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)["rejected"]
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
+    check_networks(config, tuple(train.pixel_values.shape[1:]), train.num_classes)
     if config.pretrained:
         _check_pretrained(config, train, heldout)
     if config.downstream:
@@ -124,10 +126,11 @@ def _check_pretrained(config: StudyConfig, train: VolumeDataset, heldout: Volume
         raise InputError(f"{config.pretrained} has no scores.json; give a folder written by run_study.py --release.")
     known = json.loads(scores.read_text())
     same_phantoms = config.dataset == "phantoms" and known.get("data_seed", 0) == config.data_seed
-    if same_phantoms and known["n"] > len(train):  # n: volumes that its reward data were compared with
+    n_train = known.get("n_train", known["n"])  # n: volumes that its reward data were compared with
+    if same_phantoms and n_train > len(train):
         raise InputError(
-            f"{config.pretrained} was trained on {known['n']} phantoms or more, and with num_per_class={config.num_per_class} the "
-            f"later ones would be held out here; give num_per_class={known['n'] // train.num_classes} or more, or another data_seed."
+            f"{config.pretrained} was trained on {n_train} phantoms or more, and with num_per_class={config.num_per_class} the "
+            f"later ones would be held out here; give num_per_class={n_train // train.num_classes} or more, or another data_seed."
         )
     seen = set(known.get(SEEN_VOLUMES, ())).intersection(volume_hashes(heldout.pixel_values))
     if seen:
@@ -144,9 +147,9 @@ def train_extractors(config: StudyConfig) -> dict:
     above all: no policy can mend it, and rewards regressed on such distances pay for little else.
     """
     train, results = load_split(config, "train"), {}
-    for role, model_class in EXTRACTOR_CLASSES.items():
+    for role in EXTRACTOR_CLASSES:
         torch.manual_seed(fold_seed(config.seed, "init", role))
-        model = model_class(**{"in_channels": train.num_channels, **getattr(config, f"{role}_extractor")})
+        model = make_extractor(config, role, train.num_channels)
         untold = {"degraded_share": 0.0} if role == "label" else {}
         args = config.trainer_config("extractors", role, seed=fold_seed(config.seed, role) % 2**31, **untold)
         figures = FeatureTrainer(model, args, train).train()
@@ -161,8 +164,7 @@ def train_vqgan(config: StudyConfig) -> dict:
     """The autoencoder."""
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     torch.manual_seed(fold_seed(config.seed, "init", "vqvae"))
-    channels = {"in_channels": train.num_channels, "out_channels": train.num_channels}
-    model = VQModel3D(**{**channels, **config.vqvae})
+    model = make_autoencoder(config, train.num_channels)
     trainer = VQGANTrainer(model, config.trainer_config("vqgan"), train, heldout)
     figures = trainer.train()
     if not process_state().is_main_process:
@@ -170,6 +172,7 @@ def train_vqgan(config: StudyConfig) -> dict:
     folder = Path(config.output_dir) / "vqgan"
     model.save_pretrained(folder / "vqvae")
     shown = heldout.take_per_class(4)
+    model.enable_slicing()  # the picture must not need more memory than training did
     with torch.no_grad():
         reconstructed = model(shown.batch(range(len(shown)), model.device)["pixel_values"]).sample.cpu()
     plot_volumes({"held-out": shown.pixel_values, "reconstructed": reconstructed}, folder / "reconstructions.png")
@@ -181,13 +184,7 @@ def train_diffusion(config: StudyConfig) -> dict:
     train = load_split(config, "train")
     vqvae = VQModel3D.from_pretrained(Path(config.output_dir) / "vqgan" / "vqvae")
     torch.manual_seed(fold_seed(config.seed, "init", "unet"))
-    unet = UNet3DModel(
-        sample_size=train.image_size // vqvae.downsample_factor,
-        in_channels=vqvae.config.latent_channels,
-        out_channels=vqvae.config.latent_channels,
-        num_class_embeds=train.num_classes,
-        **config.unet,
-    )
+    unet = make_denoiser(config, vqvae, train.image_size, train.num_classes)
     scheduler = DDIMScheduler(**{**SCHEDULER_DEFAULTS, **config.scheduler})
     pipeline = MedVolumePipeline(vqvae, unet, scheduler, spacing=train.spacing, id2label=train.id2label)
     figures = LatentDiffusionTrainer(pipeline, config.trainer_config("diffusion"), train).train()
@@ -196,7 +193,7 @@ def train_diffusion(config: StudyConfig) -> dict:
     folder = Path(config.output_dir) / "diffusion"
     pipeline.save_pretrained(folder / "pipeline")
     shown = train.take_per_class(4)
-    samples = sample_set(pipeline, shown, SetSpec("synthetic", 50), config.seed)
+    samples = sample_with(pipeline, shown, {"num_inference_steps": 50, "eta": 1.0}, config, config.seed)
     plot_volumes(
         {"real": shown.pixel_values, "generated": samples.pixel_values},
         folder / "samples.png",
@@ -207,22 +204,22 @@ def train_diffusion(config: StudyConfig) -> dict:
 
 def sample_trajectories(config: StudyConfig) -> dict:
     """Every trajectory set, each in a file of its own; those already there are kept."""
-    train, pipeline = load_split(config, "train"), load_pipeline(config)
+    sources, pipeline = load_sources(config), load_pipeline(config)
     specs = set_specs(config.synthetic_steps, config.reconstruction_steps)
     folder = Path(config.output_dir) / "trajectories"
-    total = sum(spec.unet_forwards for spec in specs) * len(train)
+    total = sum(spec.unet_forwards for spec in specs) * len(sources)
     with tqdm(total=total, desc="trajectories", unit="forward") as progress:
         for spec in specs:
             path = folder / f"{spec.name}.safetensors"
             if path.is_file():  # left by a killed run of this very stage: files are written whole
-                progress.update(spec.unet_forwards * len(train))
+                progress.update(spec.unet_forwards * len(sources))
                 continue
             sampled = sample_set(
-                pipeline, train, spec, config.seed, config.sampling_batch_size,
+                pipeline, sources, spec, config.seed, config.sampling_batch_size,
                 mixed_precision=config.mixed_precision, progress=progress,
             )  # fmt: skip
             sampled.save(path)
-    return {"sets": [spec.name for spec in specs], "volumes_per_set": len(train), "unet_forwards": total}
+    return {"sets": [spec.name for spec in specs], "volumes_per_set": len(sources), "unet_forwards": total}
 
 
 def sample_with(

@@ -25,7 +25,7 @@ from ..trainers.ppo_trainer import DiffusionPPOTrainer
 from ..trainers.refresh import RewardRefresh
 from ..trainers.reward_backprop_trainer import RewardBackpropTrainer
 from ..trainers.snapshots import SnapshotCallback
-from .artifacts import best_sampler, load_extractors, load_pipeline, load_reward_models, load_split
+from .artifacts import best_sampler, load_extractors, load_pipeline, load_reward_models, load_sources, load_split
 from .config import StudyConfig
 from .reward_data import reward_data, reward_seed, reward_sets
 from .sections import WITHOUT_REWARDS
@@ -120,8 +120,9 @@ def _ppo(config, pipeline, rewards, extractor, train, args, shared):
     refresh = None
     if config.refreshes:
         most = args.samples_per_rollout * process_state().num_processes  # no class of a rollout has more
-        anchors = {name: volumes.take_per_class(most) for name, volumes in reward_sets(config, train)}
-        labeler = SetLabeler(extractor, train, anchors, config.target_map, config.marginal_labels)
+        sources = load_sources(config)
+        anchors = {name: volumes.take_per_class(most) for name, volumes in reward_sets(config, sources)}
+        labeler = SetLabeler(extractor, sources, anchors, config.target_map, config.marginal_labels)
         refresh = RewardRefresh(
             {reward.name: reward.model for reward in rewards},
             reward_data(config),

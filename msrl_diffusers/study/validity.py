@@ -11,7 +11,7 @@ from ..seeding import fold_seed
 from ..trajectories import frechet_by_class, sample_set, set_specs
 from .artifacts import load_extractors, load_pipeline, load_reward_models, load_scores, load_split
 from .config import StudyConfig
-from .reward_data import compared_counts, first_of, load_given_set, targets_by_volume
+from .reward_data import first_of, load_given_set, scored_counts, targets_by_volume
 
 
 def measure_validity(config: StudyConfig) -> dict:
@@ -44,8 +44,8 @@ def _unseen(config: StudyConfig, rewards: dict[str, LearnedReward]) -> dict[str,
     """The sets of `unseen_sets` as each reward scores them, with the place of their distance on the scale of the reward data."""
     if not config.unseen_sets:
         return dict.fromkeys(rewards)
-    train, extractor, fids = load_split(config, "train"), load_extractors(config)["label"], load_scores(config)["fid"]
-    counts, unseen = compared_counts(config, train), {role: {} for role in rewards}
+    train, extractor, scores = load_split(config, "train"), load_extractors(config)["label"], load_scores(config)
+    counts, unseen = scored_counts(config, train, scores), {role: {} for role in rewards}
     real = first_of(train, counts)
     features = extract_features(extractor, real.pixel_values)
     for name, path in config.unseen_sets.items():
@@ -53,7 +53,7 @@ def _unseen(config: StudyConfig, rewards: dict[str, LearnedReward]) -> dict[str,
         found = frechet_by_class(features, real, extract_features(extractor, volumes.pixel_values), volumes)
         targets = {
             class_name: place_on_scale(
-                {each: by_class[class_name] for each, by_class in fids.items()}, distance, config.target_map
+                {each: by_class[class_name] for each, by_class in scores["fid"].items()}, distance, config.target_map
             )
             for class_name, distance in found.items()
         }

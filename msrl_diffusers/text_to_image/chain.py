@@ -10,7 +10,7 @@ from .report import report
 
 
 _SAMPLING = ("evaluation_sampler", "mixed_precision")  # by how many at once tells in the rounding alone
-_PROMPTS = ("diagnoses", "artifacts")
+_PROMPTS = ("diagnoses", "artifacts", "opening")
 _REWARD = ("reward_classifier", "judge_classifier", "image_text_model")
 STAGES: dict[str, Stage] = {
     "data": Stage(

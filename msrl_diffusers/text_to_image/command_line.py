@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..arguments import CONFIG_HELP, check_known, parse, read_yaml, take_option
+from ..arguments import CONFIG_HELP, check_known, is_given, parse, read_yaml, take_option
 from ..errors import InputError
 from .config import TRAINER_CONFIGS, TextToImageStudyConfig, trainer_defaults
 
@@ -52,11 +52,18 @@ def parse_text_to_image(
     `description` and the options `taken` out of the command line before.
 
     Raises:
-        InputError: an unknown field or a bad value; the sentence names it.
+        InputError: an unknown field or a bad value; or other data or models than those of a default config that gives models: the rest
+            of it is made for these. The sentence names it.
     """
-    path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
-    path = path or default_config
+    given_path, rest = take_option("config", sys.argv[1:] if arguments is None else arguments)
+    path = given_path or default_config
     study = _with_places(read_yaml(path), Path(path).parent) if path else {}
+    replaced = [name for name in ("data_dir", *MODELS) if is_given(name, rest)]
+    if replaced and not given_path and any(study.get(name) for name in MODELS):
+        raise InputError(
+            f"--{replaced[0]} needs --config CONFIG.yaml, a config of its own, such as examples/configs/dermoscopy/stable_diffusion.yaml: the "
+            f"other models and settings would be those of {Path(path).name}, made for its drawn images."
+        )
     own = study.get(section, {})
     if not isinstance(own, dict):
         raise InputError(f"TextToImageStudyConfig: {section} must be dict, got {own!r}.")

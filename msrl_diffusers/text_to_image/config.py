@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig
 
-from ..data.prompts import ARTIFACTS, DIAGNOSES, PromptBuilder
+from ..data.prompts import ARTIFACTS, DIAGNOSES, OPENING, PromptBuilder
 from ..errors import InputError
 from ..files import folder_mark
 from ..models.image_classifiers import ARCHITECTURES
@@ -121,6 +121,7 @@ class TextToImageStudyConfig:
     artifacts: list[str] = field(
         default_factory=lambda: list(ARTIFACTS), metadata={"help": "Of which an image has any."}
     )
+    opening: str = field(default=OPENING, metadata={"help": "How every prompt begins."})
     diagnosis_column: str = field(default="diagnosis", metadata={"help": "Column of the diagnosis in metadata.csv."})
     diagnosis_names: dict = field(default_factory=dict, metadata={"help": "{what stands in the table: diagnosis}."})
     artifact_columns: dict = field(default_factory=dict, metadata={"help": "{artifact: its column}."})
@@ -219,7 +220,7 @@ class TextToImageStudyConfig:
     @property
     def builder(self) -> PromptBuilder:
         """The prompts of this study."""
-        return PromptBuilder(tuple(self.diagnoses), tuple(self.artifacts))
+        return PromptBuilder(tuple(self.diagnoses), tuple(self.artifacts), self.opening)
 
     @property
     def pixels(self) -> int:
@@ -322,7 +323,7 @@ class TextToImageStudyConfig:
         builder = self.builder  # refuses names that make no prompts
         if not self.data_dir and builder != PromptBuilder():
             raise InputError(
-                "Drawn images have the diagnoses and artifacts of dermoscopy; give a data_dir for others."
+                "Drawn images have the diagnoses, artifacts and opening of dermoscopy; give a data_dir for others."
             )
         if not 0 <= self.num_heldout_prompts < len(builder.prompts()):
             raise InputError(
@@ -331,6 +332,11 @@ class TextToImageStudyConfig:
             )
         if self.select_by == "heldout_reward" and not self.num_heldout_prompts:
             raise InputError("select_by: heldout_reward needs num_heldout_prompts above 0; or choose last.")
+        if self.rare_attributes and len(builder.diagnoses) == 1:
+            raise InputError(
+                "rare_attributes are of one diagnosis among several, which stage 'augmentation' tells apart; unset them, or give "
+                "more diagnoses."
+            )
         unknown = sorted(set(self.rare_attributes) - set(builder.attribute_names))
         if unknown:
             raise InputError(f"rare_attributes: there is no {unknown[0]!r} among {list(builder.attribute_names)}.")

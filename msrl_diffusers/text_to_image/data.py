@@ -6,7 +6,14 @@ import torch
 
 from ..data.dermoscopy import load_dermoscopy
 from ..data.folders import read_table
-from ..data.image_folder import ImageDataset, check_attributes, load_image_folder, square_image, subject_of
+from ..data.image_folder import (
+    ImageDataset,
+    check_attributes,
+    load_image_folder,
+    relative_name,
+    square_image,
+    subject_of,
+)
 from ..errors import InputError
 from .config import TextToImageStudyConfig
 
@@ -94,6 +101,6 @@ def load_captioned_folder(
             raise InputError(f"{table}, line {number}: column {caption_column!r} is empty.")
         images.append(torch.from_numpy(square_image({"path": str(path)}, image_size, str(path))))
         prompts.append(row[caption_column])
-        subjects.append(subject_of(row, subject_column, path.name))
+        subjects.append(subject_of(row, subject_column, relative_name(path, table.parent)))
     attributes = torch.zeros((len(images), 0), dtype=torch.uint8)
     return ImageDataset(torch.stack(images), attributes, (), prompts, subjects)

@@ -12,7 +12,7 @@ from ..rewards.attribute_match import AttributeMatch
 from ..seeding import fold_seed
 from .artifacts import load_base, load_features, load_match, load_split, load_tuned
 from .config import TextToImageStudyConfig
-from .diversity import prompt_diversity
+from .diversity import diversity_of_sets
 from .extractors import image_features
 from .match import by_prompt, match_figures
 from .sampling import reconstruct, sample_images
@@ -43,10 +43,7 @@ def evaluate(config: TextToImageStudyConfig) -> dict:
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     limit = reconstruct(load_base(config).vae, heldout, builder, config.sampling_batch_size)
     _, heldout_prompts = split_prompts(builder, config.num_heldout_prompts, config.seed_of("ppo"))
-    diversity = {
-        name: prompt_diversity(images, seed=fold_seed(seed, "diversity"))
-        for name, images in {"real": heldout, **arms}.items()
-    }
+    diversity = diversity_of_sets({"real": heldout, **arms}, seed=fold_seed(seed, "diversity"))
     matches = {role: load_match(config, role) for role in ROLES}
     hits = {
         role: {arm: attribute_hits(match, images) for arm, images in arms.items()} for role, match in matches.items()

@@ -157,8 +157,9 @@ def _fidelity_blocks(content: dict) -> list:
     blocks = [
         f"Frechet distance to held-out images, {fid['n']} on each side, by features of {identity['id']} "
         f"({identity['sha256']}), which neither classifier has a part in; lower is better. MS-SSIM of pairs of images "
-        "of one prompt: the lower, the more diverse. KL divergence from the fine-tuned model, per step and element, "
-        f"in the last rollout that counts: {content['kl']:.3g}."
+        "of one prompt, over the prompts that all these sets have enough images of: the lower, the more diverse. KL "
+        "divergence from the fine-tuned model, per step and element, in the last rollout that counts: "
+        f"{content['kl']:.3g}."
     ]
     if fid["before"] is None:
         return [*blocks, "Too few images for a distance."]
@@ -220,4 +221,7 @@ def _pair(values: dict | None) -> str | None:
 
 
 def _similarity(found: dict | None) -> str | None:
-    return found and f"{found['value']:.3f}"
+    if not found:
+        return None
+    interval = "{:.3f} .. {:.3f}, ".format(*found["interval"]) if found["interval"] else ""
+    return f"{found['value']:.3f} ({interval}{found['pairs']} pairs)"

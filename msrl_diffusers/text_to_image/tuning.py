@@ -33,10 +33,7 @@ def split_prompts(builder: PromptBuilder, num_heldout: int, seed: int = 0) -> tu
         order = torch.randperm(len(prompts), generator=generator_for(seed, "held-out prompts", attempt)).tolist()
         heldout, train = sorted(order[:num_heldout]), sorted(order[num_heldout:])
         stated = targets[train].mean(dim=0)
-        several = torch.tensor(
-            [name in builder.artifacts or len(builder.diagnoses) > 1 for name in builder.attribute_names]
-        )
-        if ((stated > 0) & ((stated < 1) | ~several)).all():
+        if ((stated > 0) & (stated < 1)).all():
             return [prompts[number] for number in train], [prompts[number] for number in heldout]
     raise InputError(
         f"With {num_heldout} of {len(prompts)} prompts held out an attribute is the same in all others; hold out "

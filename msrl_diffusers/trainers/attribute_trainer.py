@@ -86,7 +86,7 @@ class AttributeTrainer:
                 loss = F.binary_cross_entropy_with_logits(logits, smoothed, weight)
                 run.accelerator.backward(loss)
                 if run.accelerator.sync_gradients:
-                    run.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    run.clip_gradients(model.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
             if run.accelerator.sync_gradients:

@@ -47,7 +47,7 @@ class AutoencoderKLTrainer:
                 loss = args.l1_weight * l1 + args.l2_weight * F.mse_loss(fake, real) + args.kl_weight * kl
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    run.clip_gradients(network.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import write_text
 from ..precision import resolve_precision
-from ..processes import process_state, use_whole_cpu
+from ..processes import check_shared, process_state, use_whole_cpu
 from ..seeding import fold_seed
 from .base_config import TrainingConfig
 from .callbacks import Callbacks
@@ -38,9 +38,24 @@ class TrainingRun:
     Numbers go to `output_dir/log.jsonl` (one line per log, also the source of the curves) and to the tracker
     named by `report_to`. Checkpoints are written under a temporary name and renamed, so a killed run leaves only
     whole ones.
+
+    Args:
+        args: the settings.
+        description: what the progress bar says.
+        gradient_accumulation_steps: batches per optimizer update; by default those of `args`.
+        allow_fsdp: whether the trainer can have its weights sharded over processes.
+
+    Raises:
+        InputError: processes under FSDP, for a trainer that can't, or processes that do not share `output_dir`.
     """
 
-    def __init__(self, args: TrainingConfig, description: str, gradient_accumulation_steps: int | None = None):
+    def __init__(
+        self,
+        args: TrainingConfig,
+        description: str,
+        gradient_accumulation_steps: int | None = None,
+        allow_fsdp: bool = False,
+    ):
         self.args, self.description = args, description
         self.output_dir = Path(args.output_dir)
         use_whole_cpu()
@@ -52,6 +67,12 @@ class TrainingRun:
             project_dir=str(self.output_dir),
             step_scheduler_with_optimizer=False,
         )
+        if self.accelerator.distributed_type == DistributedType.FSDP and not allow_fsdp:
+            raise InputError(
+                f"{description}: FSDP shards the denoiser that is tuned, and can't be used in pretraining; start this with another file of "
+                "accelerate_configs, and with fsdp.yaml the tuning of a finished --pipeline, or a study's stage of the method alone."
+            )
+        check_shared(self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if args.report_to != "none":
             self.accelerator.init_trackers("logs")
@@ -172,6 +193,33 @@ class TrainingRun:
             scheduler.base_lrs = own
             for group, rate, factor in zip(scheduler.optimizer.param_groups, own, scheduler.lr_lambdas, strict=True):
                 group["lr"] = rate * factor(scheduler.last_epoch)
+
+    def clip_gradients(
+        self, parameters, optimizer: torch.optim.Optimizer | None = None, max_norm: float | None = None
+    ) -> torch.Tensor:
+        """Clip the gradient of an update, before the optimizer's step, to `max_norm` (by default `max_grad_norm`); its norm before.
+        Name the optimizer where the run has another, whose gradient is not there yet.
+
+        Raises:
+            InputError: the norm is not finite; the weights are still those of the update before.
+        """
+        max_norm = self.args.max_grad_norm if max_norm is None else max_norm
+        if optimizer is None:
+            norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        else:
+            self.accelerator.unscale_gradients(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        if not self.may_step(norm):
+            raise InputError(
+                f"{self.description}: the gradient of step {self.step + 1} is not finite, so the weights did not take it and the training "
+                "ends; give the command again with a lower learning_rate, or look for what is not finite in the data."
+            )
+        return norm
+
+    def may_step(self, norm: torch.Tensor) -> bool:
+        """Whether an optimizer may take a gradient of this norm: a finite one, or any where there is a scaler (fp16), which leaves
+        such updates out."""
+        return self.accelerator.scaler is not None or bool(torch.isfinite(norm))
 
     def steps(self) -> Iterator[int]:
         """Step numbers from where the run stands to `max_steps`, with a progress bar; seeds each step.

@@ -108,6 +108,15 @@ def check_not_negative(config, name: str) -> None:
         raise InputError(f"{type(config).__name__}: {name} must be 0 or more, got {getattr(config, name)}.")
 
 
+def check_batch_statistics(config) -> None:
+    """Raise InputError unless a batch has two samples or more, which batch normalization takes its statistics of."""
+    if config.train_batch_size < 2:
+        raise InputError(
+            f"{type(config).__name__}: train_batch_size must be 2 or more, got {config.train_batch_size}: the network is normalized by "
+            "statistics of each batch, which gradient_accumulation_steps does not enlarge."
+        )
+
+
 def check_choice(config, name: str, choices: tuple) -> None:
     """Raise InputError unless the field is one of `choices`."""
     if getattr(config, name) not in choices:

@@ -93,7 +93,7 @@ class ClassifierTrainer:
                 loss = F.cross_entropy(logits, batch["class_labels"], label_smoothing=args.label_smoothing)
                 run.accelerator.backward(loss)
                 if run.accelerator.sync_gradients:
-                    run.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    run.clip_gradients(model.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
             if run.accelerator.sync_gradients:

@@ -91,7 +91,7 @@ class DDOTrainer:
         args = self.args
         micro_batches = args.samples_per_rollout // args.train_batch_size // args.num_updates
         passes = micro_batches * args.num_train_timesteps_per_sample
-        run = TrainingRun(args, "ddo", gradient_accumulation_steps=passes)
+        run = TrainingRun(args, "ddo", gradient_accumulation_steps=passes, allow_fsdp=True)
         self.pipeline.to(run.device)
         run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None
         weights = TunedWeights(run, self.pipeline, self.policy, args.max_steps * args.num_epochs * args.num_updates)

@@ -42,12 +42,12 @@ class LatentDiffusionTrainer:
         unet.train()
         for step in run.steps():
             batch_size = args.train_batch_size * accelerator.num_processes
-            indices = run.shard(batch_indices(len(latents), batch_size, args.seed, step)).to(run.device)
-            clean = latents[indices]
+            indices = run.shard(batch_indices(len(latents), batch_size, args.seed, step))
+            clean, known = latents[indices].to(run.device), labels[indices].to(run.device)
             noise, timesteps, dropped = (
                 run.shard(values).to(run.device) for values in self._draws(batch_size, clean.shape[1:], step)
             )
-            classes = torch.where(dropped, self.pipeline.null_class, labels[indices])
+            classes = torch.where(dropped, self.pipeline.null_class, known)
             noisy = scheduler.add_noise(clean, noise, timesteps)
             with accelerator.accumulate(unet):
                 (prediction,) = unet(noisy, timesteps, classes, return_dict=False)
@@ -56,7 +56,7 @@ class LatentDiffusionTrainer:
                 loss = (losses * min_snr_weights(scheduler, timesteps, args.snr_gamma)).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                    grad_norm = run.clip_gradients(unet.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -72,19 +72,18 @@ class LatentDiffusionTrainer:
 
     @torch.no_grad()
     def _cache_latents(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of about unit variance `[N, C, d, h, w]` and labels `[N]`; sets the autoencoder's scale."""
-        vqvae = self.pipeline.vqvae.to(device).eval()
-        encoded, labels = [], []
-        for flip in (False, True) if self.args.flip_augmentation else (False,):
-            for indices in torch.arange(len(self.train_dataset)).split(self.args.encode_batch_size):
-                batch = self.train_dataset.batch(indices, device)
-                volumes = batch["pixel_values"].flip(-1) if flip else batch["pixel_values"]
-                encoded.append(vqvae.encode(volumes).latents)
-                labels.append(batch["class_labels"])
-        latents = torch.cat(encoded)
+        """Latents of about unit variance `[N, C, d, h, w]` and labels `[N]`, in main memory; sets the autoencoder's scale."""
+        vqvae, data = self.pipeline.vqvae.to(device).eval(), self.train_dataset
+        flips = (False, True) if self.args.flip_augmentation else (False,)
+        edges = [edge // vqvae.downsample_factor for edge in data.pixel_values.shape[2:]]
+        latents = torch.empty(len(flips) * len(data), vqvae.config.latent_channels, *edges)
+        for side, flip in zip(latents.split(len(data)), flips, strict=True):
+            for indices in torch.arange(len(data)).split(self.args.encode_batch_size):
+                volumes = data.batch(indices, device)["pixel_values"]
+                side[indices] = vqvae.encode(volumes.flip(-1) if flip else volumes).latents.cpu()
         shift, scale = latents.mean().item(), 1 / latents.std().item()
         vqvae.register_to_config(shift_factor=shift, scaling_factor=scale)
-        return (latents - shift) * scale, torch.cat(labels)
+        return latents.sub_(shift).mul_(scale), data.class_labels.repeat(len(flips))
 
     def _draws(self, batch_size: int, shape: torch.Size, step: int) -> tuple[torch.Tensor, ...]:
         """Noise, timesteps and dropped classes of the whole batch, so processes can't change them."""

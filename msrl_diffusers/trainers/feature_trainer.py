@@ -79,7 +79,7 @@ class FeatureTrainer:
                     run.record(**{f"accuracy_{name}": (logits.argmax(dim=-1) == target).float().mean()})
                 run.accelerator.backward(loss)
                 if run.accelerator.sync_gradients:
-                    run.accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    run.clip_gradients(network.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
             if run.accelerator.sync_gradients:

@@ -109,7 +109,10 @@ class FrechetTrainer:
         """
         args = self.args
         run = TrainingRun(
-            args, "frechet", gradient_accumulation_steps=args.samples_per_rollout // args.train_batch_size
+            args,
+            "frechet",
+            gradient_accumulation_steps=args.samples_per_rollout // args.train_batch_size,
+            allow_fsdp=True,
         )
         self.pipeline.to(run.device)
         run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None

@@ -104,7 +104,7 @@ class DiffusionPPOTrainer:
         num_noisy = min(args.sde_window or len(table.stochastic), len(table.stochastic))
         num_trained = max(1, round(args.timestep_fraction * num_noisy))
         micro_batches = args.samples_per_rollout // args.train_batch_size // args.num_updates * num_trained
-        run = TrainingRun(args, "ppo", gradient_accumulation_steps=micro_batches)
+        run = TrainingRun(args, "ppo", gradient_accumulation_steps=micro_batches, allow_fsdp=True)
         self.pipeline.to(run.device)
         table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std, run.device)
         run.callbacks = Callbacks(self.callbacks, args, self.pipeline.unet, run.is_main) if self.callbacks else None

@@ -113,7 +113,8 @@ class RewardBackpropTrainer:
         """Run the training; the pipeline holds the chosen weights afterwards. Returns the figures of the rollout they were
         chosen by (`Watch.result`), and `kl_form`."""
         args = self.args
-        run = TrainingRun(args, "draft", gradient_accumulation_steps=args.samples_per_rollout // args.train_batch_size)
+        micro_batches = args.samples_per_rollout // args.train_batch_size
+        run = TrainingRun(args, "draft", gradient_accumulation_steps=micro_batches, allow_fsdp=True)
         self.pipeline.to(run.device)
         table = StepTable.of(self.policy.scheduler, args.num_inference_steps, args.eta, args.min_std, run.device)
         last = range(len(table) - args.gradient_steps, len(table))

@@ -92,14 +92,12 @@ class ScoredVolumes:
             None if self.class_labels is None else self.class_labels[rows],
         )
 
-    def split_by_subject(self, fraction: float, seed: int) -> tuple["ScoredVolumes", "ScoredVolumes"]:
-        """Training and validation volumes; `fraction` of the subjects go to the second."""
+    def split_by_subject(self, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, int64, of training and validation volumes; `fraction` of the subjects go to the second."""
         return self._split(self._validation_subjects(fraction, seed))
 
-    def split_beside(
-        self, first: "ScoredVolumes", fraction: float, seed: int
-    ) -> tuple["ScoredVolumes", "ScoredVolumes"]:
-        """Training and validation volumes of data that came later than `first`.
+    def split_beside(self, first: "ScoredVolumes", fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, int64, of training and validation volumes of data that came later than `first`.
 
         Subjects of `first` stay on the side where `first.split_by_subject(fraction, seed)` has them. The side of any other
         follows from its id and the seed alone, so that it stays the same however much is added.
@@ -118,9 +116,9 @@ class ScoredVolumes:
         count = min(max(1, round(fraction * len(subjects))), len(subjects) - 1)  # someone to train on is left
         return {subjects[i] for i in order[:count]}
 
-    def _split(self, validation_subjects: set[str]) -> tuple["ScoredVolumes", "ScoredVolumes"]:
+    def _split(self, validation_subjects: set[str]) -> tuple[torch.Tensor, torch.Tensor]:
         inside = torch.tensor([subject in validation_subjects for subject in self.subject_ids])
-        return self.select((~inside).nonzero()[:, 0]), self.select(inside.nonzero()[:, 0])
+        return (~inside).nonzero()[:, 0], inside.nonzero()[:, 0]
 
 
 class RewardTrainer:
@@ -153,15 +151,19 @@ class RewardTrainer:
         self.args, self.conditional = args, is_conditional(model)
         if self.conditional and dataset.class_labels is None:
             raise InputError("A conditional reward model (num_classes) needs reward data with class_labels.")
-        self.train_dataset, self.eval_dataset = dataset.split_by_subject(args.validation_fraction, args.seed)
-        self.added_eval_dataset = None
+        train, validation = dataset.split_by_subject(args.validation_fraction, args.seed)
+        # rows in place of volumes: a side is most of the data, which may fill the memory as they are
+        self.data, self.train_rows, self.eval_rows = dataset, train, {"validation": validation}
         if additional is not None:
-            added, self.added_eval_dataset = additional.split_beside(dataset, args.validation_fraction, args.seed)
+            added, added_validation = additional.split_beside(dataset, args.validation_fraction, args.seed)
             if not len(added):
                 raise InputError(
                     f"All {len(additional)} additional volumes are of validation subjects; add volumes of others."
                 )
-            self.train_dataset = ScoredVolumes.cat([self.train_dataset, added])
+            self.data = ScoredVolumes.cat([dataset, additional])
+            self.train_rows = torch.cat([train, added + len(dataset)])
+            if len(added_validation):
+                self.eval_rows["added_validation"] = added_validation + len(dataset)
         config = getattr(model, "config", None)
         config = config if isinstance(config, Mapping) else {}  # those of transformers are no mappings
         self.num_heads, self.spread_penalty = config.get("num_heads", 1), config.get("spread_penalty", 0.0)
@@ -178,17 +180,17 @@ class RewardTrainer:
         model.train()
         for step in run.steps():
             batch_size = args.train_batch_size * run.accelerator.num_processes
-            rows = run.shard(batch_indices(len(self.train_dataset), batch_size, args.seed, step))
+            numbers = run.shard(batch_indices(len(self.train_rows), batch_size, args.seed, step))
             generator = generator_for(args.seed, "augment", step, run.accelerator.process_index)
-            volumes = self.train_dataset.pixel_values[rows].to(run.device, torch.float32)
+            volumes = self.data.pixel_values[self.train_rows[numbers]].to(run.device, torch.float32)
             volumes = augment_volumes(volumes, generator, args.max_shift, args.noise_level, args.max_gain)
             if args.slices_per_volume and isinstance(self.model, SliceRewardModel):
                 volumes = draw_slices(volumes, args.slices_per_volume, self.model.config.empty_threshold, generator)
             with run.accelerator.accumulate(model):
-                loss = self._loss(model, volumes, rows)
+                loss = self._loss(model, volumes, numbers)
                 run.accelerator.backward(loss)
                 if run.accelerator.sync_gradients:
-                    run.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    run.clip_gradients(model.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
             if run.accelerator.sync_gradients:
@@ -202,9 +204,10 @@ class RewardTrainer:
             self.model.requires_grad_(False)
         return self.evaluate()
 
-    def _loss(self, model: nn.Module, volumes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The squared error; of several heads or volumes of unequal weight, the mean over heads of the weighted one."""
-        data = self.train_dataset
+    def _loss(self, model: nn.Module, volumes: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """The squared error of the training volumes of these numbers; of several heads or volumes of unequal weight, the mean over
+        heads of the weighted one."""
+        data, rows = self.data, self.train_rows[numbers]
         targets = data.targets[rows].to(volumes.device)
         classes = {"class_labels": data.class_labels[rows].to(volumes.device)} if self.conditional else {}
         if self.weights is None:
@@ -213,25 +216,26 @@ class RewardTrainer:
             scores = model(volumes, return_heads=True, **classes)
         else:
             scores = model(volumes, **classes)[:, None]
-        weights = self.weights[rows].to(volumes.device)
+        weights = self.weights[numbers].to(volumes.device)
         errors = (scores - targets[:, None]).square()
         return ((weights * errors).sum(dim=0) / weights.sum(dim=0)).mean()
 
     def _loss_weights(self) -> torch.Tensor | None:
         """Weights `[N, heads]` of the training volumes; None where there is one head and all weigh the same."""
-        data = self.train_dataset
+        data, rows = self.data, self.train_rows
         if self.num_heads == 1 and data.weights is None:
             return None
-        weights = torch.ones(len(data)) if data.weights is None else data.weights.float()
+        weights = torch.ones(len(rows)) if data.weights is None else data.weights[rows].float()
         if self.num_heads == 1 or not self.args.bootstrap_heads:
             return weights[:, None].repeat(1, self.num_heads)
+        subjects = [data.subject_ids[row] for row in rows.tolist()]
         drawn = {
             subject: torch.empty(self.num_heads).exponential_(
                 generator=generator_for(self.args.seed, "bootstrap heads", subject)
             )
-            for subject in set(data.subject_ids)
+            for subject in set(subjects)
         }
-        return weights[:, None] * torch.stack([drawn[subject] for subject in data.subject_ids])
+        return weights[:, None] * torch.stack([drawn[subject] for subject in subjects])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -241,19 +245,22 @@ class RewardTrainer:
         loss is that of the heads' mean, the correlation that of the score, and `*_spread` the mean deviation of the heads.
         """
         self.model.eval()
-        parts, results = {"train": self.train_dataset, "validation": self.eval_dataset}, {}
-        if self.added_eval_dataset is not None and len(self.added_eval_dataset):
-            parts["added_validation"] = self.added_eval_dataset
-        for name, data in parts.items():
+        results = {}
+        for name, rows in {"train": self.train_rows, **self.eval_rows}.items():
+            targets = self.data.targets[rows]
             if self.num_heads > 1:
-                by_head = self._scores(data, return_heads=True)
+                by_head = self._scores(rows, return_heads=True)
                 results[f"{name}_spread"] = by_head.std(dim=1, correction=0).mean().item()
             else:
-                by_head = self._scores(data)[:, None]
+                by_head = self._scores(rows)[:, None]
             scores = pessimistic_score(by_head, self.spread_penalty)
-            results[f"{name}_loss"] = F.mse_loss(by_head.mean(dim=1), data.targets).item()
-            results[f"{name}_spearman"] = spearman_corrcoef(scores, data.targets).item()
+            results[f"{name}_loss"] = F.mse_loss(by_head.mean(dim=1), targets).item()
+            results[f"{name}_spearman"] = spearman_corrcoef(scores, targets).item()
         return results
 
-    def _scores(self, data: ScoredVolumes, **kwargs) -> torch.Tensor:
-        return scores_of(self.model, data.pixel_values, data.class_labels, **kwargs).cpu()
+    def _scores(self, rows: torch.Tensor, **kwargs) -> torch.Tensor:
+        data, scores = self.data, []
+        for part in rows.split(32):  # these alone are copied
+            labels = None if data.class_labels is None else data.class_labels[part]
+            scores.append(scores_of(self.model, data.pixel_values[part], labels, **kwargs).cpu())
+        return torch.cat(scores)

@@ -15,12 +15,13 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from ..data.image_folder import ImageDataset
 from ..errors import InputError
+from ..models.adapters import carried_adapters
 from ..seeding import batch_indices, generator_for
 from .base import TrainingRun, in_fast_memory_format
 from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
 from .lora import ATTENTION, merge_lora, save_lora
 from .text_to_image_config import TextToImageConfig
-from .tuned_weights import add_lora, check_precision
+from .tuned_weights import REMEDY, add_lora, check_precision
 from .weight_average import WeightAverage
 
 
@@ -47,10 +48,11 @@ class PromptedUNet(torch.nn.Module):
 
 class TextToImageTrainer:
     """Trains `pipeline.unet` (and `pipeline.text_encoder`, if asked) on `train_dataset`; the pipeline holds the
-    averaged weights afterwards, and with LoRA `output_dir` the adapter.
+    averaged weights afterwards, and with LoRA `output_dir/lora` the adapter.
 
     Raises:
-        InputError: images of another size than the pipeline makes, or weights in a precision that can't be trained.
+        InputError: images of another size than the pipeline makes, weights in a precision that can't be trained, or a network that
+            carries an adapter already.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, args: TextToImageConfig, train_dataset: ImageDataset):
@@ -61,6 +63,13 @@ class TextToImageTrainer:
                 f"The images have {train_dataset.image_size} pixels along an edge, the pipeline makes images of "
                 f"{size}; load them with image_size={size}."
             )
+        trained = {pipeline.unet: not args.use_lora, pipeline.text_encoder: args.train_text_encoder}
+        for network, whole in trained.items():
+            if whole and (names := carried_adapters(network)):
+                raise InputError(
+                    f"{type(network).__name__} carries the LoRA adapter {names}, which would be trained and saved within it, in weights "
+                    f"that can't be loaded; {REMEDY}."
+                )
         self.prompts = [*sorted(set(train_dataset.prompts)), ""]  # the empty one is the last
         # the scheduler of a pipeline that is used as it is may be a sampler without get_velocity
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -112,7 +121,7 @@ class TextToImageTrainer:
                 loss = (losses * min_snr_weights(self.scheduler, timesteps, args.snr_gamma)).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    run.record(grad_norm=accelerator.clip_grad_norm_(trainable, args.max_grad_norm))
+                    run.record(grad_norm=run.clip_gradients(trainable))
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -129,7 +138,7 @@ class TextToImageTrainer:
             pipeline.text_encoder = trained.text_encoder.eval()
         if args.use_lora:
             if run.is_main:
-                save_lora(pipeline, run.output_dir)
+                save_lora(pipeline, run.output_dir / "lora")  # beside log and checkpoints: a folder to share
             merge_lora(pipeline.unet)
             pipeline.unet.requires_grad_(True)  # a later trainer takes what has gradients
         return run.history[-1] if run.history else {}

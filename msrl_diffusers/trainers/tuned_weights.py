@@ -178,7 +178,7 @@ class TunedWeights:
         accelerator.backward(loss)
         if accelerator.sync_gradients:
             norm = accelerator.clip_grad_norm_(self.trainable.values(), self.args.max_grad_norm)
-            if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler leaves such an update out
+            if not self.run.may_step(norm):
                 self._broken = True
                 self.run.stop("the gradient is not finite")
         if not self._broken:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .base_config import TrainingConfig, check_positive
+from .base_config import TrainingConfig, check_not_negative, check_positive
 
 
 @dataclass
@@ -44,4 +44,6 @@ class VQGANConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "discriminator_learning_rate")
+        for name in ("discriminator_learning_rate", "discriminator_channels", "num_slices"):
+            check_positive(self, name)
+        check_not_negative(self, "discriminator_layers")

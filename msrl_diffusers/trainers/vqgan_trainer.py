@@ -80,10 +80,7 @@ class VQGANTrainer:
                         loss = loss + args.adversarial_weight * g_loss + args.feature_matching_weight * matching
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.unscale_gradients(
-                        optimizer
-                    )  # its own alone: the discriminators' wait for their backward
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    run.clip_gradients(model.parameters(), optimizer)  # the discriminators' wait for their backward
                 optimizer.step()
                 optimizer.zero_grad()
                 if adversarial:
@@ -91,6 +88,8 @@ class VQGANTrainer:
                     d_loss = self._discriminator_loss(slice_net, real_slices, fake_slices.detach())
                     d_loss = d_loss + self._discriminator_loss(volume_net, real, fake.detach())
                     accelerator.backward(d_loss)
+                    if accelerator.sync_gradients:  # checked alone: theirs are not clipped
+                        run.clip_gradients(self.discriminators.parameters(), d_optimizer, max_norm=math.inf)
                     d_optimizer.step()
                     d_optimizer.zero_grad()
                     run.record(discriminator_loss=d_loss)
