@@ -32,9 +32,10 @@ ADDED = {  # of benchmarks/objectives.py: the default recipe and one remedy more
 }
 
 
-def recipe_lines(content: dict, name: str, others: dict, demos: list[dict]) -> list[str]:
+def recipe_lines(content: dict, name: str, others: dict, demos: list[dict], redraws: dict) -> list[str]:
     """One table, a row per recipe; where the published one turns; what the label distance stops. `others` is what objectives.py
-    wrote: its PPO is the default recipe as `make demo` runs it, whose reports are `demos`, on other seeds."""
+    wrote: its PPO is the default recipe as `make demo` runs it, whose reports are `demos`, on other seeds; `redraws` is what redraws.py
+    found of them."""
     rows = content["variants"]
     lines = [
         f"PPO from the same pipeline with reward models of its own in every seed, by the published recipe, with each remedy alone, and by the "
@@ -78,6 +79,7 @@ def recipe_lines(content: dict, name: str, others: dict, demos: list[dict]) -> l
         f"![What recipes close of the gap, and the curves of over-optimization]({name}.png)",
         "",
         *_others_lines(others, demos),
+        _redraws_line(redraws),
     ]
 
 
@@ -116,6 +118,24 @@ def _others_lines(content: dict, demos: list[dict]) -> list[str]:
         f"- Between these {len(both)} seeds what is closed deviates by {stdev(both):.0%} of the gap; within one seed, when the "
         f"{content['n']['all']} volumes are drawn again (the paired bootstrap of `make demo`), by {listed([f'{one:.0%}' for one in within])}.",
     ]
+
+
+def _redraws_line(content: dict) -> str:
+    """What the default recipe closes when its samples are drawn again, by seed."""
+    shares = content["gap_closed"]["fid"]["judge"]
+    found = [shares["by_seed"][str(seed)] for seed in content["seeds"]]
+    by_seed = [
+        f"{one['draws']['mean']:.0%} +- {one['draws']['sd']:.0%} (by the report {one['report']:.0%})" for one in found
+    ]
+    kid, second = (
+        closed(content["gap_closed"][name][role]["draws"])
+        for name, role in (("kid", "judge"), ("fid", "second_judge"))
+    )
+    return (
+        f"- The samples of `make demo` drawn again, {content['draws']} times in each of the seeds {listed(content['seeds'])} "
+        f"([page](redraws-phantoms.md)): {listed(by_seed)} of the judge's gap, {closed(shares['draws'])} over the seeds (by its KID {kid}, by "
+        f"the second judge {second})."
+    )
 
 
 def _bootstrap_deviation(report: dict) -> float:

@@ -69,6 +69,7 @@ def page() -> str:
             "recipes-phantoms",
             read("objectives-phantoms.json"),
             reports_of("phantoms-demo-seed*.json"),
+            read("redraws-phantoms.json"),
         ),
         **{
             f"The paper's tables: {STUDIES[path.parent.name][0]}": paper_lines(content, path.parent.name)
