@@ -25,6 +25,7 @@ setup(
         "accelerate>=1.10",
         "datasets>=5.0",
         "diffusers>=0.41",
+        "filelock>=3.12",
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "matplotlib>=3.8",

@@ -7,21 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 from uuid import uuid4
 
 import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from filelock import FileLock, Timeout
 
 from .errors import Busy, InputError
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -86,16 +81,20 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         Busy: another command holds it.
     """
     check_writable(folder)
-    file, held = None, True
+    lock, held = None, True
     if process_state().is_main_process:
         place = Path(os.path.abspath(folder))  # "." has no name
         place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
         try:
-            file = place.with_name(f".{place.name}.lock").open("w")
-        except OSError:  # only the folder itself can be written into: nothing is held
+            lock.acquire(blocking=False)
+        except Timeout:
+            held = False
+        except (
+            OSError,
+            NotImplementedError,
+        ):  # the file system has no locks, or closes the place beside the folder: nothing is held
             pass
-        else:
-            held = _lock(file)
     try:
         (held,) = broadcast_object_list([held])
         if not held:
@@ -104,22 +103,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
             )
         yield
     finally:
-        if file is not None:
-            file.close()
-
-
-def _lock(file: IO) -> bool:
-    """Hold a file until it is closed; False if another process does. Where the system, or the file system, has no such locks,
-    nothing is held."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+        if lock is not None:
+            lock.release()
 
 
 def use_whole_cpu() -> None:

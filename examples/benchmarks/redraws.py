@@ -1,6 +1,6 @@
 """How much of what a report says is the draw of its samples? Finished studies, sampled again and again.
 
-    python examples/benchmarks/redraws.py --seeds 0 1 2 --draws 8 --output examples/results/redraws-phantoms.json
+    python examples/benchmarks/redraws.py --output examples/results/redraws-phantoms.json
 
 A report compares one set of samples of the pretrained policy with one of the tuned policy. Here both are sampled anew, from other
 noise in every draw and the same for both, at the samplers that the report chose, and compared with the real volumes of the report.
@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from msrl_diffusers.arguments import CONFIG_HELP, parse, take_option
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
-from msrl_diffusers.evaluation.features import extract_features
-from msrl_diffusers.evaluation.fidelity import frechet_distance, kernel_distance
+from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.files import write_json, write_text
 from msrl_diffusers.seeding import fold_seed
 from msrl_diffusers.study import StudyConfig, run_study
@@ -48,7 +47,7 @@ class RedrawArguments:
     """What is sampled again. `--config FILE` names another study; every field of StudyConfig is an option too."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the studies."})
-    draws: int = field(default=8, metadata={"help": "Sets of samples, of either policy, in every study; 2 or more."})
+    draws: int = field(default=4, metadata={"help": "Sets of samples, of either policy, in every study; 2 or more."})
     output: str = field(default="outputs/redraws.json", metadata={"help": "The JSON; the table lies beside it."})
 
     def __post_init__(self):
@@ -71,14 +70,17 @@ class Redraws:
             arm: sample_with(pipeline, self.yardstick.train, self.samplers[arm], self.config, seed)
             for arm, pipeline in self.policies.items()
         }
-        found: dict = {name: {} for name in DISTANCES}
-        for role, extractor in self.yardstick.extractors.items():
-            train, heldout = (self.yardstick.real[role][split] for split in ("train", "heldout"))
-            features = {arm: extract_features(extractor, volumes.pixel_values) for arm, volumes in arms.items()}
-            found["fid"][role] = {arm: frechet_distance(train, of) for arm, of in features.items()}
-            found["fid_heldout"][role] = {arm: frechet_distance(heldout, of) for arm, of in features.items()}
-            found["kid"][role] = {arm: kernel_distance(train, of, self.yardstick.seed) for arm, of in features.items()}
-        return found
+        features = self.yardstick.features(arms)
+        measured = self.yardstick.distances(arms, features)
+        fid, real = measured["fid_by_sampler"], self.yardstick.real
+        return {
+            "fid": {role: {arm: fid[role][arm]["all"] for arm in arms} for role in features},
+            "fid_heldout": {
+                role: {arm: frechet_distance(real[role]["heldout"], of[arm]) for arm in arms}
+                for role, of in features.items()
+            },
+            "kid": measured["kid_by_sampler"],
+        }
 
 
 def distances_of_draws(config: StudyConfig, report: dict, draws: int) -> list[dict]:
