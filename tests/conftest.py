@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +19,9 @@ import torch  # noqa: E402
 from diffusers import DDIMScheduler  # noqa: E402
 from hub_scene import AUDIT, copy_of  # noqa: E402
 from hub_server import HubServer  # noqa: E402
-from tiny import tiny_pipeline  # noqa: E402
+from tiny import settings_with, tiny_pipeline  # noqa: E402
 
-from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D, load_phantoms  # noqa: E402
+from msrl_diffusers import MedVolumePipeline, UNet3DModel, VQModel3D, load_phantoms, run_study  # noqa: E402
 from msrl_diffusers.study.stages import SCHEDULER_DEFAULTS  # noqa: E402
 
 
@@ -82,3 +83,17 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def folder(saved, tmp_path):
     return copy_of(saved, tmp_path / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished study; not to be written to."""
+    folder = tmp_path_factory.mktemp("study")
+    run_study(settings_with(folder))
+    return folder
+
+
+@pytest.fixture
+def study(finished, tmp_path):
+    """A copy of the finished study."""
+    return Path(shutil.copytree(finished, tmp_path / "study"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 from msrl_diffusers.data.phantoms import FIELD_OF_VIEW, make_phantom
 
@@ -272,3 +273,9 @@ SOURCES = {
     "nifti_folder": write_marked_folder,
     "datalist": lambda folder: (write_datalist(folder) and {}) or {},
 }
+
+
+def picture(number=0, size=(20, 24), mode="RGB"):
+    """An image of noise, of (width, height) `size`."""
+    values = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
