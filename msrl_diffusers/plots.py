@@ -16,9 +16,6 @@ import torch
 import torch.nn.functional as F
 
 
-PLANES = ("axial", "coronal", "sagittal")
-
-
 def orthogonal_slices(volume: torch.Tensor, point: tuple[int, int, int] | None = None) -> list[torch.Tensor]:
     """The axial, coronal and sagittal slice of `volume [C, D, H, W]` (its first channel) through a voxel, near the middle if
     none is given."""

@@ -221,13 +221,13 @@ def prepare_small_brats(folder: Path) -> None:
 
 @scene(
     "accelerate launch examples/train_ppo.py --config examples/configs/nifti_folder/cpu.yaml --dataset prepared "
-    "--data_dir data/brats"
+    "--data_dir data/brats --output_dir outputs/brats"
 )
 def study_of_prepared_volumes(stage: Stage) -> None:
     stage.make_study_small("examples/configs/nifti_folder/cpu.yaml")
     prepare_small_brats(stage.folder)
     stage.carry_out()
-    report = json.loads((stage.folder / "outputs/nifti_folder/report.json").read_text())
+    report = json.loads((stage.folder / "outputs/brats/report.json").read_text())
     assert report["dataset"] == "prepared"
     assert report["n"] == {"all": 8, "HGG": 4, "LGG": 4}
 

@@ -12,7 +12,6 @@ from msrl_diffusers.evaluation.diversity import (
     expected_coverage,
     ms_ssim,
     ms_ssim_diversity,
-    ms_ssim_pairs,
     ms_ssim_settings,
     pair_interval,
     precision_recall,
@@ -61,9 +60,10 @@ def test_ms_ssim_is_monai_s_on_intensities_from_0_to_1():
 
 def test_batches_of_pairs_only_divide_the_work(monkeypatch):
     volumes = tiny_phantoms().pixel_values
-    whole = ms_ssim_pairs(volumes, 7, seed=1)
+    pairs = draw_pairs(len(volumes), 7, seed=1)
+    whole = ms_ssim(volumes, pairs)
     monkeypatch.setattr("msrl_diffusers.evaluation.diversity.VOXELS_AT_ONCE", 2 * 16**3)
-    torch.testing.assert_close(ms_ssim_pairs(volumes, 7, seed=1), whole)
+    torch.testing.assert_close(ms_ssim(volumes, pairs), whole)
 
 
 def test_a_set_that_repeats_itself_is_less_diverse():
@@ -74,7 +74,7 @@ def test_a_set_that_repeats_itself_is_less_diverse():
     )
     assert collapsed["value"] > real["value"] + 0.1
     assert real["interval"][0] < real["value"] < real["interval"][1]
-    assert real["value"] == ms_ssim_pairs(data.pixel_values, 12, labels=data.class_labels).mean().item()
+    assert real["value"] == ms_ssim(data.pixel_values, draw_pairs(8, 12, labels=data.class_labels)).mean().item()
     assert (real["pairs"], real["window"], len(real["weights"])) == (12, 7, 2)
 
 
@@ -112,7 +112,7 @@ def test_sets_without_pairs_are_refused(arguments, message):
 
 def test_volumes_too_small_for_a_window_are_refused():
     with pytest.raises(InputError, match="at least 7 voxels along every edge, got 6"):
-        ms_ssim_pairs(torch.zeros(2, 1, 8, 6, 8), 1)
+        ms_ssim(torch.zeros(2, 1, 8, 6, 8), torch.tensor([[0, 1]]))
 
 
 @pytest.mark.parametrize(("share_of_volumes", "naive"), [(1.0, False), (0.0, True)])

@@ -28,7 +28,6 @@ from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation.extractors import (
     MedicalNetExtractor,
     RadImageNetExtractor,
-    check_identity,
     load_extractor,
 )
 from msrl_diffusers.evaluation.features import extract_features, extractor_identity, source_features
@@ -356,16 +355,6 @@ def test_inception_with_given_weights(monkeypatch, saved):
     assert f"{path} does not hold the weights of the FID's Inception-v3" in failure(
         load_extractor, f"inception:{path}"
     )
-
-
-def test_stored_identities_are_checked(tmp_path):
-    own_network().save_pretrained(tmp_path)
-    extractor = load_extractor(str(tmp_path))
-    check_identity(extractor, {**extractor.identity, "n": 3})
-    sentence = failure(check_identity, extractor, {"id": "inception-v3", "sha256": "0123"})
-    assert f"The extractor is {extractor.id} ({extractor.sha256})" in sentence
-    assert "was made by inception-v3 (0123)" in sentence
-    assert "was made by None" in failure(check_identity, extractor, {"sha256": extractor.sha256})
 
 
 def test_features_of_a_source_are_those_of_its_volumes(capsys):

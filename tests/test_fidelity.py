@@ -327,6 +327,7 @@ def test_identity_of_an_extractor_follows_its_weights():
     with torch.no_grad():
         extractor.project.bias[0] += 1e-3
     assert extractor_identity(extractor)["sha256"] != before["sha256"]
+    assert len(extractor_identity(extractor.to(torch.bfloat16))["sha256"]) == 16  # which numpy does not have
 
 
 def test_hash_of_tensors_knows_their_names_but_not_their_order():

@@ -60,8 +60,9 @@ def test_images_table_and_record(five, model):
     assert (five / "metadata.csv").read_text().splitlines() == ["file_name,label", *rows]
     record = json.loads((five / "generation.json").read_text())
     assert record["num_volumes"] == 5
-    assert record["versions"]["torch"] == torch.__version__
-    assert "commit" in record
+    (made_by,) = record["made_by"]
+    assert made_by["versions"]["torch"] == torch.__version__
+    assert "commit" in made_by
     settings = record["settings"]
     assert (settings["model"], settings["seed"], settings["num_inference_steps"]) == (model, 3, 2)
     assert settings["class_labels"] == ["HGG", "LGG"]
@@ -150,12 +151,17 @@ def test_the_table_of_a_killed_run_that_was_to_add_images_names_them(model, tmp_
         (out / "metadata.csv").write_text("file_name,label\nHGG-0-00000.nii.gz,HGG\n")
 
 
-def test_more_are_added_and_fewer_take_none_away(model, tmp_path):
+def test_more_are_added_and_fewer_take_none_away(model, tmp_path, monkeypatch):
     out = generate(model, tmp_path / "out")  # one of each class
     assert list(images(out)) == ["HGG-0-00000.nii.gz", "LGG-0-00001.nii.gz"]
     first = (out / "HGG-0-00000.nii.gz").stat().st_mtime_ns
+    monkeypatch.setattr(generate_verb, "git_commit", lambda: "another")
+    generate(model, out)
+    record = out / "generation.json"
+    (of_both,) = json.loads(record.read_text())["made_by"]  # nothing was made now
     generate(model, out, "--num_volumes", "3")
     generate(model, out, "--num_volumes", "1")
+    assert json.loads(record.read_text())["made_by"] == [of_both, {**of_both, "commit": "another"}]
     assert len(images(out)) == len((out / "metadata.csv").read_text().splitlines()) - 1 == 3
     assert (out / "HGG-0-00000.nii.gz").stat().st_mtime_ns == first
 

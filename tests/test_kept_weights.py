@@ -125,4 +125,6 @@ def test_a_gradient_that_is_not_finite_ends_it_with_the_weights_before(name, tmp
     assert (result["stopped"], result["rollouts"]) == ("the gradient is not finite", 2)
     assert differing(weights, expected) == []
     assert differing(checkpoint(tmp_path / "broken", 1), checkpoint(tmp_path / "broken", 2)) == []
+    _, resumed = train(name, tmp_path / "broken", max_steps=4, resume_from_checkpoint="latest", **settings)
+    assert (resumed["stopped"], resumed["rollouts"]) == (None, 4)  # who resumes may have lowered the learning rate
     assert differing(weights, copied(tiny_pipeline().unet))

@@ -64,6 +64,18 @@ def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
         load_model(SliceRewardModel, tmp_path)
 
 
+def test_a_pipeline_without_all_its_weights_is_refused(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (file,) = (tmp_path / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    del weights["conv_out.bias"]
+    save_file(weights, file)
+    with pytest.raises(
+        InputError, match=r"lacks weights of MedVolumePipeline, such as unet\.conv_out\.bias; save it again"
+    ):
+        load_model(MedVolumePipeline, tmp_path)
+
+
 GATED, UNKNOWN = ({"X-Error-Code": code} for code in ("GatedRepo", "RepoNotFound"))
 NO_REPOSITORY = "There is no folder somebody/brains, and the Hub shows no such repository ({}); check the name, or, if it is private, log in by"
 FAILURES = {

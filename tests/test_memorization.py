@@ -187,6 +187,20 @@ def test_features_are_searched_block_by_block(leave_out):
     assert torch.equal(found.flipped, distances[:, torch.arange(1500), order[:, 0]].argmin(dim=0).bool())
 
 
+def test_what_hardly_varies_outweighs_nothing():
+    """Of rectified features many are zero in all training volumes, and nearly zero in a copy that is not bit-equal."""
+    generator = torch.Generator().manual_seed(0)
+    train, others = torch.randn(60, 1, 1, 40, generator=generator), torch.randn(20, 1, 1, 40, generator=generator)
+    copies = train[:20] + 0.1 * torch.randn(20, 1, 1, 40, generator=generator)
+    train, copies, others = (F.pad(part, (0, 40)) for part in (train, copies, others))
+    for part in (copies, others):
+        part[..., 40:] = 1e-3 * torch.randn(20, 1, 1, 40, generator=generator).relu()
+    space = FeatureSpace(train, 5)
+    found = space.search(copies, copies)
+    assert found.nearest.tolist() == list(range(20))
+    assert found.scores.max() < 0.5 < space.search(others, others).scores.min()
+
+
 def test_large_volumes_are_averaged_down():
     large = load_phantoms(6, 40).pixel_values.float()
     result = audit(source_of(large, "train"), source_of(large[3:5].flip(-1), "made"))

@@ -413,6 +413,7 @@ def test_conditions_that_are_refused(tmp_path):
         ({"train_dataset": dataset}, r"columns \['text'\]; one of"),
         ({"train_dataset": dataset, "train_conditions": ["a"]}, "not both"),
         ({"train_conditions": []}, "no conditions"),
+        ({"train_conditions": "a lesion"}, "train_conditions is a list, got the text 'a lesion'"),
     ]
     for arguments, message in cases:
         with pytest.raises(InputError, match=message):

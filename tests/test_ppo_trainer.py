@@ -139,17 +139,27 @@ def test_every_rollout_draws_the_steps_it_trains_anew(tmp_path):
     assert len(set(drawn)) > 1
 
 
-def test_one_update_is_the_same_with_either_reduction(tmp_path):
-    """At a ratio of one the gradients are parallel, and AdamW does not care for their length."""
-    weights = []
-    for reduction in ("mean", "sum"):
+@pytest.mark.parametrize("kl_coef", [0.0, 3e5])
+def test_updates_are_the_same_with_either_reduction(kl_coef, tmp_path):
+    """At ratios of (nearly) one the gradients are parallel, and AdamW does not care for their length. The KL term has one from
+    the second update on."""
+
+    def trained(reduction, **settings):
         pipeline = tiny_pipeline()
-        args = config(tmp_path / reduction, max_steps=1, log_prob_reduction=reduction, max_grad_norm=1e-3)
+        args = config(
+            tmp_path / f"{reduction}-{settings}", max_steps=1, log_prob_reduction=reduction, max_grad_norm=1e-3,
+            num_updates=2, learning_rate=1e-6, **settings,
+        )  # fmt: skip
         DiffusionPPOTrainer(pipeline, Brightness(), args).train()
-        weights.append(torch.cat([value.flatten() for value in pipeline.unet.state_dict().values()]))
+        return torch.cat([value.flatten() for value in pipeline.unet.state_dict().values()])
+
     start = torch.cat([value.flatten() for value in tiny_pipeline().unet.state_dict().values()])
-    moved, apart = (weights[0] - start).abs().mean(), (weights[0] - weights[1]).abs().mean()
+    mean, total, free = (
+        trained(reduction, kl_coef=coef) for reduction, coef in (("mean", kl_coef), ("sum", kl_coef), ("mean", 0.0))
+    )
+    moved, apart = (mean - start).abs().mean(), (mean - total).abs().mean()
     assert apart < 0.02 * moved
+    assert kl_coef == 0 or (mean - free).abs().mean() > 0.1 * moved
 
 
 def run(output_dir, max_steps, **settings):

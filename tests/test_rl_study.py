@@ -19,6 +19,7 @@ from msrl_diffusers.study.artifacts import load_extractors, load_pipeline, load_
 from msrl_diffusers.study.chain import STAGES, enabled_stages, study_chain
 from msrl_diffusers.study.command_line import parse_study, read_study
 from msrl_diffusers.study.curve import turning_point
+from msrl_diffusers.study.report import markdown
 from msrl_diffusers.study.reward_data import (
     compared_counts,
     first_of,
@@ -204,6 +205,20 @@ def test_figures_of_the_gate_are_those_of_the_report(finished):
     assert report["reward_models"] == stage(finished, "validity") == measure_validity(finished)
     assert {"auc", "spearman", "set_spearman", "ece", "slope", "mean_by_set", "n"} <= set(
         report["reward_models"]["volume"]
+    )
+
+
+def test_a_report_warns_of_rewards_that_rank_nothing(finished):
+    content = report_of(finished)
+    weak, fine = {"auc": 0.55, "spearman": 0.4}, {"auc": 0.9, "spearman": 0.8}
+    found = markdown(
+        {**content, "reward_models": {**content["reward_models"], "volume": {**fine, **weak}, "slice": fine}}
+    )
+    assert "hardly rank unseen subjects**: reward 'volume' has auc 0.55 (at least 0.7). What" in found
+    fit = {**content, "reward_models": {"volume": fine, "slice": fine, "heldout": weak}}  # the third was not optimized
+    assert "hardly rank" not in markdown(fit)
+    assert "hardly rank" not in markdown(
+        {**content, "reward_models": dict.fromkeys(content["reward_models"], weak), "rewarded": False}
     )
 
 

@@ -26,7 +26,11 @@ def test_the_best_the_worst_and_as_many_at_random():
 
 
 def test_all_of_the_samples_are_one_set_whoever_chooses(tmp_path, monkeypatch, capsys):
-    fields = released_study(tmp_path / "unused", write_tiny_release(tmp_path / "release"))
+    release = write_tiny_release(tmp_path / "release")
+    index_file = Path(release) / "model_index.json"
+    index = json.loads(index_file.read_text())  # as the release of the default config has it
+    index_file.write_text(json.dumps({**index, "supports_guidance": False}))
+    fields = released_study(tmp_path / "unused", release)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(fields))
     output = tmp_path / "selection.json"
     arguments = [

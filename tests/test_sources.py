@@ -14,7 +14,7 @@ from msrl_diffusers.data.reading import read_image
 from msrl_diffusers.data.volumes import VolumeDataset
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.evaluation import sources
-from msrl_diffusers.evaluation.sources import check_comparable, open_source
+from msrl_diffusers.evaluation.sources import check_comparable, check_kind, open_source
 
 
 ORIENTATIONS = ("RAS", "LPS", "ASL", "PIR")
@@ -277,6 +277,10 @@ def test_two_sets_are_compared_before_they_are_read(tmp_path):
     check_comparable(real, other(spacing=tuple(1.005 * edge for edge in dataset.spacing)))
     sentence = failure(check_comparable, real, other(spacing=(12.0, 12.0, 12.5)))
     assert "voxels of 12 x 12 x 12 and 12 x 12 x 12.5 mm; give --image_size" in sentence
+    assert (
+        "the pipeline does not say how large its voxels are, those of the given VolumeDataset are 12 x 12 x 12 mm"
+        in failure(check_kind, real, "the pipeline", real.shape, None)
+    )
     assert "have 1 and 2 channels" in failure(
         check_comparable, real, other(dataset.pixel_values.repeat(1, 2, 1, 1, 1))
     )

@@ -8,6 +8,10 @@ from _results_words import closed, copies, listed
 from msrl_diffusers.study.tables import verdict
 
 
+PUBLISHED_RECIPE = (
+    "*The published recipe*: rewards, objective and KL term of arXiv 2603.06173; what is left open there (learning rate, weight of the KL "
+    "term, number of rollouts, which weights are kept) was set here."
+)
 RECIPES = {  # of benchmarks/recipes.py
     "paper": "the published recipe; the weights of the highest held-out reward",
     "early_stop": "label distance stops the run and picks the weights (`select_by: -label_fid`, `patience`)",
@@ -41,7 +45,7 @@ def recipe_lines(content: dict, name: str, others: dict, demos: list[dict], redr
         f"PPO from the same pipeline with reward models of its own in every seed, by the published recipe, with each remedy alone, and by the "
         f"default recipe (`make demo` and the study run eight rollouts of it, without its floors): {content['n']['all']} volumes on each side, means over "
         f"{len(rows['paper']['seeds'])} seeds ({', '.join(content['devices_of_runs']).replace('cpu', 'CPU')}; [page]({name}.md)). "
-        f"Below zero: farther from the real volumes than before tuning.",
+        f"Below zero: farther from the real volumes than before tuning. {PUBLISHED_RECIPE}",
         "",
         "| recipe | what it is | gap closed, judge | gap closed, second judge | gap closed, label | MS-SSIM over real | copies | reward gained | kept after rollouts, of |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -133,7 +137,7 @@ def _redraws_line(content: dict) -> str:
     )
     return (
         f"- The samples of `make demo` drawn again, {content['draws']} times in each of the seeds {listed(content['seeds'])} "
-        f"([page](redraws-phantoms.md)): {listed(by_seed)} of the judge's gap, {closed(shares['draws'])} over the seeds (by its KID {kid}, by "
+        f"([page](redraws-phantoms.md); the runs were made anew, so their reports may differ by a point from those above): {listed(by_seed)} of the judge's gap, {closed(shares['draws'])} over the seeds (by its KID {kid}, by "
         f"the second judge {second})."
     )
 

@@ -176,7 +176,7 @@ def main() -> None:
         draws[seed] = distances_of_draws(config, reports[seed], args.draws)
     first = next(iter(reports.values()))
     content = {
-        "what": "What a tuned policy closes of the gap to the limit, by its report and by further draws of samples; +- between draws",
+        "what": "What a tuned policy closes of the gap to the limit, by the report of its run and by further draws of samples; +- between draws",
         **{name: first[name] for name in ("dataset", "data_fingerprint", "pretrained", "n", "extractors")},
         "seeds": args.seeds,
         "draws": args.draws,

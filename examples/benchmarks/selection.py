@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--num_per_class", type=int, help="samples of a class; as many as there are training volumes")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=1.0)
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/selection", help="folder of the prepared volumes")

@@ -69,9 +69,9 @@ def measure(model: Path, num_per_prompt: int, seed: int) -> dict:
 def markdown(content: dict) -> str:
     """The rows as a page."""
     lines = [
-        "# Samplers of the small Stable Diffusion, before tuning",
+        "# Samplers of a small Stable Diffusion, before tuning",
         "",
-        f"{content['n']} images, seed {content['seed']}; exact match by the reward classifier; FID to as many drawn images.",
+        f"Model `{content['model_mark']}`. {content['n']} images, seed {content['seed']}; exact match by the reward classifier; FID to as many drawn images.",
         "",
         "| steps | eta | guidance | exact match | FID |",
         "|---|---|---|---|---|",

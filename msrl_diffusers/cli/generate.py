@@ -105,10 +105,12 @@ def _generate_missing(args: GenerateArguments) -> None:
         _check_settings(record["settings"], settings, output_dir)
     num_volumes = args.num_volumes or len(classes)
     num_recorded = max(num_volumes, record["num_volumes"] if record else 0)
-    origin = {"versions": versions(), "commit": git_commit()}
-    write_json(output_dir / RECORD, {"settings": settings, "num_volumes": num_recorded, **origin})
     names = [image_names(pipeline, classes, args.seed, index) for index in range(num_recorded)]
     missing = [index for index in range(num_volumes) if not _there(output_dir, names[index])]
+    made_by, this = record["made_by"] if record else [], {"versions": versions(), "commit": git_commit()}
+    if missing and this not in made_by:
+        made_by = [*made_by, this]
+    write_json(output_dir / RECORD, {"settings": settings, "num_volumes": num_recorded, "made_by": made_by})
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     _write_table(pipeline, classes, names, output_dir)  # a killed run may have left images that it does not name
     _generate(pipeline, classes, missing, names, args)
@@ -241,7 +243,11 @@ def _read_record(output_dir: Path) -> dict | None:
         return None
     try:
         content = json.loads(path.read_text())
-        record = {"settings": dict(content["settings"]), "num_volumes": int(content["num_volumes"])}
+        record = {
+            "settings": dict(content["settings"]),
+            "num_volumes": int(content["num_volumes"]),
+            "made_by": list(content["made_by"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} can't be read ({error}); give another --output_dir.") from error
     return record if any(output_dir.glob("*.nii.gz")) else None

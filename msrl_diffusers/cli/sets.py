@@ -68,7 +68,7 @@ def open_generated(
     longest = pipeline.scheduler.config.num_train_timesteps
     if args.num_inference_steps > longest:
         raise InputError(f"num_inference_steps is at most {longest} with {place}, got {args.num_inference_steps}.")
-    check_kind(real, place, pipeline.volume_shape, pipeline.spacing)
+    check_kind(real, place, pipeline.volume_shape, pipeline.config.spacing)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     shares = class_shares(pipeline.id2label, real.class_names if in_proportion else None)
     volumes = sample_volumes(

@@ -105,19 +105,6 @@ def ms_ssim_of_two(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     )[:, 0]
 
 
-def ms_ssim_pairs(
-    volumes: torch.Tensor,
-    num_pairs: int = 200,
-    seed: int = 0,
-    labels: torch.Tensor | Sequence[int] | None = None,
-) -> torch.Tensor:
-    """MS-SSIM `[M]` of random pairs of `volumes [N, C, D, H, W]` in [-1, 1], by `draw_pairs` and `ms_ssim`.
-
-    Their mean is the figure of diversity: the lower, the more diverse.
-    """
-    return ms_ssim(volumes, draw_pairs(len(volumes), num_pairs, seed, labels))
-
-
 def ms_ssim_diversity(
     volumes: torch.Tensor,
     num_pairs: int = 200,

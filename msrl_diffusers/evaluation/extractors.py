@@ -291,15 +291,6 @@ def load_extractor(spec: str) -> Extractor:
     return EXTRACTORS[name](place)
 
 
-def check_identity(extractor: Extractor, stored: dict) -> None:
-    """Raise InputError where `stored`, the `{"id", "sha256"}` beside stored features or numbers, is of another one."""
-    if extractor.identity != {key: stored.get(key) for key in ("id", "sha256")}:
-        raise InputError(
-            f"The extractor is {extractor.id} ({extractor.sha256}), but what is stored was made by {stored.get('id')} "
-            f"({stored.get('sha256')}); distances of the two can't be compared, give the same extractor again."
-        )
-
-
 def _load_own(folder: Path) -> SliceFeatureExtractor | VolumeFeatureExtractor | PatchFeatureExtractor:
     networks = (SliceFeatureExtractor, VolumeFeatureExtractor, PatchFeatureExtractor)
     classes = {network.__name__: network for network in networks}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 
+LEAST_DEVIATION = 0.01  # of a feature, in the median of all that vary
 QUERIES_AT_ONCE = 1024  # in a matrix of similarities
 
 
@@ -94,7 +95,11 @@ class FeatureSpace:
 
     def __init__(self, features: torch.Tensor, neighbours: int):
         features = features.flatten(1)
-        self.neighbours, self.mean, self.deviation = neighbours, features.mean(dim=0), features.std(dim=0)
+        self.neighbours, self.mean, deviation = neighbours, features.mean(dim=0), features.std(dim=0)
+        # rectified features are often (nearly) constant: the least activity of one in another volume must not outweigh all others
+        alive = deviation[deviation > 0]
+        least = LEAST_DEVIATION * alive.median().item() if len(alive) else 1.0
+        self.deviation = deviation.clamp_min(least)
         self.references = self._directions(features)
 
     def search(self, features: torch.Tensor, mirrored: torch.Tensor, own: torch.Tensor | None = None) -> Neighbours:
@@ -116,7 +121,7 @@ class FeatureSpace:
         return Neighbours(*(torch.cat(values) for values in zip(*found, strict=True)))
 
     def _directions(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize((features - self.mean) / self.deviation.clamp_min(1e-6))
+        return F.normalize((features - self.mean) / self.deviation)
 
 
 def _coarsen(volumes: torch.Tensor) -> torch.Tensor:

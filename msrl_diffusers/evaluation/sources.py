@@ -177,9 +177,9 @@ def check_comparable(real: VolumeSource, generated: VolumeSource) -> None:
 
 
 def check_kind(
-    real: VolumeSource, place: str, shape: tuple[int, int, int, int], spacing: tuple[float, float, float]
+    real: VolumeSource, place: str, shape: tuple[int, int, int, int], spacing: tuple[float, float, float] | None
 ) -> None:
-    """The same of volumes `shape` (C, D, H, W) that `place` gives, or will give."""
+    """The same of volumes `shape` (C, D, H, W) that `place` gives, or will give; one without `spacing` is taken to be of 1 mm."""
     places = f"{real.place} and {place}"
     remedy = "give --image_size to resample NIfTI images, or prepare both alike"
     if real.shape[0] != shape[0]:
@@ -187,7 +187,12 @@ def check_kind(
     if real.shape != tuple(shape):
         shapes = f"{_times(real.shape[1:])} and {_times(shape[1:])}"
         raise InputError(f"{places} have volumes of {shapes} voxels; {remedy}.")
-    if not _same_spacing(real.spacing, spacing):
+    if spacing is None and not _same_spacing(real.spacing, (1.0, 1.0, 1.0)):
+        raise InputError(
+            f"{place} does not say how large its voxels are, those of {real.place} are {_times(real.spacing)} mm; "
+            'write their edges into its model_index.json, as "spacing": [.., .., ..].'
+        )
+    if spacing is not None and not _same_spacing(real.spacing, spacing):
         spacings = f"{_times(real.spacing)} and {_times(spacing)}"
         raise InputError(f"{places} have voxels of {spacings} mm; {remedy}.")
 

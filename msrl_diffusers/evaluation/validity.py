@@ -114,6 +114,22 @@ def check_validity(
     Raises:
         InputError: a figure below its floor, or one that is not there; the sentence names rewards, figures and floors.
     """
+    failures = broken_floors(figures, floors)
+    if failures:
+        remedy = remedy or (
+            "train it on more or harder sets (more steps k, degraded volumes, samples of the policies it fails on) or for "
+            "longer, or lower the floors to start all the same"
+        )
+        sentence = "; ".join(failures)
+        raise InputError(f"{sentence[0].upper()}{sentence[1:]}; a policy would game it: {remedy}.")
+
+
+def broken_floors(figures: Mapping[str, Mapping], floors: Mapping[str, float] = VALIDITY_FLOORS) -> list[str]:
+    """What `check_validity` refuses, a clause for each reward: "reward 'volume' has auc 0.55 (at least 0.7)".
+
+    Raises:
+        InputError: a floor of a figure that is not there.
+    """
     failures = []
     for reward, found in figures.items():
         broken = []
@@ -125,13 +141,7 @@ def check_validity(
                 broken.append(f"{name} {shown} ({'at most' if ceiling else 'at least'} {floor:g})")
         if broken:
             failures.append(f"reward {reward!r} has {', '.join(broken)}")
-    if failures:
-        remedy = remedy or (
-            "train it on more or harder sets (more steps k, degraded volumes, samples of the policies it fails on) or for "
-            "longer, or lower the floors to start all the same"
-        )
-        sentence = "; ".join(failures)
-        raise InputError(f"{sentence[0].upper()}{sentence[1:]}; a policy would game it: {remedy}.")
+    return failures
 
 
 def _figures(sets: Mapping[str, ScoredSet], num_bins: int) -> dict:

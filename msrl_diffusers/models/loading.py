@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
+from torch import nn
 
 from ..errors import InputError
 
@@ -27,8 +28,7 @@ def load_model(model_class: type[T], path: str | Path, **kwargs) -> T:
     """`from_pretrained` of a model (in evaluation mode, as it always is) or of a pipeline.
 
     Raises:
-        InputError: there is no such checkpoint, or it is of another class, or a model without all its weights; the Hub does not
-            give it.
+        InputError: there is no such checkpoint, or it is of another class, or lacks weights; the Hub does not give it.
     """
     name, report, config = model_class.__name__, {}, path
     try:
@@ -40,6 +40,7 @@ def load_model(model_class: type[T], path: str | Path, **kwargs) -> T:
                 model, report = model_class.from_pretrained(str(path), output_loading_info=True, **kwargs)
             else:
                 model = model_class.from_pretrained(str(path), **kwargs)
+                report = {"missing_keys": _without_weights(model)}
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, HTTPError) as error:
         raise InputError(hub_failure(path, error) or f"{path} holds no {name}: {_first_line(error)}") from error
     if found != name:
@@ -47,6 +48,17 @@ def load_model(model_class: type[T], path: str | Path, **kwargs) -> T:
     if missing := report.get("missing_keys"):
         raise InputError(f"{path} lacks weights of {name}, such as {missing[0]}; save it again.")
     return model
+
+
+def _without_weights(pipeline: DiffusionPipeline) -> list[str]:
+    """Parameters that no file held: diffusers leaves them on the device "meta", and warns."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return [
+        f"{component}.{name}"
+        for component, network in networks.items()
+        for name, tensor in network.state_dict().items()
+        if tensor.is_meta
+    ]
 
 
 def hub_failure(place: str | Path, error: BaseException) -> str | None:

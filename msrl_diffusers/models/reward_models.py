@@ -21,7 +21,6 @@ def pessimistic_score(head_scores: torch.Tensor, spread_penalty: float) -> torch
     """
     if head_scores.shape[1] == 1:
         return head_scores[:, 0]
-    head_scores = head_scores.float()
     return head_scores.mean(dim=1) - spread_penalty * head_scores.std(dim=1, correction=0)
 
 
@@ -75,7 +74,7 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         features = self.features(sample).to(self._dtype)
-        scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1)
+        scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1).float()
         if self.num_classes is None:
             return scores[..., 0]
         labels = _checked_labels(class_labels, len(scores), self.num_classes)

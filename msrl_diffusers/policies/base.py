@@ -64,6 +64,9 @@ class DenoisingPolicy(Protocol):
     def reference(self) -> AbstractContextManager:
         """Within it, `predict` is the pretrained model: adapters off under LoRA, otherwise a frozen copy."""
 
+    def frozen_copy(self) -> nn.Module:
+        """A copy of the reference, in one piece."""
+
 
 POLICIES = {
     "MedVolumePipeline": "volume.VolumePolicy",

@@ -150,7 +150,7 @@ def _run_arm(
     processes.wait_for_everyone()
     started = time.monotonic()
     model, figures = _train(folder, real_train, synthetic, config, seed)
-    probabilities = predict(model, real_test.pixel_values)
+    probabilities = predict(model, real_test.pixel_values, config.train_batch_size)
     if processes.is_main_process:
         content = {
             "fingerprint": mark,

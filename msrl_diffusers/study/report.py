@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Collection
 from pathlib import Path
 
+from ..evaluation.validity import broken_floors
 from ..files import write_json, write_text
 from ..plots import plot_history, plot_scatter, plot_volumes
 from ..processes import device_name
 from .artifacts import load_pipeline, load_reported, load_scores, load_split, load_tuned_pipeline, stages_left_out
 from .config import SHOW_LESIONS, StudyConfig
 from .curve_figure import curve_lines, draw_curve
-from .sections import WITHOUT_REWARDS
+from .sections import TRAINED_ON, WITHOUT_REWARDS
 
 
 PACKAGES = ("msrl_diffusers", "torch", "diffusers", "accelerate", "transformers", "monai", "torchmetrics", "numpy")
@@ -188,6 +189,7 @@ def markdown(content: dict) -> str:
     for role, validity in content["reward_models"].items():
         after = reward["parts"]["after"][role]
         lines.append(f"| {role} | {validity['auc']:.3f} | {validity['spearman']:.3f} | {after:+.2f} |")
+    lines += _weak_reward_lines(content)
     lines += _diversity_lines(content) + _memorization_lines(content) + _downstream_lines(content)
     method, tuning = content["method"], content[content["method"]]
     lines += [
@@ -210,6 +212,20 @@ def markdown(content: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _weak_reward_lines(content: dict) -> list[str]:
+    """A warning where what was optimized hardly ranks unseen subjects; the floors of the study itself may be lower, or none."""
+    broken = (
+        broken_floors({role: content["reward_models"][role] for role in TRAINED_ON}) if content["rewarded"] else []
+    )
+    if not broken:
+        return []
+    return [
+        "",
+        f"**Tuned by rewards that hardly rank unseen subjects**: {'; '.join(broken)}. What the policy gained of them says nothing about "
+        "its volumes; `validity_floors` refuses such rewards.",
+    ]
 
 
 def _share(closed: float | None) -> str:

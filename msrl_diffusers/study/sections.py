@@ -34,6 +34,7 @@ METHOD_CONFIGS: dict[str, type[TrainingConfig]] = {
     "ddo": DDOConfig,
 }
 METHODS = tuple(METHOD_CONFIGS)
+TRAINED_ON = ("volume", "slice")  # the third reward model only watches
 WITHOUT_REWARDS = ("frechet", "ddo")  # learned rewards only watch
 TRAINER_CONFIGS: dict[str, type[TrainingConfig]] = {
     "extractors": FeatureConfig,

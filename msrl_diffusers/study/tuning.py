@@ -28,11 +28,8 @@ from ..trainers.snapshots import SnapshotCallback
 from .artifacts import best_sampler, load_extractors, load_pipeline, load_reward_models, load_sources, load_split
 from .config import StudyConfig
 from .reward_data import reward_data, reward_seed, reward_sets
-from .sections import WITHOUT_REWARDS
+from .sections import TRAINED_ON, WITHOUT_REWARDS
 from .stages import sample_with
-
-
-TRAINED_ON = ("volume", "slice")  # the third reward model only watches
 
 
 def tune(config: StudyConfig) -> dict:

@@ -28,7 +28,7 @@ from .callbacks import Callbacks
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
-ASKED = "a callback asked for it"  # why a run was stopped that may go on
+ASKED = "a callback asked for it"
 LIMITS = ("patience", "kl_budget", "watch_limits")  # settings that end a run early
 
 
@@ -80,6 +80,7 @@ class TrainingRun:
         self.state: dict = {}  # what else the loop must remember; plain JSON
         self.history: list[dict] = []
         self.stopped: str | None = None
+        self._binding = True
         self.resumed_from = self.output_dir  # where the checkpoint lay that was resumed, and what belongs to it
         self.callbacks: Callbacks | None = None
         self.progress: tqdm | None = None
@@ -241,7 +242,7 @@ class TrainingRun:
                 self.progress.update()
                 self._tell("step_end", self.step)
                 if self.callbacks and self.callbacks.wants_stop and not self.stopped:
-                    self.stop(ASKED)
+                    self.stop(ASKED, binding=False)
                 self._flush()
                 asked = bool(self.callbacks and self.callbacks.take_save_request())
                 due = due or asked or bool(self.args.save_steps and self.step % self.args.save_steps == 0)
@@ -258,9 +259,9 @@ class TrainingRun:
         if self.progress is not None:
             self.progress.set_description(f"{self.description}, {what}")
 
-    def stop(self, reason: str) -> None:
-        """End the loop after this step."""
-        self.stopped = reason
+    def stop(self, reason: str, binding: bool = True) -> None:
+        """End the loop after this step. A `binding` end holds for who resumes the run, until one of `LIMITS` changes."""
+        self.stopped, self._binding = reason, binding
 
     def record(self, **metrics: float | torch.Tensor) -> None:
         """Collect figures of this step; their means are logged every `logging_steps`."""
@@ -300,7 +301,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             pending = {name: [float(value) for value in values] for name, values in self._pending.items()}
-            stopped = None if self.stopped == ASKED else self.stopped
+            stopped = self.stopped if self._binding else None
             saved = {"step": self.step, "state": self.state, "pending": pending}
             saved |= {"stopped": stopped, "limits": self._limits(), "kept_for": self._kept_for}
             (temporary / "trainer_state.json").write_text(json.dumps(saved))

@@ -110,7 +110,9 @@ class ClassifierTrainer:
         results = {}
         for split, data in splits.items():
             if data is not None:
-                metrics = classification_metrics(predict(self.model, data.pixel_values), data.class_labels)
+                metrics = classification_metrics(
+                    predict(self.model, data.pixel_values, self.args.train_batch_size), data.class_labels
+                )
                 results.update({f"{split}_{name}": value for name, value in metrics.items()})
         return results
 

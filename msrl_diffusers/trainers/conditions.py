@@ -22,10 +22,12 @@ class Conditions:
         metadata), or all classes of the pipeline. Names of classes become their labels.
 
         Raises:
-            InputError: both or neither where the pipeline has no classes, nothing in them, or no such column.
+            InputError: both, or neither where the pipeline has no classes; nothing in them, one text, or no such column.
         """
         if train_conditions is not None and train_dataset is not None:
             raise InputError("Give train_conditions or train_dataset, not both.")
+        if isinstance(train_conditions, str):  # its letters would be prompts
+            raise InputError(f"train_conditions is a list, got the text {train_conditions!r}; put it in brackets.")
         if train_dataset is not None:
             names = [name for name in CONDITION_COLUMNS if name in train_dataset.column_names]
             if not names:

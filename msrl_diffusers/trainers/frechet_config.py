@@ -67,7 +67,8 @@ class FrechetConfig(OnlineConfig):
     patience: int | None = field(
         default=20,
         metadata={
-            "help": "Stop when the selection figure (eval_steps, or select_by of the trainer) has not improved for so many steps."
+            "help": "Stop when the selection figure (eval_steps, or select_by of the trainer; without both there is none) has not "
+            "improved for so many steps."
         },
     )
 

@@ -131,7 +131,7 @@ class FrechetTrainer:
                     weights.save_best()
                 pulls = self._pulls(run, eta, features)
                 if pulls is None:
-                    run.stop("the Frechet distance is not finite")
+                    run.stop("the Frechet distance is not finite", binding=False)
                     continue
                 draw_samples(run, rollout.samples, _lengths(pulls), step)
                 self._measure_divergence(run, rollout)

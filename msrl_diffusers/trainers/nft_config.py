@@ -15,7 +15,9 @@ class DiffusionNFTConfig(OnlineConfig):
     eta: float = field(default=0.0, metadata={"help": "Noise of the DDIM steps; 0 is the ODE."})
     sampler: str | None = field(
         default=None,
-        metadata={"help": "A scheduler class of diffusers that samples the rollouts; the pipeline's own if unset."},
+        metadata={
+            "help": "A scheduler class of diffusers that samples the rollouts; the pipeline's own if unset, with Stable Diffusion DDIM."
+        },
     )
 
     # updates

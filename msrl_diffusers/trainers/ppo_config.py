@@ -37,7 +37,10 @@ class DiffusionPPOConfig(OnlineConfig):
         default=1.0, metadata={"help": "Share of the stochastic steps trained per rollout, drawn anew for each."}
     )
     adv_clip_max: float = field(default=5.0, metadata={"help": "Advantages are clipped to this."})
-    log_prob_reduction: str = field(default="mean", metadata={"help": "mean or sum over the elements of a latent."})
+    log_prob_reduction: str = field(
+        default="mean",
+        metadata={"help": "mean or sum over the elements of a latent, here and in the KL term of the loss."},
+    )
     policy_loss: str = field(
         default="clip", metadata={"help": "clip (of the ratio) or kl_mask (closed-form trust region)."}
     )

@@ -246,8 +246,9 @@ class DiffusionPPOTrainer:
             moved = gaussian_kl(mean, batch.means[:, t], std)
             loss, stats = kl_mask_loss(log_prob, batch.log_probs[:, t], batch.advantages, moved, args.kl_threshold)
         kl = None if pretrained is None else gaussian_kl(mean[:measured], pretrained, std)
-        held = kl if anchor is None else gaussian_kl(mean, anchor, std)
-        if held is not None:
+        towards = anchor if anchor is not None else pretrained
+        if towards is not None:  # reduced as the log-probabilities are, so that a coefficient means the same
+            held = gaussian_kl(mean[: len(towards)], towards, std, args.log_prob_reduction)
             loss = loss + leash.penalty(held, rows)
         return loss, None if kl is None else kl.mean(), stats
 

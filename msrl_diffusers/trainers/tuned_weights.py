@@ -180,7 +180,7 @@ class TunedWeights:
             norm = accelerator.clip_grad_norm_(self.trainable.values(), self.args.max_grad_norm)
             if not self.run.may_step(norm):
                 self._broken = True
-                self.run.stop("the gradient is not finite")
+                self.run.stop("the gradient is not finite", binding=False)  # a lower rate may mend it
         if not self._broken:
             self._optimizer.step()
         self._optimizer.zero_grad()
