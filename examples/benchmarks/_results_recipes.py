@@ -25,7 +25,7 @@ RECIPES = {  # of benchmarks/recipes.py
     "gated_kl": "a stronger KL term, on the samples alone that rewards disagree on (`kl_coef: 1.0`, `kl_gate_quantile: 0.7`)",
     "moving_reference": "the reference moves every fourth rollout (`reference_update_steps`)",
     "hard_data": "degraded volumes as further reward data (`degraded_anchors`)",
-    "policy_anchors": "samples of an earlier policy, moving_reference's, as further reward data (`policy_anchors`)",
+    "policy_anchors": "samples of an earlier policy, hard_data's, as further reward data (`policy_anchors`)",
     "antithetic": "pairs of samples from opposite noise (`antithetic`)",
     "large_rollouts": "twice the samples in a rollout, and half of its steps trained (`num_rollout_batches`, `timestep_fraction`)",
 }

@@ -109,7 +109,7 @@ def _recipe_line(content: dict) -> str:
         f"- Over-optimization: by the published recipe the judge's distance is lowest after {listed(turning)} of {paper['rollouts'][0]} rollouts, "
         f"by seed; after it the reward that is trained on rises in {rising('mean', paper['curves'])}, and so does that of a model which only "
         f"watches in {rising('heldout', paper['curves'])}. What helps is not to go as far, by weights that the label distance picks, which takes "
-        f"only samples, or by a stronger KL term where rewards disagree: of the [recipes]({PAGE}#rewards-under-optimization) "
+        f"only samples, or by a stronger KL term: of the [recipes]({PAGE}#rewards-under-optimization) "
         f"{listed(list(that_help(content['variants'])) or ['none'])} end nearer to the real volumes in every seed (the judge itself, "
         "on these seeds, told them apart; what further seeds say is there too). The label distance is no "
         "alarm that stops a run in time."

@@ -52,10 +52,10 @@ NO_CURVE = {"num_curve_points": 0}  # as long as a third of a run; that of `pape
 
 
 def earlier_policy(base: StudyConfig, seed: int) -> dict:
-    """The samples of the policy that the plain recipe's rewards misled the farthest, as a further set of reward data; the run
-    that ended with it comes before."""
-    samples = Path(base.output_dir) / f"moving_reference-seed{seed}" / "evaluate" / "rl.safetensors"
-    return {"policy_anchors": {"moving_reference": str(samples)}, **NO_CURVE}
+    """The samples of a policy that was led astray, that of `hard_data`, as a further set of reward data; the run that ended with
+    it comes before."""
+    samples = Path(base.output_dir) / f"hard_data-seed{seed}" / "evaluate" / "rl.safetensors"
+    return {"policy_anchors": {"hard_data": str(samples)}, **NO_CURVE}
 
 
 VARIANTS = {
