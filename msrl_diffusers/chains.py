@@ -159,7 +159,10 @@ def _run_on_main_process(stage: Stage, config: Any) -> dict | None:
 
 def finished_fingerprint(config: Any, name: str) -> str | None:
     """The fingerprint of what lies in the stage's folder; None if it is not there or not whole."""
-    record = Path(config.output_dir) / name / "stage.json"
+    return _recorded_fingerprint(Path(config.output_dir) / name / "stage.json")
+
+
+def _recorded_fingerprint(record: Path) -> str | None:
     return json.loads(record.read_text())["fingerprint"] if record.is_file() else None
 
 
@@ -168,7 +171,7 @@ def open_folder(folder: Path, mark: str) -> bool:
     a run with other settings left is removed. Of a link to another run's folder only the link is. Whether anything was kept.
     """
     marker = folder / ".fingerprint"
-    found = marker.read_text() if marker.is_file() else None
+    found = marker.read_text() if marker.is_file() else _recorded_fingerprint(folder / "stage.json")
     stale, leftover = found not in (None, mark), folder.with_name(f".{folder.name}.stale")
     shutil.rmtree(leftover, ignore_errors=True)
     if folder.is_symlink():
@@ -177,6 +180,6 @@ def open_folder(folder: Path, mark: str) -> bool:
     elif stale:
         folder.rename(leftover)  # at once: half of it, where the removal is killed, would look like an interrupted run
         shutil.rmtree(leftover)
-    if found != mark:
+    if found != mark or not marker.is_file():  # hidden files are lost when a folder is copied carelessly
         write_text(marker, mark)
     return any(path != marker for path in folder.iterdir())

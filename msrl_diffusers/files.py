@@ -8,6 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 
 
+TABLES = (".csv", ".tsv", ".json")  # a label that was corrected far down counts
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path`, making its folder."""
     path = Path(path)
@@ -23,14 +26,14 @@ def write_json(path: str | Path, content) -> None:
 
 
 def folder_mark(folder: str | Path) -> str:
-    """Hash of the names, sizes and first 256 KiB of the files of a folder, those behind links to folders too. Cards and other
-    README.md do not count: no result depends on them."""
+    """Hash of the names, sizes and first 256 KiB of the files of a folder, tables whole, those behind links to folders too. Cards
+    and other README.md do not count: no result depends on them."""
     folder = Path(folder).absolute()  # a relative path may mean another one by the next call
     return files_mark(sorted(path for path in _files_below(folder, frozenset()) if path.name != "README.md"), folder)
 
 
 def files_mark(paths: Iterable[Path], folder: Path) -> str:
-    """Hash of the names, as seen from `folder`, sizes and first 256 KiB of files."""
+    """Hash of the names, as seen from `folder`, sizes and first 256 KiB of files, tables whole."""
     files = []
     for path in paths:
         stat = path.stat()
@@ -52,7 +55,7 @@ def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 
 def file_mark(path: str | Path) -> str:
-    """Hash of the size and the first MiB of a file."""
+    """Hash of the size and the first MiB of a file, all of a table."""
     path = Path(path).absolute()
     stat = path.stat()
     return _mark(((str(stat.st_size), path, stat.st_mtime_ns),), 1 << 20)
@@ -60,14 +63,14 @@ def file_mark(path: str | Path) -> str:
 
 @lru_cache
 def _mark(files: tuple[tuple[str, Path, int], ...], num_bytes: int) -> str:
-    """Hash of the title (with the size) and the first `num_bytes` of every file. The times are there for the cache: a plan of
+    """Hash of the title (with the size) and the first `num_bytes` of every file, all of a table. The times are there for the cache: a plan of
     many runs asks for the same files hundreds of times, and those that keep size and time are read once."""
     digest = hashlib.sha256()
     for title, path, _ in files:
         digest.update(title.encode())
         try:
             with path.open("rb") as file:
-                digest.update(file.read(num_bytes))
+                digest.update(file.read(-1 if path.suffix.lower() in TABLES else num_bytes))
         except PermissionError:
             digest.update(b"not readable")  # whoever needs the file says so
     return digest.hexdigest()[:16]

@@ -15,6 +15,7 @@ from msrl_diffusers import SliceRewardModel, VolumeFeatureExtractor
 from msrl_diffusers.cli import card as card_verb
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.hub import NO_AUDIT, render_card
+from msrl_diffusers.hub.cards import UNKNOWN_TERMS
 from msrl_diffusers.study import StudyConfig, release
 from msrl_diffusers.study.chain import fingerprint
 
@@ -171,11 +172,11 @@ def test_the_arm_is_told_or_asked_for(folder):
 def test_prepared_data_have_the_terms_of_what_was_prepared(folder, tmp_path):
     report = {**REPORT, "dataset": "prepared", "data": {**REPORT["data"], "dataset": "brats2019"}}
     card = render_card(report, folder)
-    assert "BraTS 2019: " in card
+    assert "BraTS (2019, or another release in its layout): " in card
     assert "Handed out by its organizers to registered users" in card
     metadata = metadata_of(card, tmp_path)
     assert (metadata["datasets"], metadata["license"]) == (["brats2019"], "unknown")
-    assert ModelCard(card).data.eval_results[0].dataset_name == "BraTS 2019"
+    assert ModelCard(card).data.eval_results[0].dataset_name.startswith("BraTS (2019")
     report["data"]["dataset"] = "prepared"
     assert "A folder of images" in render_card(report, folder)
 
@@ -291,6 +292,11 @@ def test_the_card_of_an_adapter_of_images(tmp_path):
     assert not any(word in card for word in ("2603.06173", "MRI", "volumes"))
     other = render_card(None, folder, base_model="somebody/other")
     assert metadata_of(other, tmp_path)["base_model"] == "somebody/other"
+    facts = json.loads((folder / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps({**facts, "dataset": None}))
+    unknown = render_card({"data": {"dataset": "dermoscopy"}}, folder)  # what distances are to
+    assert "datasets" not in metadata_of(unknown, tmp_path)
+    assert UNKNOWN_TERMS in unknown
     beside = render_card(None, adapter_of_images(tmp_path / "lora2", "pipeline_standard"))
     assert "base_model" not in metadata_of(beside, tmp_path)  # a folder, which the Hub does not know
     assert "made for the pipeline `pipeline_standard`." in beside
@@ -302,8 +308,7 @@ def test_the_report_of_a_text_to_image_study(known, tmp_path):
     report["data"] |= {"dataset": "dermoscopy"} if known else {}  # as studies write it now
     card = render_card(report, adapter_of_images(tmp_path / "lora", "pipeline_standard"), arm="rl")
     train, heldout = (report["data"][split]["images"] for split in ("train", "heldout"))
-    title = "Drawn dermoscopy images" if known else "A folder of images"
-    assert f"{title}: {train} training and {heldout} held-out images, fingerprint" in card
+    assert f"Drawn dermoscopy images: {train} training and {heldout} held-out images, fingerprint" in card
     assert f"Seed {report['seed']}." in card
     assert "from what a classifier finds of what a prompt states." in card
     assert "FID" not in card

@@ -15,6 +15,7 @@ from launching import finish
 from msrl_diffusers import chains
 from msrl_diffusers.chains import Chain, Stage, finished_fingerprint, open_folder
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.files import write_json
 
 
 @dataclass
@@ -142,6 +143,15 @@ def test_of_a_removal_that_is_killed_nothing_is_gone_on_from(monkeypatch, tmp_pa
             open_folder(folder, "two")
     assert not open_folder(folder, "two")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".fingerprint"]
+
+
+def test_what_a_copy_without_hidden_files_left_is_known_by_its_record(tmp_path):
+    write_json(tmp_path / "stage.json", {"fingerprint": "one"})
+    (tmp_path / "weights").touch()
+    assert open_folder(tmp_path, "one")
+    (tmp_path / ".fingerprint").unlink()
+    assert not open_folder(tmp_path, "two")
+    assert (tmp_path / ".fingerprint").read_text() == "two"
 
 
 def test_of_a_link_to_another_folder_only_the_link_is_removed(tmp_path):

@@ -181,6 +181,7 @@ def test_sections_are_checked(section):
         ({"degraded_anchors": {"kinds": ["blur"]}}, "needs two lists, kinds and strengths"),
         ({"degraded_anchors": {"kinds": ["smear"], "strengths": [0.5]}}, "kind 'smear' is unknown; choose of"),
         ({"degraded_anchors": {"kinds": ["blur"], "strengths": [0.0]}}, r"a strength must lie in \(0, 1\], got 0.0"),
+        ({"degraded_anchors": {"kinds": ["blur"], "strengths": [0.1, 0.104]}}, "strengths must differ in hundredths"),
         ({"policy_anchors": {"a": 3}}, "policy_anchors must name a folder or file for 'a', got 3"),
         ({"validity_floors": {"accuracy": 0.5}}, "validity_floors names 'accuracy'; figures are"),
         ({"validity_floors": {"auc": "high"}}, "validity_floors: auc must be a number, got 'high'"),

@@ -96,6 +96,10 @@ def test_the_mark_of_given_files_is_theirs_and_they_are_read_once(tmp_path):
     parts = b"a/b 5\n12345c 300000\n" + b"c" * (1 << 18)
     assert folder_mark(tmp_path) == hashlib.sha256(parts).hexdigest()[:16]
     assert file_mark(tmp_path / "c") == hashlib.sha256(b"300000" + b"c" * 300_000).hexdigest()[:16]
+    (tmp_path / "table.csv").write_bytes(b"t" * 300_000)
+    tables = parts + b"table.csv 300000\n" + b"t" * 300_000
+    assert folder_mark(tmp_path) == hashlib.sha256(tables).hexdigest()[:16]
+    (tmp_path / "table.csv").unlink()
     (tmp_path / "README.md").write_text("A card, rendered anew.")
     assert folder_mark(tmp_path) == hashlib.sha256(parts).hexdigest()[:16]
     before, times = folder_mark(tmp_path), (tmp_path / "a" / "b").stat()

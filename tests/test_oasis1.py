@@ -154,6 +154,7 @@ def test_oasis_table_is_found(tmp_path, place):
     data = tmp_path / "data"
     table = write_oasis(data, kinds=["t88_masked"])
     table.rename(data / place)
+    (data / "oasis_cross-sectional-reliability.csv").write_text("ID,Delay\nOAS1_0001_MR2,3\n")  # of the same download
     assert len(list_cases("oasis1", data).cases) == 4
 
 

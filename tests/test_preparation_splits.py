@@ -23,7 +23,7 @@ def test_a_split_that_can_t_be_made_is_said_before_anything_is_read(tmp_path, mo
         (SplitPlan(1.5), "holdout_fraction must lie between 0 and 1"),
         (
             SplitPlan(train_subjects=("s0", "s9"), heldout_subjects=("s1",)),
-            "1 listed subjects are not in the data set, 's9'",
+            "1 listed subjects are not in the data set, 's9' first; its subjects are called like 's0'",
         ),
     ):
         with pytest.raises(InputError, match=sentence):
@@ -72,6 +72,15 @@ def test_the_data_set_s_own_hold_out_is_kept_or_refused(tmp_path, lost):
     (data / "metadata.csv").write_text("file_name,subject_id,grade,split\n" + "".join(rows))
     listing = list_cases("nifti_folder", data, label_column="grade")
     with pytest.raises(InputError, match=r"no volume for 'heldout' can be used: .* The first: .*(s2|line 4)"):
+        prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
+
+
+def test_a_hold_out_without_a_training_set_is_not_trained_on(tmp_path):
+    write_marked_folder(tmp_path)
+    rows = [f"s{index}.nii.gz,s{index},{'ab'[index % 2]},test\n" for index in range(4)]
+    (tmp_path / "metadata.csv").write_text("file_name,subject_id,grade,split\n" + "".join(rows))
+    listing = list_cases("nifti_folder", tmp_path, label_column="grade")
+    with pytest.raises(InputError, match="own split holds all volumes that can be used out of training: give lists"):
         prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
 
 

@@ -178,6 +178,7 @@ def test_earlier_results_stay_beside_new_runs(benchmarks, tmp_path, monkeypatch)
 
 
 def test_a_method_reaches_ppo_over_the_seeds_that_both_have(benchmarks):
+    import _results_methods
     import objectives
 
     def row(**distances):
@@ -204,6 +205,7 @@ def test_a_method_reaches_ppo_over_the_seeds_that_both_have(benchmarks):
     }  # fmt: skip
     assert shares["frechet"]["forwards"] == shares["frechet"]["seconds"] == pytest.approx(1 / 3)
     assert shares["ddo"]["seconds"] is None
+    assert _results_methods._beside_ppo(shares).endswith("; nft did not.")
 
 
 def test_finished_runs_of_several_folders_are_gathered(benchmarks, tmp_path):

@@ -20,6 +20,9 @@ ROLES = ("judge", "second_judge", "label")
 def test_a_release_is_used_and_not_trained(finished, tmp_path):
     release = tmp_path / "release"
     write_release(settings_with(finished), release)
+    scores = json.loads((release / "scores.json").read_text())
+    told = {**scores, "train_volumes": ["another", *scores["train_volumes"]]}
+    (release / "scores.json").write_text(json.dumps(told))
     config = settings_with(tmp_path / "out", pretrained=str(release))
     for name in ("unet", "vqvae"):
         trained, released = (
@@ -39,6 +42,9 @@ def test_a_release_is_used_and_not_trained(finished, tmp_path):
             assert ours["fid"][role][arm]["all"] == pytest.approx(theirs["fid"][role][arm]["all"], rel=0.2)
     assert "Not for clinical use" in (release / "README.md").read_text()
     assert ours["pretrained"] == "release"
+    write_release(config, tmp_path / "again")  # whose networks saw what the first one's did
+    again = json.loads((tmp_path / "again" / "scores.json").read_text())
+    assert (again["train_volumes"], again["n_train"]) == (["another", *scores["train_volumes"]], 8)
 
 
 def test_a_release_of_other_volumes_is_refused(finished, tmp_path):
@@ -58,7 +64,12 @@ def test_a_release_of_other_volumes_is_refused(finished, tmp_path):
         InputError, match=r"was trained on 8 phantoms or more, and with num_per_class=2 .* give num_per_class=4"
     ):
         run_study(settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2), ["prepare"])
-    run_study(settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2, data_seed=5), ["prepare"])
+    others = settings_with(tmp_path / "out", pretrained=str(release), num_per_class=2, data_seed=5)
+    run_study(others, ["prepare"])
+    with pytest.raises(
+        InputError, match="trained on phantoms of data_seed 0, and this study's are of 5: a later study"
+    ):
+        write_release(others, tmp_path / "again")
     heldout = load_split(settings_with(finished), "heldout")
     for split, some in (("train", heldout), ("heldout", volumes)):  # the other way round
         some.save(tmp_path / "prepared" / f"{split}.safetensors")

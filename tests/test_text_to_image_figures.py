@@ -26,9 +26,10 @@ from msrl_diffusers.data.prompts import PromptBuilder
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.image_classifiers import build_image_classifier
 from msrl_diffusers.seeding import sample_generators
+from msrl_diffusers.text_to_image.artifacts import data_facts
 from msrl_diffusers.text_to_image.augmentation import diagnosis_only, missing_prompts
 from msrl_diffusers.text_to_image.config import NETWORKS, TextToImageStudyConfig
-from msrl_diffusers.text_to_image.data import in_subgroup, load_captioned_folder, make_splits, thin_out
+from msrl_diffusers.text_to_image.data import in_subgroup, load_captioned_folder, make_splits, thin_out, trained_splits
 from msrl_diffusers.text_to_image.diversity import diversity_of_sets, prompt_diversity
 from msrl_diffusers.text_to_image.evaluate import fidelity, matched_rows
 from msrl_diffusers.text_to_image.extractors import ClassifierExtractor, image_features
@@ -147,6 +148,42 @@ def test_splits_share_no_subject_and_the_subgroup_is_rare_in_training_only():
     counts = {name: int(in_subgroup(its, ["melanoma", "hair"]).sum()) for name, its in splits.items()}
     assert counts == {"train": 8, "judge": 16, "heldout": 16}
     assert {name: len(its) for name, its in splits.items()} == {"train": 56, "judge": 64, "heldout": 64}
+
+
+def test_splits_on_which_nothing_is_trained_need_not_show_everything():
+    assert trained_splits(config()) == ["train", "judge", "heldout"]
+    given = {
+        "pretrained_model_name_or_path": "somebody/pipeline", "reward_classifier": "somebody/reward",
+        "fid_extractor": "inception", "augmentation": {},
+    }  # fmt: skip
+    assert trained_splits(config(**given)) == ["judge", "heldout"]
+    assert trained_splits(config(**given, judge_classifier="somebody/judge")) == ["heldout"]
+
+
+@pytest.mark.parametrize(
+    ("card", "dataset", "data"),
+    [
+        (None, None, "not stated by the pipeline that was given"),
+        (
+            "---\ndatasets:\n- dermoscopy\n---\n",
+            "dermoscopy",
+            "procedurally drawn dermoscopy-like images, of no patient",
+        ),
+        ("---\ndatasets:\n- somebody/isic\n---\n", "somebody/isic", "somebody/isic"),
+        ("---\ndatasets: [a, b]\n---\n", None, "not stated by the pipeline that was given"),
+        ("---\ndatasets: [a\n---\n", None, "not stated by the pipeline that was given"),
+        ("No metadata.", None, "not stated by the pipeline that was given"),
+    ],
+)
+def test_the_data_of_a_given_pipeline_are_those_its_card_names(card, dataset, data, tmp_path):
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    facts = data_facts(config(pretrained_model_name_or_path=str(tmp_path)))
+    assert (facts["dataset"], facts["data"], facts["sampler"]["eta"]) == (
+        dataset,
+        data,
+        config().evaluation_sampler["eta"],
+    )
 
 
 def test_splits_of_an_only_diagnosis(tmp_path):

@@ -300,7 +300,13 @@ def test_tables_gather_the_reports(finished, tables):
     page = (Path(finished[0].output_dir) / "tables.md").read_text()
     assert "![Samples](tables.png)" in page
     assert (Path(finished[0].output_dir) / "tables.png").stat().st_size > 5000
-    for text in ("38.05", "reward 3d only", "Table 5", "mean and deviation over 2 seeds", "Not for clinical use"):
+    for text in (
+        "38.05",
+        "reward 3d only",
+        "Table 5",
+        "mean and deviation over 2 seeds of: reward models, PPO, evaluation.",
+        "Not for clinical use",
+    ):
         assert text in page
 
 

@@ -107,7 +107,7 @@ def _beside_ppo(shares: dict) -> str:
         for name, share in shares.items()
         if share["reaches_ppo"]
     ]
-    missed = [name for name, share in shares.items() if not share["reaches_ppo"]]
+    missed = [name for name, share in shares.items() if share["reaches_ppo"] is False]
     beyond = f"; {listed(missed)} did not" if missed else ""
     return f"- Methods whose mean judge distance is at or below PPO's, over the same seeds: {', '.join(reached) or 'none'}{beyond}."
 

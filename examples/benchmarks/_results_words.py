@@ -15,6 +15,6 @@ def copies(row: dict) -> str:
 def closed(figure: dict | None) -> str:
     """A share of a gap that was closed, with its interval where there are several seeds."""
     if figure is None:
-        return "no gap"
+        return "no gap in one seed or more"
     interval = figure["interval"]
     return f"{figure['mean']:.0%}" + (f" ({interval[0]:.0%} .. {interval[1]:.0%})" if interval else "")

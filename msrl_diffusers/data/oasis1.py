@@ -84,8 +84,9 @@ def _find_table(data_dir: Path, csv: str | Path | None) -> Path:
         except InputError:
             continue
         for file in files:
-            if fnmatch(file.name.lower(), "oasis_cross-sectional*.csv") and os.path.isfile(file):
-                return file
+            name = file.name.lower()
+            if fnmatch(name, "oasis_cross-sectional*.csv") and "reliability" not in name and os.path.isfile(file):
+                return file  # that of the second scans has no ratings
     raise InputError(
         f"{data_dir} has no oasis_cross-sectional.csv; download it from oasis-brains.org (save an .xlsx as .csv) and "
         "put it there, or name it with the option csv."

@@ -86,6 +86,11 @@ class SplitPlan:
                 f"{own.count(None)} of {len(own)} volumes have no split of their own, that of subject "
                 f"{subjects[own.index(None)]!r} first: give every volume one, or none."
             )
+        elif "heldout" in own:  # drawn anew, it would be trained on
+            raise InputError(
+                "The data set's own split holds all volumes that can be used out of training: give lists of subjects, or take the split out "
+                "of the data set to have one drawn."
+            )
         else:
             sides = split_fraction(subjects, labels, self.holdout_fraction, self.seed)
         by_side = {side: {s for s, its in zip(subjects, sides, strict=True) if its == side} for side in SIDES}
@@ -166,7 +171,10 @@ def split_lists(
     check_no_leak(train, heldout)
     unknown = sorted({*train, *heldout} - set(known))
     if unknown:
-        raise InputError(f"{len(unknown)} listed subjects are not in the data set, {unknown[0]!r} first.")
+        raise InputError(
+            f"{len(unknown)} listed subjects are not in the data set, {unknown[0]!r} first; its subjects are called like "
+            f"{min(known)!r}."
+        )
     train, heldout = set(train), set(heldout)
     return ["train" if name in train else "heldout" if name in heldout else None for name in subjects]
 

@@ -72,7 +72,7 @@ DATA_SETS = {  # title; terms
         "no person's data, no terms.",
     ),
     "brats2019": (
-        "BraTS 2019",
+        "BraTS (2019, or another release in its layout)",
         "Handed out by its organizers to registered users, on terms that ask for citations. They bind whoever shares what "
         "was made from the images: check them before you use or pass on these weights.",
     ),
@@ -239,7 +239,8 @@ def _values(
     facts = _facts(contents)
     arm = find_arm(contents, (report, source), arm)
     # what `msrl prepare` read tells more than that it was prepared
-    dataset = report.get("data", {}).get("dataset") or report.get("dataset") or facts.get("dataset")
+    dataset = report.get("data", {}).get("dataset") or report.get("dataset")
+    dataset = facts.get("dataset", dataset)  # which may be none: of a given pipeline that does not say
     task, base_model = task_of(contents), stated["base_model"] or facts.get("base_model")
     on_hub = stated["base_model"] or "/" in (base_model or "")  # a study names a folder by its last part
     of_images = "attribute_match" in report  # a text-to-image study's

@@ -83,6 +83,11 @@ def load_tuned_pipeline(config: StudyConfig) -> MedVolumePipeline:
     return _on_device(MedVolumePipeline, Path(config.output_dir) / config.method / "pipeline")
 
 
+def stage_result(config: StudyConfig, stage: str) -> dict:
+    """What a finished stage recorded of itself."""
+    return json.loads((Path(config.output_dir) / stage / "stage.json").read_text())["result"]
+
+
 def load_scores(config: StudyConfig) -> dict:
     """FIDs and targets of the trajectory sets."""
     own = Path(config.output_dir) / "score"

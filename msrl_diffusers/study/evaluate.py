@@ -1,6 +1,5 @@
 """The stage evaluate: the tuned policy beside what stage baseline measured, by every extractor, and the rewards before and after."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from ..pipelines.med_volume import MedVolumePipeline
 from ..rewards import LearnedReward, WeightedSum
 from ..seeding import fold_seed
 from ..trajectories import frechet_by_class
-from .artifacts import load_reported, load_reward_models, load_split, load_tuned_pipeline
+from .artifacts import load_reported, load_reward_models, load_split, load_tuned_pipeline, stage_result
 from .baseline import ARMS, AT_ROLLOUTS, Features, Yardstick, at_samplers, first_like, load_baseline
 from .config import StudyConfig
 from .stages import sample_with
@@ -54,7 +53,7 @@ def evaluate(config: StudyConfig) -> dict:
         **_intervals(yardstick, features, fids, chosen),
         "memorization": audit and {**baseline["memorization"], "rl": audit},
         "reward": _rewards(config, load_reported(config, AT_ROLLOUTS), arms["rl @ rollout"]),
-        "reward_models": json.loads((Path(config.output_dir) / "validity" / "stage.json").read_text())["result"],
+        "reward_models": stage_result(config, "validity"),
         "extractors": {role: extractor_identity(extractor) for role, extractor in yardstick.extractors.items()},
     }
 

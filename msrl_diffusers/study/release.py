@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InputError
 from ..evaluation.features import volume_hashes
 from ..files import write_json, write_text
 from ..hub import render_card
@@ -17,6 +18,7 @@ from .artifacts import (
     load_samplers,
     load_scores,
     load_split,
+    stage_result,
 )
 from .chain import study_chain
 from .config import StudyConfig
@@ -27,11 +29,13 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     """Write the pipeline, the reward models and extractors in float16, the scores and a card to `path`.
 
     Raises:
-        InputError: one of the stages that made them is not done, or was run with other settings.
+        InputError: one of the stages that made them is not done, or was run with other settings; or the study started from a
+            release of other phantoms, of which one number tells.
     """
+    earlier = _seen_earlier(config)
     study_chain(config).check_finished(config, ("prepare", *PRIOR_STAGES, "score", "rewards"), "A release")
     path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
-    prepared = json.loads((Path(config.output_dir) / "prepare" / "stage.json").read_text())["result"]
+    prepared = stage_result(config, "prepare")
     load_pipeline(config).to(dtype=torch.float16).save_pretrained(path)
     for role, model in load_reward_models(config).items():
         model.half().save_pretrained(path / f"reward_{role}")
@@ -39,7 +43,11 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         model.half().save_pretrained(path / f"extractor_{role}")
     forget_places(path)
     seen = volume_hashes(load_split(config, "train").pixel_values)  # none may be held out where these models are used
-    told = {"data_seed": config.data_seed, "n_train": len(seen), SEEN_VOLUMES: seen}
+    told = {
+        "data_seed": config.data_seed,
+        "n_train": max(len(seen), earlier["n_train"]),
+        SEEN_VOLUMES: list(dict.fromkeys([*earlier[SEEN_VOLUMES], *seen])),
+    }
     scores = {**load_scores(config), **load_samplers(config), **told}
     write_json(path / "scores.json", scores)
     facts = {
@@ -51,6 +59,21 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         "versions": versions(),
     }
     write_text(path / "README.md", render_card(facts, path, arm="standard"))
+
+
+def _seen_earlier(config: StudyConfig) -> dict:
+    """What the release that the study started from was trained on: its networks are in this one too."""
+    if not config.pretrained:
+        return {"n_train": 0, SEEN_VOLUMES: []}
+    known = json.loads((Path(config.pretrained) / "scores.json").read_text())
+    data_seed = known.get("data_seed", 0)
+    if config.dataset == "phantoms" and data_seed != config.data_seed:
+        raise InputError(
+            f"{config.pretrained} was trained on phantoms of data_seed {data_seed}, and this study's are of {config.data_seed}: a later study "
+            "could hold out either; release one that was trained from nothing, or on the same."
+        )
+    n_train = known.get("n_train", known["n"]) if config.dataset == "phantoms" else 0
+    return {"n_train": n_train, SEEN_VOLUMES: known.get(SEEN_VOLUMES, [])}
 
 
 def forget_places(path: Path) -> None:

@@ -52,6 +52,10 @@ def _check_anchors(anchors: Mapping) -> None:
     for strength in anchors["strengths"]:
         if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
             raise InputError(f"degraded_anchors: a strength must lie in (0, 1], got {strength!r}.")
+    if len({round(100 * strength) for strength in anchors["strengths"]}) < len(anchors["strengths"]):
+        raise InputError(
+            f"degraded_anchors: strengths must differ in hundredths, which name the sets, got {anchors['strengths']}."
+        )
 
 
 def _check_floors(floors: Mapping, unseen_sets: Mapping) -> None:

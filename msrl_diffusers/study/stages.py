@@ -28,7 +28,15 @@ from ..trainers.diffusion_trainer import LatentDiffusionTrainer
 from ..trainers.feature_trainer import FeatureTrainer
 from ..trainers.vqgan_trainer import VQGANTrainer
 from ..trajectories import SetSpec, frechet_by_class, sample_set, set_specs
-from .artifacts import EXTRACTOR_CLASSES, load_extractors, load_pipeline, load_reported, load_sources, load_split
+from .artifacts import (
+    EXTRACTOR_CLASSES,
+    load_extractors,
+    load_pipeline,
+    load_reported,
+    load_sources,
+    load_split,
+    stage_result,
+)
 from .config import SHOW_LESIONS, StudyConfig
 from .downstream import run_downstream
 from .kinds import check_makes_same_kind, check_same_kind
@@ -197,7 +205,7 @@ def train_diffusion(config: StudyConfig) -> dict:
     plot_volumes(
         {"real": shown.pixel_values, "generated": samples.pixel_values},
         folder / "samples.png",
-        at_asymmetry=config.dataset in SHOW_LESIONS,
+        at_asymmetry=stage_result(config, "prepare")["dataset"] in SHOW_LESIONS,
     )
     return figures
 

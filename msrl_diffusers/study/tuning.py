@@ -1,6 +1,5 @@
 """The stage in which the policy is tuned, by any of the methods; watched alike, and judged by none of what is reported."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,15 @@ from ..trainers.ppo_trainer import DiffusionPPOTrainer
 from ..trainers.refresh import RewardRefresh
 from ..trainers.reward_backprop_trainer import RewardBackpropTrainer
 from ..trainers.snapshots import SnapshotCallback
-from .artifacts import best_sampler, load_extractors, load_pipeline, load_reward_models, load_sources, load_split
+from .artifacts import (
+    best_sampler,
+    load_extractors,
+    load_pipeline,
+    load_reward_models,
+    load_sources,
+    load_split,
+    stage_result,
+)
 from .config import StudyConfig
 from .reward_data import reward_data, reward_seed, reward_sets
 from .sections import TRAINED_ON, WITHOUT_REWARDS
@@ -40,8 +47,7 @@ def tune(config: StudyConfig) -> dict:
         InputError: rewards below `validity_floors`.
     """
     if config.validity_floors and config.method not in WITHOUT_REWARDS:
-        record = Path(config.output_dir) / "validity" / "stage.json"
-        figures = json.loads(record.read_text())["result"]
+        figures = stage_result(config, "validity")
         check_validity({role: figures[role] for role in TRAINED_ON}, config.validity_floors)
     pipeline, models, train = load_pipeline(config), load_reward_models(config), load_split(config, "train")
     extractor = load_extractors(config)["label"]

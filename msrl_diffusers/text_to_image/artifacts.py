@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from huggingface_hub import metadata_load
+from yaml import YAMLError
 
 from ..data.image_folder import ImageDataset
 from ..errors import InputError
@@ -59,6 +61,28 @@ def load_pipeline(path: str | Path) -> StableDiffusionPipeline:
 def dataset_name(config: TextToImageStudyConfig) -> str:
     """The data set's name, as cards know it."""
     return "image_folder" if config.data_dir else "dermoscopy"
+
+
+def data_facts(config: TextToImageStudyConfig) -> dict:
+    """What a card of the adapter says of data and sampler. Of a given pipeline its own card says what it was trained on, if it
+    names one data set; the study's images may have been kept apart from it."""
+    sources = {
+        "dermoscopy": "procedurally drawn dermoscopy-like images, of no patient",
+        "image_folder": "a folder of images",
+        None: "not stated by the pipeline that was given",
+    }
+    given = config.pretrained_model_name_or_path
+    dataset = _named_by_card(Path(given) / "README.md") if given else dataset_name(config)
+    return {"dataset": dataset, "data": sources.get(dataset, dataset), "sampler": config.evaluation_sampler}
+
+
+def _named_by_card(path: Path) -> str | None:
+    """The one data set that a model card names; None where there is no card that can be read, or where it names none or several."""
+    try:
+        named = metadata_load(path)["datasets"]
+    except (OSError, TypeError, KeyError, ValueError, YAMLError):  # of metadata that are not there, or no mapping
+        return None
+    return named[0] if isinstance(named, list) and len(named) == 1 else None
 
 
 def place_name(place: str) -> str:

@@ -44,9 +44,20 @@ def make_splits(config: TextToImageStudyConfig) -> dict[str, ImageDataset]:
             for number, name in enumerate(SPLITS)
         }
         splits["train"] = thin_out(splits["train"], config.rare_attributes, config.rare_share)
-    for name, images in splits.items():
-        check_attributes(images, f"The {name} images")
+    for name in trained_splits(config):
+        check_attributes(splits[name], f"The {name} images")
     return splits
+
+
+def trained_splits(config: TextToImageStudyConfig) -> list[str]:
+    """The splits on which a network is trained, and the hold-out."""
+    roles = config.trained_classifiers
+    used = {
+        "train": not config.pretrained_model_name_or_path or "reward" in roles or bool(config.augmentation),
+        "judge": "judge" in roles or "features" in roles,
+        "heldout": True,
+    }
+    return [name for name in SPLITS if used[name]]
 
 
 def in_subgroup(images: ImageDataset, attributes: list[str]) -> torch.Tensor:

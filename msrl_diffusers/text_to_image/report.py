@@ -9,7 +9,7 @@ from ..evaluation.page import Figure, write_report
 from ..files import write_json
 from ..study.report import git_commit, stage_records, versions
 from ..trainers.lora import LORA_FILE
-from .artifacts import dataset_name, load_base, load_split, place_name, stages_left_out
+from .artifacts import data_facts, dataset_name, load_base, load_split, place_name, stages_left_out
 from .config import TextToImageStudyConfig
 from .figures import plot_attributes, plot_prompts, plot_rollouts
 
@@ -74,7 +74,9 @@ def _export(config: TextToImageStudyConfig, content: dict) -> None:
     measured = {
         name: content[name] for name in ("n", "attribute_match", "fid", "diversity", "kl", "commit", "versions")
     }
-    write_json(output_dir / "lora" / "facts.json", {**json.loads(facts.read_text()), "results": measured})
+    # with another sampler or other images the stage that wrote the facts is not run again
+    now = {**json.loads(facts.read_text()), **data_facts(config), "results": measured}
+    write_json(output_dir / "lora" / "facts.json", now)
 
 
 def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
@@ -167,7 +169,8 @@ def _fidelity_blocks(content: dict) -> list:
     for arm in ("before", "after"):
         low, high = fid["interval"][arm]
         rows.append([arm, fid[arm], f"{low:.4g} .. {high:.4g}", fid["kid"][arm], _similarity(diversity[arm])])
-    for name, title in (("reconstruction", "autoencoder (limit)"), ("real", "real, training (floor)")):
+    floor = f"real, {'others' if 'pretrained_model_name_or_path' in content['given'] else 'training'} (floor)"
+    for name, title in (("reconstruction", "autoencoder (limit)"), ("real", floor)):
         if fid[name]:
             rows.append([title, fid[name]["value"], f"n = {fid[name]['n']}", None, None])
     if diversity["real"]:

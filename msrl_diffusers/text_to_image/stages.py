@@ -17,7 +17,7 @@ from ..trainers.attribute_trainer import AttributeTrainer
 from ..trainers.autoencoder_kl_trainer import AutoencoderKLTrainer
 from ..trainers.text_to_image_trainer import TextToImageTrainer
 from ..trainers.tuned_weights import LORA_TARGETS
-from .artifacts import dataset_name, load_base, load_features, load_match, load_split, place_name
+from .artifacts import data_facts, load_base, load_features, load_match, load_split, place_name
 from .config import TextToImageStudyConfig
 from .data import make_splits
 from .figures import plot_prompts
@@ -143,11 +143,7 @@ def adapter_facts(config: TextToImageStudyConfig, figures: dict, train_prompts: 
         + ["image-text similarity"] * bool(config.image_text_model),
         "reward_classifier": place_name(classifier) if classifier else config.classifier_models["reward"],
         "prompts": train_prompts,
-        "dataset": dataset_name(config),
-        "data": "a folder of images"
-        if config.data_dir
-        else "procedurally drawn dermoscopy-like images, of no patient",
-        "sampler": config.evaluation_sampler,
+        **data_facts(config),
         "rollouts": figures["rollouts"],
         "stopped": figures["stopped"],
         "seed": config.seed_of("ppo"),
