@@ -1,19 +1,15 @@
-"""Figures: orthogonal slices side by side, curves, scatter plots. Matplotlib without a screen."""
+"""Figures: orthogonal slices side by side, curves, scatter plots. Without the state that matplotlib keeps for the user."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 
 def orthogonal_slices(volume: torch.Tensor, point: tuple[int, int, int] | None = None) -> list[torch.Tensor]:
@@ -43,9 +39,8 @@ def plot_volumes(
     in its `most_asymmetric_point`, which shows lesions; else all show the same place.
     """
     columns = min(max_volumes, min(len(volumes) for volumes in rows.values()))
-    figure, axes = plt.subplots(
-        3 * len(rows), columns, figsize=(1.3 * columns + 0.6, 3.9 * len(rows)), squeeze=False, facecolor="black"
-    )
+    figure = Figure(figsize=(1.3 * columns + 0.6, 3.9 * len(rows)), facecolor="black")
+    axes = figure.subplots(3 * len(rows), columns, squeeze=False)
     for band, (name, volumes) in enumerate(rows.items()):
         for column in range(columns):
             point = most_asymmetric_point(volumes[column]) if at_asymmetry else None
@@ -56,7 +51,7 @@ def plot_volumes(
                 axis.set_yticks([])
         axes[3 * band, 0].set_title(name, color="white", loc="left", fontsize=10)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.01, hspace=0.08, wspace=0.04)
-    _save(figure, path, facecolor="black")
+    save_figure(figure, path, facecolor="black")
 
 
 def plot_samples(samples: torch.Tensor, titles: Sequence[str], path: str | Path, max_samples: int = 8) -> np.ndarray:
@@ -66,7 +61,8 @@ def plot_samples(samples: torch.Tensor, titles: Sequence[str], path: str | Path,
     """
     samples = samples[:max_samples].float().cpu()
     rows = 3 if samples.ndim == 5 else 1
-    figure, axes = plt.subplots(rows, len(samples), figsize=(1.5 * len(samples), 1.6 * rows + 0.3), squeeze=False)
+    figure = Figure(figsize=(1.5 * len(samples), 1.6 * rows + 0.3))
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots(rows, len(samples), squeeze=False)
     for column, (sample, title) in enumerate(zip(samples, titles, strict=False)):
         pictures = orthogonal_slices(sample) if sample.ndim == 4 else [_displayed(sample)]
         for axis, picture in zip(axes[:, column], pictures, strict=True):
@@ -74,9 +70,9 @@ def plot_samples(samples: torch.Tensor, titles: Sequence[str], path: str | Path,
             axis.axis("off")
         axes[0, column].set_title(title, fontsize=8)
     figure.tight_layout()
-    figure.canvas.draw()
-    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-    _save(figure, path)
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    save_figure(figure, path)
     return picture
 
 
@@ -87,14 +83,15 @@ def _displayed(image: torch.Tensor) -> torch.Tensor:
 
 def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, xlabel: str) -> None:
     """One panel per entry `{name: (x, y)}`, sharing the horizontal axis."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.4 * len(curves), 3), squeeze=False)
+    figure = Figure(figsize=(3.4 * len(curves), 3))
+    axes = figure.subplots(1, len(curves), squeeze=False)
     for axis, (name, (x, y)) in zip(axes[0], curves.items(), strict=True):
         axis.plot(x, y, color="tab:blue")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(xlabel)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_history(output_dir: str | Path, names: Sequence[str], path: str | Path | None = None) -> None:
@@ -113,7 +110,8 @@ def plot_scatter(
     groups: Mapping[str, tuple[Sequence[float], Sequence[float]]], path, xlabel: str, ylabel: str
 ) -> None:
     """Points of several groups `{name: (x, y)}` on one pair of axes."""
-    figure, axis = plt.subplots(figsize=(5, 4))
+    figure = Figure(figsize=(5, 4))
+    axis = figure.subplots()
     for name, (x, y) in groups.items():
         axis.scatter(x, y, s=12, alpha=0.6, label=name)
     axis.set_xlabel(xlabel)
@@ -121,13 +119,13 @@ def plot_scatter(
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure, path: str | Path, **kwargs) -> None:
+def save_figure(figure: Figure, path: str | Path, dpi: int = 100, **kwargs) -> None:
+    """Write a figure, whole or not at all, making its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=100, format=path.suffix[1:], **kwargs)
-    plt.close(figure)
+    figure.savefig(temporary, dpi=dpi, format=path.suffix[1:], **kwargs)
     os.replace(temporary, path)

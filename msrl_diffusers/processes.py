@@ -25,9 +25,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 def process_state() -> PartialState:
     """This process among those that `accelerate launch` or `torchrun` started.
 
-    `PartialState()` alone does not heed `ACCELERATE_USE_CPU`: every process would take itself for the only one.
+    `PartialState()` alone does not heed `ACCELERATE_USE_CPU`: every process would take itself for the only one. And it takes the GPU
+    of an Apple computer, which has no float64, in which rewards are standardized and distances measured: the CPU is used there.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available())
 
 
 def device_name() -> str:
@@ -108,10 +109,11 @@ def alone_in(folder: str | Path) -> Iterator[None]:
 
 
 def use_whole_cpu() -> None:
-    """Let torch compute on all cores this process may run on, where it is alone and has no accelerator (`accelerate launch`
-    leaves it with one thread, whatever the machine has), and keep the memory that it frees."""
+    """Let torch compute on all cores this process may run on, where it is alone, has no accelerator and one thread, with which
+    `accelerate launch` leaves it, whatever the machine has; another number of threads is somebody's choice. And keep the memory
+    that it frees."""
     state = process_state()
-    if state.num_processes == 1 and state.device.type == "cpu":
+    if state.num_processes == 1 and state.device.type == "cpu" and torch.get_num_threads() == 1:
         if hasattr(os, "sched_getaffinity"):
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         elif multiprocessing.parent_process() is None:  # else one of several side by side, which has its share

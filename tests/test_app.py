@@ -169,6 +169,12 @@ def test_the_gate(method, path, status):
     )
 
 
+def test_the_gate_knows_paths_of_windows():
+    folder = "C:\\Users\\x\\page"
+    path = f"/gradio_api/file={folder}\\{DIGEST}\\HGG-0-standard.nii.gz"
+    assert Gate(None, folder).status({"type": "http", "method": "GET", "path": path, "headers": []}) == 200
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

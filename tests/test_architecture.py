@@ -34,7 +34,7 @@ SIDEWAYS = {
     ("cli", "app"),
     ("text_to_image", "study"),
 }  # on one floor, in this direction only
-FORBIDDEN = [r"torch\.load\(", r"\bpickle\b", r"allow_pickle", r"^\s*print\("]
+FORBIDDEN = [r"torch\.load\(", r"\bpickle\b", r"allow_pickle", r"^\s*print\(", r"pyplot"]
 
 
 def floor_of(unit: str) -> int:

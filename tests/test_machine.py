@@ -41,6 +41,14 @@ def test_a_named_precision_is_kept():
     assert [resolve_precision(name, "cpu") for name in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
 
 
+@pytest.mark.parametrize("apple", [True, False])
+def test_a_gpu_without_float64_is_left_alone(monkeypatch, apple):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    monkeypatch.setattr(processes, "PartialState", lambda cpu: cpu)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert processes.process_state() is apple
+
+
 def test_a_process_alone_uses_all_cores():
     """As `accelerate launch` starts it: with one thread."""
     before = torch.get_num_threads()
@@ -58,6 +66,10 @@ def test_one_of_several_processes_side_by_side_keeps_its_share_of_the_cores(monk
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     try:
+        torch.set_num_threads(2)
+        use_whole_cpu()
+        assert torch.get_num_threads() == 2  # somebody's choice
+        torch.set_num_threads(1)
         use_whole_cpu()
         assert torch.get_num_threads() == 3
         torch.set_num_threads(1)

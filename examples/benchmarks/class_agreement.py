@@ -1,6 +1,6 @@
 """Do generated volumes show the class they were asked for? Read by classifiers of real volumes, before and after tuning.
 
-    python examples/benchmarks/class_agreement.py --studies outputs/demo --output examples/results/class-agreement.json
+    python examples/benchmarks/class_agreement.py --studies outputs/demo-0 outputs/demo-1 outputs/demo-2
 
 A Frechet distance compares whole distributions and can hide that a lesion is missing. Here networks that saw real training volumes
 alone (a 3D ResNet of MONAI, of several seeds) read the class of held-out real volumes, of reconstructions, and of the samples that

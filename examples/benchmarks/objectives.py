@@ -1,6 +1,7 @@
 """Beyond PPO: the judge's distance against denoiser forwards and seconds, for every method from the same pipeline.
 
-    python examples/benchmarks/objectives.py --output examples/results/objectives-phantoms.json
+    python examples/benchmarks/objectives.py --seeds 3 4 5 --variants ppo ppo_window nft draft_cheap frechet ddo ppo_gated ppo_adaptive \
+        --output examples/results/objectives-phantoms.json
     python examples/benchmarks/objectives.py --config CONFIG --data_dir DIR --variants ppo frechet --seeds 0 1 2
     python examples/benchmarks/objectives.py --finished DIR DIR
 

@@ -31,7 +31,8 @@ class Gate:
 
     def __init__(self, app: Callable, folder: str | Path):
         self.app = app
-        file = rf"/gradio_api/file={re.escape(str(folder))}/[0-9a-f]{{64}}/\w[\w.-]*\.nii\.gz"
+        # on Windows parts of a path are separated otherwise
+        file = rf"/gradio_api/file={re.escape(str(folder))}[/\\][0-9a-f]{{64}}[/\\]\w[\w.-]*\.nii\.gz"
         self.readable, self.callable = re.compile(f"{PAGE}|{file}", re.ASCII), re.compile(CALLS, re.ASCII)
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable], send: Callable[[Message], Awaitable]):

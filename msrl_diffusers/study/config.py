@@ -197,7 +197,9 @@ class StudyConfig:
     )
     select_by: str = field(
         default="heldout_reward",
-        metadata={"help": "heldout_reward (highest) or -label_fid (lowest): picks the weights that are kept."},
+        metadata={
+            "help": "heldout_reward (highest) or -label_fid (lowest; in a command --select_by=-label_fid): picks the weights that are kept."
+        },
     )
     watch_per_class: int = field(
         default=0,

@@ -36,6 +36,9 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     study_chain(config).check_finished(config, ("prepare", *PRIOR_STAGES, "score", "rewards"), "A release")
     path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
     prepared = stage_result(config, "prepare")
+    (path / "scores.json").unlink(
+        missing_ok=True
+    )  # comes last: no study starts from a mixture with an earlier release
     load_pipeline(config).to(dtype=torch.float16).save_pretrained(path)
     for role, model in load_reward_models(config).items():
         model.half().save_pretrained(path / f"reward_{role}")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ..data.image_folder import ImageDataset
-from ..plots import plt
+from ..plots import save_figure
 
 
 CURVES = {
@@ -35,7 +36,7 @@ def plot_prompts(
     height, width = picture.shape[:2]
     pixel = 0.5 / next(iter(arms.values())).image_size  # inches: an image is half an inch wide
     labels, margin = [prompt.partition(" of ")[2] or prompt for prompt in prompts], 3.2
-    figure = plt.figure(figsize=(width * pixel + margin, height * pixel + 0.4))
+    figure = Figure(figsize=(width * pixel + margin, height * pixel + 0.4))
     axis = figure.add_axes((margin / figure.get_figwidth(), 0, width * pixel / figure.get_figwidth(),
                             height * pixel / figure.get_figheight()))  # fmt: skip
     axis.imshow(picture, interpolation="nearest", aspect="auto")
@@ -45,7 +46,7 @@ def plot_prompts(
     axis.set_frame_on(False)
     for arm, place in zip(arms, places, strict=True):
         axis.text(place, -2, arm, fontsize=9, va="bottom")
-    _save(figure, path)
+    save_figure(figure, path, dpi=110)
 
 
 def mosaic(
@@ -71,7 +72,8 @@ def mosaic(
 def plot_rollouts(output_dir: str | Path, path: str | Path) -> None:
     """Reward, match by both classifiers, divergence and diversity over the rollouts, from a training's `log.jsonl`."""
     history = [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(3.6 * len(CURVES), 3.1))
+    figure = Figure(figsize=(3.6 * len(CURVES), 3.1))
+    axes = figure.subplots(1, len(CURVES))
     for axis, (title, names) in zip(axes, CURVES.items(), strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in history if name in line]
@@ -83,12 +85,13 @@ def plot_rollouts(output_dir: str | Path, path: str | Path) -> None:
         if axis.lines:
             axis.legend(fontsize=8)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path, dpi=110)
 
 
 def plot_attributes(figures: Mapping[str, dict], path: str | Path) -> None:
     """Match rate of every attribute before and after, a panel per classifier; `figures` are of `match_figures`."""
-    figure, axes = plt.subplots(1, len(figures), figsize=(4.2 * len(figures), 3.2), sharey=True, squeeze=False)
+    figure = Figure(figsize=(4.2 * len(figures), 3.2))
+    axes = figure.subplots(1, len(figures), sharey=True, squeeze=False)
     for axis, (role, found) in zip(axes[0], figures.items(), strict=True):
         names = [*found["per_attribute"], "all of them"]
         places = torch.arange(len(names))
@@ -102,11 +105,4 @@ def plot_attributes(figures: Mapping[str, dict], path: str | Path) -> None:
     axes[0, 0].legend(fontsize=8)
     axes[0, 0].set_ylabel("share of images that match")
     figure.tight_layout()
-    _save(figure, path)
-
-
-def _save(figure, path: str | Path) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)

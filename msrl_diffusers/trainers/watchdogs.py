@@ -152,8 +152,9 @@ def draw_samples(run: TrainingRun, samples: torch.Tensor, rewards: torch.Tensor,
 
 def _diversity_everywhere(run: TrainingRun, rollout: Rollout) -> float:
     """`sample_diversity` of the samples of all processes, of which one may have no two of a condition."""
-    precision = torch.float32 if run.device.type == "mps" else torch.float64
-    spread = torch.tensor(spread_in_groups(rollout.samples, rollout.conditions), dtype=precision, device=run.device)
+    spread = torch.tensor(
+        spread_in_groups(rollout.samples, rollout.conditions), dtype=torch.float64, device=run.device
+    )
     squares, count = run.accelerator.reduce(spread, "sum").tolist()
     return (squares / count) ** 0.5 if count else 0.0
 
