@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from msrl_diffusers import (
+    ClassifierConfig,
     DiffusionNFTConfig,
     DiffusionPPOConfig,
     FeatureConfig,
@@ -115,6 +116,7 @@ def test_a_bad_setting_is_refused(config_class, settings, message):
     [
         (DiffusionPPOConfig, {"lr_scheduler_type": "zigzag"}),
         (DiffusionPPOConfig, {"report_to": "my_diary"}),
+        (ClassifierConfig, {"train_batch_size": 1}),
         (DiffusionPPOConfig, {"save_steps": -1}),
         (DiffusionPPOConfig, {"learning_rate": float("nan")}),
         (DiffusionPPOConfig, {"reward_weights": ["much", "little"]}),

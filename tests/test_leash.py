@@ -83,6 +83,21 @@ def test_the_gate_holds_those_it_chose_wherever_they_stand_in_a_batch(tmp_path):
     assert found.item() == pytest.approx(2.0 * (1.0 + 100.0) / 3)
 
 
+def test_a_divergence_that_is_no_number_does_not_become_the_weight(tmp_path):
+    """Which a checkpoint would keep, for ever."""
+    recorded = {}
+    run = SimpleNamespace(
+        args=config(tmp_path, kl_coef=0.5, kl_mode="adaptive"), state={}, record=lambda **figures: recorded.update(figures),
+        accelerator=SimpleNamespace(reduce=lambda value, how: value),
+    )  # fmt: skip
+    leash = Leash(run, None, None)
+    for value, coefficient in ((float("nan"), 0.5), (1.0, 0.5)):
+        leash.note(torch.tensor(value))
+        leash.settle(0)
+        assert recorded["ppo/kl_coef"] == coefficient
+    assert leash.coef > 0.5
+
+
 def test_a_gate_that_lets_nobody_out_is_no_gate(tmp_path):
     class Same(Contrast):
         """As sure as the other reward, always."""

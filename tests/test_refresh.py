@@ -27,7 +27,7 @@ from msrl_diffusers.evaluation.set_labels import SetLabeler, place_on_scale
 from msrl_diffusers.functional.influence import frechet_influence
 from msrl_diffusers.rewards.base import Scale
 from msrl_diffusers.trainers import refresh
-from msrl_diffusers.trainers.base import read_log
+from msrl_diffusers.trainers.base import checkpoints, read_log
 from msrl_diffusers.trainers.refresh import RefreshConfig, RewardRefresh, _training_within
 from msrl_diffusers.trainers.reward_trainer import RewardTrainer
 
@@ -167,8 +167,11 @@ def test_a_refreshed_run_resumes_exactly(options, real, anchors, tmp_path):
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
     refreshed_run(tmp_path / "parts", real, anchors, 3, **settings)
+    latest = (
+        tmp_path / "parts" / ".." / "parts" / checkpoints(tmp_path / "parts")[-1].name
+    )  # the same folder by another name
     resumed, other, other_models, _ = refreshed_run(
-        tmp_path / "parts", real, anchors, 6, resume_from_checkpoint="latest", **settings
+        tmp_path / "parts", real, anchors, 6, resume_from_checkpoint=str(latest), **settings
     )
     assert differing(copied(pipeline.unet), copied(resumed.unet)) == []
     for name, model in models.items():

@@ -45,6 +45,23 @@ def test_snapshots_stand_at_about_equal_steps(scale, tmp_path):
     assert len(list((tmp_path / "snapshots").glob("*.safetensors"))) == len(found)
 
 
+def test_a_run_that_goes_on_in_another_folder_takes_its_snapshots_along(tmp_path):
+    roots = [0.01 * step for step in range(1, 9)]
+    run(tmp_path / "first", roots[:5])
+    run(tmp_path / "second", roots[:7])  # of another run, which left them there
+    callback, model = SnapshotCallback(tmp_path / "second", 3), torch.nn.Linear(1, 1)
+    state = SimpleNamespace(global_step=4, is_world_process_zero=True, max_steps=10_000)
+    callback.on_train_begin(None, state, None, model=model, resumed_from=tmp_path / "first")
+    found = read_snapshots(tmp_path / "second")
+    assert found == [snapshot for snapshot in read_snapshots(tmp_path / "first") if snapshot.rollout <= 4] != []
+    for snapshot in found:
+        assert load_file(tmp_path / "second" / "snapshots" / snapshot.name)["weight"].item() == snapshot.rollout
+
+
+def test_a_divergence_that_is_no_number_keeps_nothing_from_its_end(tmp_path):
+    assert [snapshot.rollout for snapshot in run(tmp_path, [0.1, float("nan"), float("inf")])] == [1, 3]
+
+
 def test_a_run_that_stands_still_leaves_its_end(tmp_path):
     assert [snapshot.rollout for snapshot in run(tmp_path, [0.0, 0.0, 0.0])] == [3]
 

@@ -18,6 +18,7 @@ from ..rewards.attribute_match import attribute_columns
 from ..seeding import batch_indices, generator_for
 from .attribute_config import AttributeConfig
 from .base import TrainingRun, in_fast_memory_format
+from .base_config import check_batch_statistics
 
 
 class AttributeTrainer:
@@ -59,6 +60,8 @@ class AttributeTrainer:
                 raise InputError(f"{len(shared)} subjects are in training and evaluation, {shared[0]!r} first.")
         self.columns = attribute_columns(model, train_dataset.attribute_names)
         self.inputs = ImageInputs.of(processor)
+        if any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
+            check_batch_statistics(args)
         self._try(train_dataset.select([0]))
 
     def train(self) -> dict[str, float]:

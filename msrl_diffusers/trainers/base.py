@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
@@ -58,6 +59,10 @@ class TrainingRun:
     ):
         self.args, self.description = args, description
         self.output_dir = Path(args.output_dir)
+        if args.report_to not in ("none", "all", *(str(tracker) for tracker in get_available_trackers())):
+            raise InputError(
+                f"report_to={args.report_to} needs a package that is not installed; install it, or report to none."
+            )
         use_whole_cpu()
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
@@ -229,7 +234,7 @@ class TrainingRun:
         """
         if self.is_main:
             write_log(self.output_dir, self.history)
-        self._tell("train_begin", self.step)
+        self._tell("train_begin", self.step, self.resumed_from)
         due = False  # a checkpoint
         with tqdm(
             total=self.args.max_steps, initial=self.step, desc=self.description, disable=not self.is_main, leave=True

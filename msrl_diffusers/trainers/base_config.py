@@ -26,7 +26,8 @@ BOOKKEEPING = (
 
 @dataclass
 class TrainingConfig:
-    """Fields shared by all trainers. Batch sizes are per process; randomness follows from `seed` alone."""
+    """Fields shared by all trainers. Batch sizes are per process; randomness follows from `seed` alone, but for the first
+    weights of discriminators and classification heads, which are made with the trainer (studies set torch's seed before)."""
 
     output_dir: str = field(default="outputs/run", metadata={"help": "Where checkpoints, logs and results go."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})

@@ -10,7 +10,8 @@ class Callbacks:
     """Tells `TrainerCallback` objects what happens in a training, and hears whether it should stop or save.
 
     Callbacks get the trainer's config as `args`, a `TrainerState` (`global_step`, `max_steps`, `log_history`), a
-    `TrainerControl`, and `model` (the denoiser) as a keyword. Known events: `on_train_begin`, `on_step_end`, `on_log`,
+    `TrainerControl`, and `model` (the denoiser) as a keyword; on the first event also `resumed_from`, the folder of the run that
+    goes on. Known events: `on_train_begin`, `on_step_end`, `on_log`,
     `on_save`, `on_train_end`.
     """
 
@@ -22,9 +23,9 @@ class Callbacks:
         )
         self.control = TrainerControl()
 
-    def train_begin(self, step: int) -> None:
+    def train_begin(self, step: int, resumed_from: Path) -> None:
         self.state.global_step = step
-        self._tell("on_train_begin")
+        self._tell("on_train_begin", resumed_from=resumed_from)
 
     def step_end(self, step: int) -> None:
         self.state.global_step, self.state.epoch = step, float(step)

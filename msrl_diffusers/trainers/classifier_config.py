@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import TrainingConfig, check_choice, check_positive
+from .base_config import TrainingConfig, check_batch_statistics, check_choice, check_positive
 
 
 NETWORKS = ("resnet10", "resnet18", "resnet34", "resnet50")
@@ -52,6 +52,7 @@ class ClassifierConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_batch_statistics(self)
         check_choice(self, "network", NETWORKS)
         check_positive(self, "stem_stride")
         if self.pretrain_steps is not None:

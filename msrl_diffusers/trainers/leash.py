@@ -1,5 +1,6 @@
 """Leash: the divergence from reference policies, as a penalty that holds a policy and as a figure that is reported."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -88,7 +89,7 @@ class Leash:
         kl = self.run.accelerator.reduce(torch.stack(self._noted).mean(), "mean").item()
         self._noted.clear()
         self.run.record(**{"ppo/kl": kl, "ppo/kl_coef": self.coef})
-        if args.kl_mode == "adaptive":
+        if args.kl_mode == "adaptive" and math.isfinite(kl):  # else who resumes with a lower rate would have no weight
             self.run.state["kl_coef"] = adapted_kl_coef(self.coef, kl, args.kl_target, args.kl_rate)
         if args.kl_budget is not None and kl > args.kl_budget:
             self.run.stop(f"the KL divergence passed kl_budget={args.kl_budget}")

@@ -100,7 +100,7 @@ class RewardRefresh:
         for model in self.models.values():
             model.to(run.device)
         self._added = []
-        if run.resumed_from != run.output_dir and (run.resumed_from / FOLDER).is_dir():
+        if run.resumed_from.resolve() != run.output_dir.resolve() and (run.resumed_from / FOLDER).is_dir():
             if run.is_main:
                 shutil.copytree(run.resumed_from / FOLDER, run.output_dir / FOLDER, dirs_exist_ok=True)
             run.accelerator.wait_for_everyone()

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -112,7 +113,9 @@ class Scoring:
         """A function `(samples, rows) -> Future[Scores]` that runs `score`: with `async_rewards` in a thread of its
         own, while the next batch is denoised, else at once. Call `collect` within."""
         if self.args.async_rewards:
-            with ThreadPoolExecutor(max_workers=1) as executor:
+            device = self.run.device  # a thread begins with the first GPU as its own
+            prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+            with ThreadPoolExecutor(max_workers=1, initializer=prepare) as executor:
                 yield lambda samples, rows: executor.submit(self.score, samples, rows)
         else:
 
@@ -131,7 +134,7 @@ class Scoring:
     @torch.no_grad()
     def score(self, samples: torch.Tensor, rows: Sequence[int]) -> Scores:
         """Raw rewards `{name: [B]}` of `samples [B, C, *S]` made of these rows of the conditions, in micro-batches."""
-        size = self.args.reward_batch_size or len(samples)
+        size = self.args.reward_batch_size or self.args.rollout_batch_size
         starts = range(0, len(samples), size)
         return _cat([self.raw(samples[start : start + size], rows[start : start + size]) for start in starts])
 

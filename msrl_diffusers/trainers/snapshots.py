@@ -6,7 +6,9 @@ has a part in it.
 """
 
 import json
+import math
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,17 +56,22 @@ class SnapshotCallback(TrainerCallback):
         self.folder, self.num_points = Path(output_dir) / FOLDER, num_points
         self.spacing, self.snapshots, self._sqrt_kl, self._interval = SMALLEST_SPACING, [], 0.0, 1
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Take up the snapshots of a run that is resumed; later ones are of a part that is done again."""
+    def on_train_begin(self, args, state, control, model=None, resumed_from=None, **kwargs) -> None:
+        """Take up the snapshots of a run that is resumed, from the folder it lies in; later ones are of a part that is done again."""
         self._interval = max(1, state.max_steps // self.num_points)
-        self.spacing, found = _read(self.folder) if state.global_step else (SMALLEST_SPACING, [])
+        source = self.folder if resumed_from is None else Path(resumed_from) / FOLDER
+        self.spacing, found = _read(source) if state.global_step else (SMALLEST_SPACING, [])
         self.snapshots = [snapshot for snapshot in found if snapshot.rollout <= state.global_step]
         if state.is_world_process_zero:
+            if source.resolve() != self.folder.resolve():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for snapshot in self.snapshots:
+                    shutil.copyfile(source / snapshot.name, self.folder / snapshot.name)
             self._write()
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
         """After a rollout: keep the weights if they are due."""
-        divergences = [value for name, value in (logs or {}).items() if name.endswith("/kl")]
+        divergences = [value for name, value in (logs or {}).items() if name.endswith("/kl") and math.isfinite(value)]
         self._sqrt_kl = max(divergences[0], 0.0) ** 0.5 if divergences else 0.0
         is_due = state.global_step % self._interval == 0
         reached = max((_mark(snapshot, self.spacing) for snapshot in self.snapshots), default=0)
