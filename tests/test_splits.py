@@ -84,8 +84,12 @@ def test_what_is_lost_of_the_data_set_s_own_split_is_not_drawn(left, lost):
     assert lists.sides(subjects, labels, own, rejected) == ["train", "heldout", None, None]
     counts = SplitPlan(counts={"x": (1, 1), "y": (1, 1)})
     assert counts.sides(subjects, labels, own, rejected).count("heldout") == 2
-    drawn = SplitPlan(0.5).sides(subjects, labels, own, rejected[:1])
-    assert sorted(drawn) == ["heldout", "heldout", "train", "train"]
+    if left == "heldout":
+        with pytest.raises(InputError, match="own split holds all volumes that can be used out of training"):
+            SplitPlan(0.5).sides(subjects, labels, own, rejected[:1])
+    else:
+        drawn = SplitPlan(0.5).sides(subjects, labels, own, rejected[:1])
+        assert sorted(drawn) == ["heldout", "heldout", "train", "train"]
 
 
 def test_a_leak_raises():

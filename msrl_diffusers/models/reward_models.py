@@ -19,6 +19,7 @@ def pessimistic_score(head_scores: torch.Tensor, spread_penalty: float) -> torch
     Where heads that agree on the training volumes disagree, none of them knows; a policy that seeks high scores ends up
     there (uncertainty-weighted optimization, Coste et al., arXiv 2310.02743, section 3; there with the variance).
     """
+    head_scores = head_scores.float()
     if head_scores.shape[1] == 1:
         return head_scores[:, 0]
     return head_scores.mean(dim=1) - spread_penalty * head_scores.std(dim=1, correction=0)
@@ -74,7 +75,7 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         features = self.features(sample).to(self._dtype)
-        scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1).float()
+        scores = torch.stack([head(features) for head in (self.head, *self.other_heads)], dim=1)
         if self.num_classes is None:
             return scores[..., 0]
         labels = _checked_labels(class_labels, len(scores), self.num_classes)
