@@ -91,11 +91,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
             lock.acquire(blocking=False)
         except Timeout:
             held = False
-        except (
-            OSError,
-            NotImplementedError,
-        ):  # the file system has no locks, or closes the place beside the folder: nothing is held
-            pass
+        except (OSError, NotImplementedError):
+            pass  # the file system has no locks, or closes the place beside the folder: nothing is held
     try:
         (held,) = broadcast_object_list([held])
         if not held:

@@ -49,12 +49,16 @@ def test_a_checkpoint_of_another_class_is_refused(tmp_path):
         load_model(MedVolumePipeline, tmp_path / "pipeline")
 
 
-def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
+def drop_weight(file, name):
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file)
+
+
+def test_a_model_without_all_its_weights_is_refused(tmp_path):
     SliceRewardModel(block_out_channels=(8, 8)).save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    del weights["network.layers.0.bias"]
-    save_file(weights, file)
+    drop_weight(file, "network.layers.0.bias")
     with pytest.raises(
         InputError, match=r"lacks weights of SliceRewardModel, such as network\.layers\.0\.bias; save it again"
     ):
@@ -66,10 +70,7 @@ def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
 
 def test_a_pipeline_without_all_its_weights_is_refused(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
-    (file,) = (tmp_path / "unet").glob("*.safetensors")
-    weights = load_file(file)
-    del weights["conv_out.bias"]
-    save_file(weights, file)
+    drop_weight(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", "conv_out.bias")
     with pytest.raises(
         InputError, match=r"lacks weights of MedVolumePipeline, such as unet\.conv_out\.bias; save it again"
     ):

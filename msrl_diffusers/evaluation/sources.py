@@ -187,12 +187,12 @@ def check_kind(
     if real.shape != tuple(shape):
         shapes = f"{_times(real.shape[1:])} and {_times(shape[1:])}"
         raise InputError(f"{places} have volumes of {shapes} voxels; {remedy}.")
-    if spacing is None and not _same_spacing(real.spacing, (1.0, 1.0, 1.0)):
-        raise InputError(
-            f"{place} does not say how large its voxels are, those of {real.place} are {_times(real.spacing)} mm; "
-            'write their edges into its model_index.json, as "spacing": [.., .., ..].'
-        )
-    if spacing is not None and not _same_spacing(real.spacing, spacing):
+    if not _same_spacing(real.spacing, spacing or (1.0, 1.0, 1.0)):
+        if spacing is None:
+            raise InputError(
+                f"{place} does not say how large its voxels are, those of {real.place} are {_times(real.spacing)} mm; "
+                'write their edges into its model_index.json, as "spacing": [.., .., ..].'
+            )
         spacings = f"{_times(real.spacing)} and {_times(spacing)}"
         raise InputError(f"{places} have voxels of {spacings} mm; {remedy}.")
 

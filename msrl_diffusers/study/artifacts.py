@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..data.volumes import VolumeDataset
+from ..hub.contents import SEEN_VOLUMES
 from ..models.feature_extractors import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
 from ..models.loading import load_model
 from ..models.reward_models import SliceRewardModel, VolumeRewardModel
@@ -93,6 +94,12 @@ def load_scores(config: StudyConfig) -> dict:
     own = Path(config.output_dir) / "score"
     folder = Path(config.pretrained) if "score" in pretrained_stages(config) else own
     return json.loads((folder / "scores.json").read_text())
+
+
+def trained_on(scores: dict) -> tuple[int, int, list[str]]:
+    """What a release was trained on, of its `scores.json`: the phantoms' data_seed, how many volumes, and their hashes."""
+    n_train = scores.get("n_train", scores["n"])  # n: volumes that its reward data were compared with
+    return scores.get("data_seed", 0), n_train, scores.get(SEEN_VOLUMES, [])
 
 
 def load_samplers(config: StudyConfig) -> dict:

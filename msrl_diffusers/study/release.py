@@ -19,6 +19,7 @@ from .artifacts import (
     load_scores,
     load_split,
     stage_result,
+    trained_on,
 )
 from .chain import study_chain
 from .config import StudyConfig
@@ -32,13 +33,12 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
         InputError: one of the stages that made them is not done, or was run with other settings; or the study started from a
             release of other phantoms, of which one number tells.
     """
-    earlier = _seen_earlier(config)
+    n_earlier, seen_earlier = _seen_earlier(config)
     study_chain(config).check_finished(config, ("prepare", *PRIOR_STAGES, "score", "rewards"), "A release")
     path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
     prepared = stage_result(config, "prepare")
-    (path / "scores.json").unlink(
-        missing_ok=True
-    )  # comes last: no study starts from a mixture with an earlier release
+    # it is written last: without it no study starts from a mixture with an earlier release
+    (path / "scores.json").unlink(missing_ok=True)
     load_pipeline(config).to(dtype=torch.float16).save_pretrained(path)
     for role, model in load_reward_models(config).items():
         model.half().save_pretrained(path / f"reward_{role}")
@@ -48,8 +48,8 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     seen = volume_hashes(load_split(config, "train").pixel_values)  # none may be held out where these models are used
     told = {
         "data_seed": config.data_seed,
-        "n_train": max(len(seen), earlier["n_train"]),
-        SEEN_VOLUMES: list(dict.fromkeys([*earlier[SEEN_VOLUMES], *seen])),
+        "n_train": max(len(seen), n_earlier),
+        SEEN_VOLUMES: list(dict.fromkeys([*seen_earlier, *seen])),
     }
     scores = {**load_scores(config), **load_samplers(config), **told}
     write_json(path / "scores.json", scores)
@@ -64,19 +64,18 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     write_text(path / "README.md", render_card(facts, path, arm="standard"))
 
 
-def _seen_earlier(config: StudyConfig) -> dict:
-    """What the release that the study started from was trained on: its networks are in this one too."""
+def _seen_earlier(config: StudyConfig) -> tuple[int, list[str]]:
+    """How many phantoms, and the hashes of what volumes, the release that the study started from was trained on: its networks are
+    in this one too."""
     if not config.pretrained:
-        return {"n_train": 0, SEEN_VOLUMES: []}
-    known = json.loads((Path(config.pretrained) / "scores.json").read_text())
-    data_seed = known.get("data_seed", 0)
+        return 0, []
+    data_seed, n_train, hashes = trained_on(json.loads((Path(config.pretrained) / "scores.json").read_text()))
     if config.dataset == "phantoms" and data_seed != config.data_seed:
         raise InputError(
             f"{config.pretrained} was trained on phantoms of data_seed {data_seed}, and this study's are of {config.data_seed}: a later study "
             "could hold out either; release one that was trained from nothing, or on the same."
         )
-    n_train = known.get("n_train", known["n"]) if config.dataset == "phantoms" else 0
-    return {"n_train": n_train, SEEN_VOLUMES: known.get(SEEN_VOLUMES, [])}
+    return n_train if config.dataset == "phantoms" else 0, hashes
 
 
 def forget_places(path: Path) -> None:

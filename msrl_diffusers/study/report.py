@@ -133,7 +133,7 @@ def markdown(content: dict) -> str:
     lines = [
         "# Study report",
         "",
-        f"Data: {_prepared(content)} `{content['data_fingerprint']}`; {content['n']['all']} volumes on each side of every "
+        f"Data: {_data_name(content)} `{content['data_fingerprint']}`; {content['n']['all']} volumes on each side of every "
         f"distance; seed {content['seed']}. Not for clinical use.",
         "",
     ]
@@ -204,7 +204,7 @@ def markdown(content: dict) -> str:
         "",
         *(
             ["Slices meet where left and right of a volume differ most, which is where a lesion shows.", ""]
-            if _prepared(content) in SHOW_LESIONS
+            if _data_name(content) in SHOW_LESIONS
             else []
         ),
         "Not measured here: anatomical correctness by a reader"
@@ -228,7 +228,7 @@ def _weak_reward_lines(content: dict) -> list[str]:
     ]
 
 
-def _prepared(content: dict) -> str:
+def _data_name(content: dict) -> str:
     """The data set, by the name that `msrl prepare` read it by."""
     return content.get("data", {}).get("dataset", content["dataset"])
 
@@ -290,7 +290,7 @@ def _draw(config: StudyConfig, content: dict) -> None:
     shown = {"real": load_split(config, "train"), **arms}
     titles = {"real": "real", "limit": "autoencoder (limit)", "standard": "standard", "rl": "RL, from the same noise"}
     rows = {titles[name]: volumes.take_per_class(4).pixel_values for name, volumes in shown.items()}
-    plot_volumes(rows, figures / "comparison.png", at_asymmetry=_prepared(content) in SHOW_LESIONS)
+    plot_volumes(rows, figures / "comparison.png", at_asymmetry=_data_name(content) in SHOW_LESIONS)
     method = config.method
     plot_history(
         output_dir / method,

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..evaluation.features import extract_features, extractor_identity, hash_tensors, volume_hashes
 from ..evaluation.sources import open_source
 from ..files import write_json
-from ..hub.contents import SEEN_VOLUMES, read_json
+from ..hub.contents import read_json
 from ..models.autoencoder_vq_3d import VQModel3D
 from ..pipelines.med_volume import MedVolumePipeline
 from ..plots import plot_volumes
@@ -36,6 +36,7 @@ from .artifacts import (
     load_sources,
     load_split,
     stage_result,
+    trained_on,
 )
 from .config import SHOW_LESIONS, StudyConfig
 from .downstream import run_downstream
@@ -132,15 +133,13 @@ def _check_pretrained(config: StudyConfig, train: VolumeDataset, heldout: Volume
     check_makes_same_kind(train, pipeline, f"The pipeline {config.pretrained}")
     if not scores.is_file():
         raise InputError(f"{config.pretrained} has no scores.json; give a folder written by run_study.py --release.")
-    known = json.loads(scores.read_text())
-    same_phantoms = config.dataset == "phantoms" and known.get("data_seed", 0) == config.data_seed
-    n_train = known.get("n_train", known["n"])  # n: volumes that its reward data were compared with
-    if same_phantoms and n_train > len(train):
+    data_seed, n_train, hashes = trained_on(json.loads(scores.read_text()))
+    if config.dataset == "phantoms" and data_seed == config.data_seed and n_train > len(train):
         raise InputError(
             f"{config.pretrained} was trained on {n_train} phantoms or more, and with num_per_class={config.num_per_class} the "
             f"later ones would be held out here; give num_per_class={n_train // train.num_classes} or more, or another data_seed."
         )
-    seen = set(known.get(SEEN_VOLUMES, ())).intersection(volume_hashes(heldout.pixel_values))
+    seen = set(hashes).intersection(volume_hashes(heldout.pixel_values))
     if seen:
         raise InputError(
             f"{config.pretrained} was trained on {len(seen)} of the {len(heldout)} volumes that are held out here; split as it was "

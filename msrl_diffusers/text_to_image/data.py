@@ -19,6 +19,7 @@ from .config import TextToImageStudyConfig
 
 
 SPLITS = ("train", "judge", "heldout")
+TRAINED_ON = {"reward": "train", "judge": "judge", "features": "judge"}  # classifiers
 
 
 def make_splits(config: TextToImageStudyConfig) -> dict[str, ImageDataset]:
@@ -51,13 +52,10 @@ def make_splits(config: TextToImageStudyConfig) -> dict[str, ImageDataset]:
 
 def trained_splits(config: TextToImageStudyConfig) -> list[str]:
     """The splits on which a network is trained, and the hold-out."""
-    roles = config.trained_classifiers
-    used = {
-        "train": not config.pretrained_model_name_or_path or "reward" in roles or bool(config.augmentation),
-        "judge": "judge" in roles or "features" in roles,
-        "heldout": True,
-    }
-    return [name for name in SPLITS if used[name]]
+    used = {"heldout", *(TRAINED_ON[role] for role in config.trained_classifiers)}
+    if config.augmentation or not config.pretrained_model_name_or_path:
+        used.add("train")
+    return [name for name in SPLITS if name in used]
 
 
 def in_subgroup(images: ImageDataset, attributes: list[str]) -> torch.Tensor:

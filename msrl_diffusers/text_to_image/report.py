@@ -74,7 +74,7 @@ def _export(config: TextToImageStudyConfig, content: dict) -> None:
     measured = {
         name: content[name] for name in ("n", "attribute_match", "fid", "diversity", "kl", "commit", "versions")
     }
-    # with another sampler or other images the stage that wrote the facts is not run again
+    # of data and sampler here, since PPO is not run again where these change
     now = {**json.loads(facts.read_text()), **data_facts(config), "results": measured}
     write_json(output_dir / "lora" / "facts.json", now)
 

@@ -17,9 +17,9 @@ from ..trainers.attribute_trainer import AttributeTrainer
 from ..trainers.autoencoder_kl_trainer import AutoencoderKLTrainer
 from ..trainers.text_to_image_trainer import TextToImageTrainer
 from ..trainers.tuned_weights import LORA_TARGETS
-from .artifacts import data_facts, load_base, load_features, load_match, load_split, place_name
+from .artifacts import load_base, load_features, load_match, load_split, place_name
 from .config import TextToImageStudyConfig
-from .data import make_splits
+from .data import TRAINED_ON, make_splits
 from .figures import plot_prompts
 from .sampling import reconstruct, sample_images
 from .small import make_autoencoder, make_stable_diffusion
@@ -27,7 +27,6 @@ from .tuning import split_prompts, tune
 
 
 SHOWN = 8  # prompts in the pictures of a stage
-TRAINED_ON = {"reward": "train", "judge": "judge", "features": "judge"}
 
 
 def make_data(config: TextToImageStudyConfig) -> dict:
@@ -143,7 +142,6 @@ def adapter_facts(config: TextToImageStudyConfig, figures: dict, train_prompts: 
         + ["image-text similarity"] * bool(config.image_text_model),
         "reward_classifier": place_name(classifier) if classifier else config.classifier_models["reward"],
         "prompts": train_prompts,
-        **data_facts(config),
         "rollouts": figures["rollouts"],
         "stopped": figures["stopped"],
         "seed": config.seed_of("ppo"),

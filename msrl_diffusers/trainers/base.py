@@ -29,7 +29,6 @@ from .callbacks import Callbacks
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
-ASKED = "a callback asked for it"
 LIMITS = ("patience", "kl_budget", "watch_limits")  # settings that end a run early
 
 
@@ -247,7 +246,7 @@ class TrainingRun:
                 self.progress.update()
                 self._tell("step_end", self.step)
                 if self.callbacks and self.callbacks.wants_stop and not self.stopped:
-                    self.stop(ASKED, binding=False)
+                    self.stop("a callback asked for it", binding=False)
                 self._flush()
                 asked = bool(self.callbacks and self.callbacks.take_save_request())
                 due = due or asked or bool(self.args.save_steps and self.step % self.args.save_steps == 0)

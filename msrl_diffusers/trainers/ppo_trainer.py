@@ -245,12 +245,14 @@ class DiffusionPPOTrainer:
         else:
             moved = gaussian_kl(mean, batch.means[:, t], std)
             loss, stats = kl_mask_loss(log_prob, batch.log_probs[:, t], batch.advantages, moved, args.kl_threshold)
-        kl = None if pretrained is None else gaussian_kl(mean[:measured], pretrained, std)
-        towards = anchor if anchor is not None else pretrained
-        if towards is not None:  # reduced as the log-probabilities are, so that a coefficient means the same
-            held = gaussian_kl(mean[: len(towards)], towards, std, args.log_prob_reduction)
+        # reduced as the log-probabilities are, so that a coefficient means the same; what is reported is per element
+        reduction = args.log_prob_reduction
+        kl = None if pretrained is None else gaussian_kl(mean[:measured], pretrained, std, reduction)
+        held = kl if anchor is None else gaussian_kl(mean, anchor, std, reduction)
+        if held is not None:
             loss = loss + leash.penalty(held, rows)
-        return loss, None if kl is None else kl.mean(), stats
+        per_element = mean[0].numel() if reduction == "sum" else 1
+        return loss, None if kl is None else kl.mean() / per_element, stats
 
     def _moments(self, table: StepTable, step: int, batch: Rollout) -> StepMoments:
         return step_moments(
