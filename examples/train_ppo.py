@@ -99,12 +99,17 @@ def train_on_checkpoints(script_args: CheckpointArguments, ppo_args: DiffusionPP
     selection = {}
     if script_args.real:
         selection = {"watchdogs": {"label_fid": frechet_watchdog(script_args, pipeline)}, "select_by": "-label_fid"}
-    DiffusionPPOTrainer(pipeline, rewards, ppo_args, **selection).train()
+    figures = DiffusionPPOTrainer(pipeline, rewards, ppo_args, **selection).train()
     if not process_state().is_main_process:
         return
     pipeline.save_pretrained(Path(ppo_args.output_dir) / "pipeline_rl")
     watched = [f"watch/{name}" for name in selection.get("watchdogs", ())]
     plot_history(ppo_args.output_dir, ["reward/mean", *(f"reward/{name}" for name in given), *watched, "ppo/kl"])
+    if selection:
+        kept = figures["kept_after"]
+        print(
+            "weights kept:", f"those after {kept} of {figures['rollouts']} rollouts" if kept else "the pretrained ones"
+        )
     print(f"pipeline: {Path(ppo_args.output_dir) / 'pipeline_rl'}")
 
 

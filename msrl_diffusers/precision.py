@@ -6,6 +6,7 @@ import torch
 
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+_WORDS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def resolve_precision(mixed_precision: str, device: torch.device | str) -> str:
@@ -20,6 +21,11 @@ def resolve_precision(mixed_precision: str, device: torch.device | str) -> str:
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "no"
+
+
+def precision_name(mixed_precision: str, device: torch.device | str) -> str:
+    """What `resolve_precision` comes to, in a word: float32, bfloat16 or float16."""
+    return _WORDS[resolve_precision(mixed_precision, device)]
 
 
 def autocast(device: torch.device, mixed_precision: str):

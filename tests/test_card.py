@@ -161,6 +161,13 @@ def test_what_no_reward_tuned_is_not_said_to_be_rewarded(folder, method, sentenc
     assert metadata_of(card, tmp_path)["tags"][-2:] == ["fine-tuning", method]
 
 
+def test_pretrained_weights_that_were_kept_are_not_said_to_be_tuned(folder):
+    assert "It was fine-tuned by" in render_card({**REPORT, "ppo": {"kept_after": 3}}, folder)
+    card = render_card({**REPORT, "ppo": {"kept_after": 0}}, folder)
+    assert "Its weights are those from before reinforcement learning: of what was looked at none was better." in card
+    assert "It was fine-tuned" not in card
+
+
 def test_the_arm_is_told_or_asked_for(folder):
     assert "**after reinforcement learning**" in render_card(REPORT, folder)
     with pytest.raises(InputError, match="say by --arm standard or --arm rl which of them"):
@@ -268,6 +275,11 @@ def test_a_card_of_images_speaks_of_images(tmp_path):
     assert f"{NO_AUDIT} It may reproduce training images." in card
     assert "after *RL4Med-DDPO*" in card
     assert "2603.06173" not in card
+    # somebody else's, tuned on prompts of drawn images
+    base = {"pretrained_model_name_or_path": "somebody/stable-diffusion"}
+    given = render_card({"data": {"dataset": "dermoscopy"}, "given": base}, tmp_path / "pipeline", arm="rl")
+    assert UNKNOWN_TERMS in given
+    assert "Drawn" not in given
 
 
 def adapter_of_images(folder, base_model):
@@ -297,6 +309,14 @@ def test_the_card_of_an_adapter_of_images(tmp_path):
     unknown = render_card({"data": {"dataset": "dermoscopy"}}, folder)  # what distances are to
     assert "datasets" not in metadata_of(unknown, tmp_path)
     assert UNKNOWN_TERMS in unknown
+    (folder / "facts.json").write_text(json.dumps(facts))
+    data = {"prompts": 2, "train": {"images": 5}, "heldout": {"images": 3}, "fingerprint": "abc"}
+    drawn = render_card({"data": {**data, "dataset": "dermoscopy"}}, folder)
+    assert "Drawn dermoscopy images: 5 training and 3 held-out images, fingerprint `abc`." in drawn
+    photos = render_card({"data": {**data, "dataset": "image_folder"}}, folder)  # which did not train the adapter
+    assert "Drawn dermoscopy images.\n" in photos
+    assert "held-out images" not in photos
+    assert "abc" not in photos
     beside = render_card(None, adapter_of_images(tmp_path / "lora2", "pipeline_standard"))
     assert "base_model" not in metadata_of(beside, tmp_path)  # a folder, which the Hub does not know
     assert "made for the pipeline `pipeline_standard`." in beside

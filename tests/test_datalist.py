@@ -137,6 +137,25 @@ def test_datalist_several_images_of_a_subject(tmp_path):
         list_cases("datalist", path, subject_column="patient")
 
 
+def test_datalist_subjects_of_bids_or_none(tmp_path, caplog):
+    images = [f"{index}.nii.gz" for index in range(4)]
+    for image in images:
+        (tmp_path / image).touch()
+    entries = [{"image": image, "participant_id": index // 2} for index, image in enumerate(images)]
+    path = write_entries(tmp_path / "list.json", training=entries)
+    listing = list_cases("datalist", path)
+    assert (listing.classes, [case.subject_id for case in listing.cases]) == (["unlabelled"], ["0", "0", "1", "1"])
+    assert (listing.warnings, caplog.messages) == ([], [])
+    write_entries(path, training=[{**entry, "participant_id": None} for entry in entries])
+    listing = list_cases("datalist", path)
+    assert [case.subject_id for case in listing.cases] == ["0", "1", "2", "3"]
+    (warning,) = listing.warnings
+    assert warning.startswith(
+        f"{path} names no subjects, so each of its 4 volumes counts as one: if people have several"
+    )
+    assert caplog.messages == [warning]
+
+
 def test_datalist_leaves_out_what_is_incomplete(tmp_path):
     path = write_datalist(tmp_path)
     content = json.loads(path.read_text())

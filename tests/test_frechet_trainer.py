@@ -117,7 +117,7 @@ def test_the_distance_falls(samplers, tmp_path):
     )  # fmt: skip
     assert log[-1]["frechet/loss"] < 0.95 * log[0]["frechet/loss"]
     assert log[-1]["watch/fresh_frechet"] < log[3]["watch/fresh_frechet"] < 0.98
-    assert result["updates_kept"] == 8
+    assert result["kept_after"] == 8
     assert result["fresh_frechet_kept"] == log[-1]["watch/fresh_frechet"]
     assert result["stopped"] is None
     assert log[0]["frechet/kl"] < 1e-9  # only the memory format of the reference differs
@@ -195,7 +195,7 @@ def test_the_best_weights_are_kept_and_patience_ends_it(tmp_path):
         save_steps=1, save_total_limit=9,
     )  # fmt: skip
     assert [line["watch/fresh_frechet"] for line in log] == pytest.approx([1.1, 0.9, 0.95, 0.925])
-    assert (result["updates_kept"], result["rollouts"], result["step"]) == (2, 4, 3)
+    assert (result["kept_after"], result["rollouts"], result["step"]) == (2, 4, 3)
     assert result["fresh_frechet_kept"] == pytest.approx(0.9)
     assert "not improved" in result["stopped"]
     states = [load_file(path / "model.safetensors") for path in checkpoints(tmp_path)]
@@ -206,7 +206,7 @@ def test_the_best_weights_are_kept_and_patience_ends_it(tmp_path):
 
 def test_the_weights_after_the_last_update_have_drawn_no_rollout(tmp_path):
     _, _, result, _ = trained(tmp_path, trainer_class=scripted([2.0, 1.8, 1.6]), samplers=[1.0], eval_steps=1)
-    assert (result["updates_kept"], result["rollouts"], result["step"]) == (2, 2, 2)
+    assert (result["kept_after"], result["rollouts"], result["step"]) == (2, 2, 2)
 
 
 def test_a_run_that_only_harms_keeps_the_pretrained_weights(tmp_path):
@@ -215,7 +215,7 @@ def test_a_run_that_only_harms_keeps_the_pretrained_weights(tmp_path):
         watch_limits={"fresh_frechet": [0, 2]}, patience=None,
     )  # fmt: skip
     assert "fresh_frechet left its limits 0 to 2" in result["stopped"]
-    assert (result["updates_kept"], result["fresh_frechet_kept"], len(log)) == (0, 1.0, 2)
+    assert (result["kept_after"], result["fresh_frechet_kept"], len(log)) == (0, 1.0, 2)
     assert differing(copied(pipeline.unet), copied(tiny_pipeline().unet)) == []
 
 
@@ -239,7 +239,7 @@ def test_what_is_not_finite_ends_it_without_harm(broken_after, reason, tmp_path)
     arguments = {"callbacks": [Breaker], "watchdogs": {"breaking": breaking}}
     pipeline, _, result, log = trained(tmp_path, {"label": network}, arguments, max_steps=6, eval_steps=6)
     assert result["stopped"] == f"the {'Frechet ' * (reason == 'distance')}{reason} is not finite"
-    assert result["updates_kept"] == 0
+    assert result["kept_after"] == 0
     assert len(log) == (2 if reason == "distance" else 1)
     assert differing(copied(pipeline.unet), copied(tiny_pipeline().unet)) == []
 
@@ -253,7 +253,7 @@ def test_other_ends(tmp_path):
     _, _, result, log = trained(tmp_path / "own", arguments=arguments, max_steps=3, eval_steps=1)
     darkest = min(range(3), key=lambda step: log[step]["watch/bright"])
     assert result["watch/bright"] == log[darkest]["watch/bright"]
-    assert "updates_kept" not in result
+    assert "fresh_frechet_kept" not in result
     assert "watch/fresh_frechet" in result
 
 

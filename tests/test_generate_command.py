@@ -164,6 +164,14 @@ def test_more_are_added_and_fewer_take_none_away(model, tmp_path, monkeypatch):
     assert json.loads(record.read_text())["made_by"] == [of_both, {**of_both, "commit": "another"}]
     assert len(images(out)) == len((out / "metadata.csv").read_text().splitlines()) - 1 == 3
     assert (out / "HGG-0-00000.nii.gz").stat().st_mtime_ns == first
+    found = json.loads(record.read_text())
+    earlier = {
+        **{name: found[name] for name in found if name != "made_by"},
+        **of_both,
+    }  # as the last version but one wrote it
+    record.write_text(json.dumps(earlier))
+    generate(model, out, "--num_volumes", "4")
+    assert json.loads(record.read_text())["made_by"] == [of_both, {**of_both, "commit": "another"}]
 
 
 @pytest.mark.parametrize(

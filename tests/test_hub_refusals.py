@@ -19,7 +19,7 @@ from msrl_diffusers import (
 )
 from msrl_diffusers.cli.card import run as write_card
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.hub import NO_AUDIT, push_folder
+from msrl_diffusers.hub import NO_AUDIT, push_folder, render_card
 from msrl_diffusers.trainers.lora import save_lora
 
 
@@ -152,6 +152,36 @@ def test_a_card_of_one_s_own_stays(hub, folder):
     (folder / "audit.json").write_text(json.dumps(AUDIT))
     with pytest.raises(InputError, match="says that memorization was not audited, but there is an audit"):
         push_folder(folder, NAME)
+
+
+def test_an_audit_takes_the_place_of_the_package_s_words_that_there_was_none(hub, folder, tmp_path):
+    """As of a release: what else its card says stands nowhere else."""
+    (folder / "audit.json").unlink()
+    data = {"train": {"a": 5}, "heldout": {"a": 3}, "fingerprint": "abc"}
+    facts = {"dataset": "phantoms", "data": data, "seed": 7, "commit": "0123abc", "versions": {"torch": "2.0"}}
+    card = render_card(facts, folder, name=NAME, arm="standard")
+    (folder / "README.md").write_text(card)
+    audit = tmp_path / "audit.json"
+    audit.write_text(json.dumps(AUDIT))
+    push_folder(folder, NAME, audit=audit)
+    pushed = stored(hub)["README.md"].decode()
+    before, after = card.split(f"{NO_AUDIT} It may reproduce training volumes.")
+    assert pushed.startswith(f"{before}2 of 64 generated volumes look like copies of one of 32 training volumes")
+    assert pushed.endswith(f"nor is no flag a proof of privacy.{after}")
+    assert (folder / "README.md").read_text() == card
+    mine = "# Mine\n\n## Memorization\n\n"
+    (folder / "README.md").write_text(f"{mine}{NO_AUDIT}\n")  # as a push without an audit adds it
+    push_folder(folder, NAME, audit=audit)
+    assert stored(hub)["README.md"].decode().startswith(f"{mine}2 of 64 generated volumes look like")
+    for changed in (
+        card.replace(NO_AUDIT, f"{NO_AUDIT} We will."),
+        card.replace("training volumes.\n\n## Lim", "training volumes.\n\nAsk us.\n\n## Lim"),
+        card.replace("## Memorization", "## Copies"),
+    ):
+        assert changed != card
+        (folder / "README.md").write_text(changed)
+        with pytest.raises(InputError, match="says that memorization was not audited, but there is an audit"):
+            push_folder(folder, NAME, audit=audit)
 
 
 def test_metadata_that_can_t_be_read(hub, folder):

@@ -11,7 +11,7 @@ from test_frechet_trainer import config as frechet_config
 from test_frechet_trainer import label_extractor
 from test_nft_trainer import config as nft_config
 from test_ppo_trainer import config as ppo_config
-from tiny import Brightness, copied, differing, tiny_phantoms, tiny_pipeline
+from tiny import Brightness, copied, differing, tiny_phantoms, tiny_pipeline, tiny_vqvae
 
 from msrl_diffusers import DDOTrainer, DiffusionNFTTrainer, DiffusionPPOTrainer, FrechetTrainer, RewardBackpropTrainer
 
@@ -60,10 +60,20 @@ def checkpoint(folder, step):
 def test_who_selects_no_more_keeps_the_last_weights(name, tmp_path):
     selected, result = train(name, tmp_path, {"held": [2, 1]}, "held", max_steps=2)
     assert differing(selected, copied(tiny_pipeline().unet)) == []  # which drew the first rollout
-    assert result["step"] == 1
+    assert (result["step"], result["kept_after"]) == (1, 0)
     weights, result = train(name, tmp_path, max_steps=2, resume_from_checkpoint="latest")
     assert differing(weights, checkpoint(tmp_path, 2)) == []
-    assert result["step"] == 2
+    assert result["step"] == result["kept_after"] == 2
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_codebook_learns_nothing_from_rollouts(name, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.vqvae = tiny_vqvae("vq")
+    pipeline.vqvae.train()
+    before = copied(pipeline.vqvae)
+    train(name, tmp_path, pipeline=pipeline, max_steps=1)
+    assert differing(copied(pipeline.vqvae), before) == []
 
 
 def test_another_selection_starts_anew(tmp_path):
@@ -78,9 +88,9 @@ def test_another_selection_starts_anew(tmp_path):
 def test_fresh_samples_select_anew_after_a_figure_of_the_user_s(tmp_path):
     settings = {"eval_steps": 1, "resume_from_checkpoint": "latest"}
     _, result = train("frechet", tmp_path, {"held": [-1, -2]}, "held", max_steps=2, **settings)
-    assert "updates_kept" not in result
+    assert "fresh_frechet_kept" not in result
     _, result = train("frechet", tmp_path, max_steps=3, **settings)
-    assert (result["updates_kept"], result["fresh_frechet_kept"]) == (3, result["watch/fresh_frechet"])
+    assert (result["kept_after"], result["fresh_frechet_kept"]) == (3, result["watch/fresh_frechet"])
     weights, result = train("frechet", tmp_path, {"held": [-9]}, "held", max_steps=4, **settings)
     assert differing(weights, checkpoint(tmp_path, 3)) == []
     assert result["step"] == 4

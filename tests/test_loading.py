@@ -7,12 +7,13 @@ import pytest
 import torch
 from hub_scene import NAME
 from safetensors.torch import load_file, save_file
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_stable_diffusion
 
 from msrl_diffusers import MedVolumePipeline, SliceFeatureExtractor, SliceRewardModel, VolumeRewardModel
 from msrl_diffusers.cli import generate as generate_verb
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.loading import load_model
+from msrl_diffusers.text_to_image.artifacts import load_pipeline, load_stable_diffusion
 
 
 # Warnings are errors here; this one is of diffusers and huggingface_hub about each other.
@@ -75,6 +76,16 @@ def test_a_pipeline_without_all_its_weights_is_refused(tmp_path):
         InputError, match=r"lacks weights of MedVolumePipeline, such as unet\.conv_out\.bias; save it again"
     ):
         load_model(MedVolumePipeline, tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_stable_diffusion])
+def test_a_stable_diffusion_without_all_its_weights_is_refused(load, tmp_path):
+    tiny_stable_diffusion().save_pretrained(tmp_path)
+    drop_weight(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", "conv_out.bias")
+    with pytest.raises(
+        InputError, match=r"lacks weights of StableDiffusionPipeline, such as unet\.conv_out\.bias; save it again"
+    ):
+        load(tmp_path)
 
 
 GATED, UNKNOWN = ({"X-Error-Code": code} for code in ("GatedRepo", "RepoNotFound"))

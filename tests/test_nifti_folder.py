@@ -98,6 +98,34 @@ def test_a_column_of_subjects_by_name(tmp_path):
         list_cases("nifti_folder", tmp_path, label_column="grade", subject_column="person")
 
 
+def test_the_column_of_subjects_of_bids(tmp_path, caplog):
+    images = four_images()
+    rows = [f"{name},sub-{i // 2},{i % 2},{'ab'[i // 2]}" for i, name in enumerate(images)]
+    write_folder(tmp_path, images, "file_name,participant_id,session,grade", rows)
+    listing = list_cases("nifti_folder", tmp_path, label_column="grade")
+    assert [(case.subject_id, case.session) for case in listing.cases] == [
+        ("sub-0", "0"), ("sub-0", "1"), ("sub-1", "0"), ("sub-1", "1"),
+    ]  # fmt: skip
+    assert (listing.warnings, caplog.messages) == ([], [])
+    write_folder(
+        tmp_path, images, "file_name,participant_id", [f"{name},sub-{i // 2}" for i, name in enumerate(images)]
+    )
+    assert list_cases("nifti_folder", tmp_path).classes == ["unlabelled"]  # it names no classes
+
+
+@pytest.mark.parametrize(("column", "cell"), [("patient", "p"), ("subject_id", "n/a")])
+def test_a_table_that_names_no_subjects_is_pointed_out(tmp_path, column, cell, caplog):
+    images = four_images()
+    rows = [f"{name},{cell},{'ab'[i // 2]}" for i, name in enumerate(images)]
+    write_folder(tmp_path, images, f"file_name,{column},grade", rows)
+    listing = list_cases("nifti_folder", tmp_path, label_column="grade")
+    (warning,) = listing.warnings
+    assert warning.startswith(
+        f"{tmp_path}/metadata.csv names no subjects, so each of its 4 volumes counts as one: if people"
+    )
+    assert caplog.messages == [warning]
+
+
 def test_a_subject_that_is_not_known_is_none(tmp_path):
     """The file's name stands for it, as for an empty cell; the same of sessions."""
     images = four_images()
@@ -238,6 +266,32 @@ def test_bins_of_a_numeric_column(tmp_path):
     assert dict(zip(volumes.subject_ids, volumes.class_labels.tolist(), strict=True)) == {"s0": 0, "s1": 1, "s2": 1}
     sentence = failure(tmp_path, label_column="cdr", label_bins={"CN": [None, 1], "AD": [50, None]})
     assert "gives 1 classes with volumes (of ['CN', 'AD'])" in sentence
+
+
+@pytest.mark.parametrize(
+    ("numbers", "refused"),
+    [
+        (range(20, 31), True),
+        ([0.5 * half for half in range(11)], True),
+        (range(20, 30), False),  # ten of them
+        (range(11), False),  # codes
+        (range(1, 13), False),
+        ([*range(20, 31), "unknown"], False),  # no column of numbers
+    ],
+)
+def test_many_numbers_are_no_classes(tmp_path, numbers, refused):
+    names = [f"v{i}.nii.gz" for i in range(len(numbers))]
+    for name in names:
+        (tmp_path / name).touch()
+    rows = [f"{name},{name},{number}" for name, number in zip(names, numbers, strict=True)]
+    write_folder(tmp_path, {}, "file_name,subject_id,age", rows)
+    if refused:
+        with pytest.raises(
+            InputError, match=r"^Column 'age' holds 11 different numbers: give label_bins, edges such as 40 60"
+        ):
+            list_cases("nifti_folder", tmp_path, label_column="age")
+    else:
+        assert len(list_cases("nifti_folder", tmp_path, label_column="age").classes) == len(numbers)
 
 
 def test_text_in_a_binned_column(tmp_path):

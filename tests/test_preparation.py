@@ -357,6 +357,17 @@ def test_what_is_left_out_is_told_anew(tmp_path):
         assert len((tmp_path / "out" / "rejected.csv").read_text().splitlines()) == 1 + lost
 
 
+def test_the_summary_says_that_no_subjects_are_named(tmp_path):
+    write_marked_folder(tmp_path / "data")
+    table = tmp_path / "data" / "metadata.csv"
+    for header, told in (("file_name,person,grade", 1), ("file_name,participant_id,grade", 0)):
+        table.write_text("\n".join([header, *table.read_text().splitlines()[1:]]) + "\n")
+        listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
+        summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
+        assert (summary["subjects"], summary["warnings"]) == (4, listing.warnings)
+        assert len(listing.warnings) == told
+
+
 def test_the_verb_takes_bins_by_name_and_by_edges(tmp_path, capsys):
     rows = ["file_name,subject_id,age"]
     for index, age in enumerate((20, 30, 50, 70, 80)):

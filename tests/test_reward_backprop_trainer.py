@@ -242,7 +242,9 @@ def test_rewards_that_are_refused(tmp_path):
     def plain(samples, conditions):
         return samples.flatten(1).mean(dim=1)
 
-    with pytest.raises(InputError, match=r"The rewards \['plain'\] are not differentiable.*DiffusionPPOTrainer"):
+    with pytest.raises(
+        InputError, match=r"The rewards \['plain'\] are not differentiable.*DiffusionPPOTrainer.*differentiable=True"
+    ):
         RewardBackpropTrainer(tiny_pipeline(), [Brightness(), plain], config(tmp_path))
     with pytest.raises(InputError, match="'detached' says it is differentiable, but no gradient passes"):
         train(tmp_path / "detached", reward_funcs=Detached())

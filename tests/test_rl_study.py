@@ -218,8 +218,19 @@ def test_a_report_warns_of_rewards_that_rank_nothing(finished):
     fit = {**content, "reward_models": {"volume": fine, "slice": fine, "heldout": weak}}  # the third was not optimized
     assert "hardly rank" not in markdown(fit)
     assert "hardly rank" not in markdown(
-        {**content, "reward_models": dict.fromkeys(content["reward_models"], weak), "rewarded": False}
+        {**content, "reward_models": dict.fromkeys(content["reward_models"], weak), "optimized": []}
     )
+    assert content["optimized"] == ["volume", "slice"]
+    assert StudyConfig(ppo={"reward_weights": [1.0, 0.0]}).optimized_rewards() == ["volume"]
+    assert StudyConfig(method="frechet").optimized_rewards() == []
+
+
+def test_a_report_says_which_weights_were_kept(finished):
+    content = report_of(finished)
+    kept = content["ppo"]["kept_after"]
+    assert kept
+    assert f"The weights kept are those after {kept}." in markdown(content)
+    assert "**The pretrained weights were kept**" in markdown({**content, "ppo": {**content["ppo"], "kept_after": 0}})
 
 
 def test_no_policy_is_tuned_by_a_reward_below_the_floors(study):

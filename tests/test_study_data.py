@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from layouts import write_brats
-from tiny import settings_with, tiny_study
+from tiny import settings_with, tiny_study, tiny_vqvae
 
 from msrl_diffusers import MedVolumePipeline, StudyConfig, VolumeProcessor, load_phantoms, run_study, write_phantoms
 from msrl_diffusers.data.cases import list_cases
@@ -13,6 +13,7 @@ from msrl_diffusers.data.preparation import prepare_cases
 from msrl_diffusers.data.splits import SplitPlan
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.study.chain import stages_up_to
+from msrl_diffusers.study.stages import train_diffusion
 
 
 def test_prepare_from_a_folder_of_images(tmp_path):
@@ -61,6 +62,19 @@ def test_a_study_runs_from_a_prepared_cache(tmp_path):
     missing = settings_with(tmp_path / "no", dataset="prepared", data_dir=str(tmp_path / "data"))
     with pytest.raises(InputError, match=r"train\.safetensors can't be read as prepared volumes"):
         run_study(missing, ["prepare"])
+
+
+def test_a_denoiser_is_trained_on_what_an_earlier_version_prepared(tmp_path):
+    """Its record does not name the data set."""
+    config = settings_with(tmp_path, mixed_precision="no")
+    run_study(config, ["prepare"])
+    tiny_vqvae().save_pretrained(tmp_path / "vqgan" / "vqvae")
+    path = tmp_path / "prepare" / "stage.json"
+    record = json.loads(path.read_text())
+    del record["result"]["dataset"], record["result"]["warnings"]
+    path.write_text(json.dumps(record))
+    train_diffusion(config)
+    assert (tmp_path / "diffusion" / "samples.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from msrl_diffusers.models.image_classifiers import build_image_classifier
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.text_to_image.artifacts import data_facts
 from msrl_diffusers.text_to_image.augmentation import diagnosis_only, missing_prompts
-from msrl_diffusers.text_to_image.config import NETWORKS, TextToImageStudyConfig
+from msrl_diffusers.text_to_image.config import CLASSIFIERS, NETWORKS, TextToImageStudyConfig
 from msrl_diffusers.text_to_image.data import in_subgroup, load_captioned_folder, make_splits, thin_out, trained_splits
 from msrl_diffusers.text_to_image.diversity import diversity_of_sets, prompt_diversity
 from msrl_diffusers.text_to_image.evaluate import fidelity, matched_rows
@@ -169,7 +169,6 @@ def test_splits_on_which_nothing_is_trained_need_not_show_everything():
             "dermoscopy",
             "procedurally drawn dermoscopy-like images, of no patient",
         ),
-        ("---\ndatasets:\n- somebody/isic\n---\n", "somebody/isic", "somebody/isic"),
         ("---\ndatasets: [a, b]\n---\n", None, "not stated by the pipeline that was given"),
         ("---\ndatasets: [a\n---\n", None, "not stated by the pipeline that was given"),
         ("No metadata.", None, "not stated by the pipeline that was given"),
@@ -184,6 +183,22 @@ def test_the_data_of_a_given_pipeline_are_those_its_card_names(card, dataset, da
         data,
         config().evaluation_sampler["eta"],
     )
+
+
+def test_no_data_set_is_named_where_pipeline_and_classifiers_saw_different_ones(tmp_path):
+    card, drawn = tmp_path / "README.md", "procedurally drawn dermoscopy-like images, of no patient"
+    given = {"pretrained_model_name_or_path": str(tmp_path), "data_dir": "photos"}
+    card.write_text("---\ndatasets:\n- dermoscopy\n---\n")
+    mixed = data_facts(config(**given))
+    assert mixed["dataset"] is None
+    assert mixed["data"] == f"{drawn}; of classifiers trained here: a folder of images"
+    rewarded = config(**given, reward_classifier="somebody/reward")  # the photos trained nothing of an adapter
+    assert (data_facts(rewarded)["dataset"], data_facts(rewarded)["data"]) == ("dermoscopy", drawn)
+    assert data_facts(rewarded, CLASSIFIERS)["dataset"] is None  # but the judge beside it
+    card.write_text("---\ndatasets:\n- somebody/isic\n---\n")
+    assert data_facts(rewarded)["data"] == "somebody/isic"
+    del given["data_dir"]
+    assert data_facts(config(**given))["dataset"] is None  # and not that of drawn images
 
 
 def test_splits_of_an_only_diagnosis(tmp_path):

@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from huggingface_hub import metadata_load
 from tiny import copied, differing
-from tiny_text_to_image import IMAGE_SIZE, VIT, config, tiny_text_to_image_study
+from tiny_text_to_image import IMAGE_SIZE, VIT, config, tiny_text_to_image, tiny_text_to_image_study
 
 from msrl_diffusers.data.image_folder import ImageDataset
 from msrl_diffusers.data.prompts import PromptBuilder
@@ -299,6 +300,24 @@ def test_a_release_loads_and_a_study_s_file_may_name_it_by_a_path_of_its_own(fin
     assert found.pretrained_model_name_or_path == str(tmp_path / "release")
     assert found.trained_classifiers == []
     assert load_match(found, "judge").model.config.model_type == "convnext"
+
+
+@pytest.mark.parametrize("dataset", [None, "dermoscopy"])
+def test_the_card_of_a_release_of_a_given_pipeline_claims_nothing_for_it(dataset, tmp_path):
+    tiny_text_to_image().save_pretrained(tmp_path / "base")
+    if dataset:
+        (tmp_path / "base" / "README.md").write_text(f"---\ndatasets:\n- {dataset}\n---\n")
+    classifiers = {f"{role}_classifier": f"somebody/{role}" for role in ("reward", "judge")}
+    base = {"pretrained_model_name_or_path": str(tmp_path / "base"), "fid_extractor": "inception"}
+    write_release(config(tmp_path / "out", **base, **classifiers), tmp_path / "release")
+    metadata = metadata_load(tmp_path / "release" / "README.md")
+    assert metadata.get("datasets") == ([dataset] if dataset else None)
+    assert metadata["license"] == "unknown"
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "A StableDiffusionPipeline of diffusers, made from the pipeline `base`.\n" in card
+    assert "trained on images alone" not in card
+    assert ("no person's data" in card) == (dataset == "dermoscopy")
+    assert str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,17 @@ def test_no_checkpoint_lies_within_an_accumulation(tmp_path):
     assert differing(copied(module), copied(resumed)) == []
 
 
+def test_what_ends_a_step_besides_does_not_undo_a_binding_end(tmp_path):
+    run = TrainingRun(TrainingConfig(str(tmp_path), max_steps=4, report_to="none"), "ending")
+    for _ in run.steps():
+        run.stop("a limit")
+        run.stop("the gradient is not finite", binding=False)
+        run.save_checkpoint()
+    assert run.stopped == "a limit"
+    state = json.loads((tmp_path / "checkpoint-0" / "trainer_state.json").read_text())
+    assert state["stopped"] == "a limit"
+
+
 def test_the_optimizer_has_the_settings_of_the_run(tmp_path):
     settings = {"learning_rate": 3e-4, "adam_beta1": 0.7, "adam_beta2": 0.8, "weight_decay": 0.3}
     run = TrainingRun(TrainingConfig(str(tmp_path), report_to="none", **settings), "optimizer")

@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from msrl_diffusers.cli import VERBS, main
 
@@ -51,6 +52,17 @@ def test_ctrl_c_is_one_sentence(monkeypatch, capsys):
         "\nInterrupted. Studies, and `msrl prepare`, `generate` and `push`, go on when the same command"
     )
     assert "a single trainer does with --resume_from_checkpoint latest" in err  # without it one begins anew
+
+
+def test_a_full_gpu_is_one_sentence(monkeypatch, capsys):
+    def full(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr("msrl_diffusers.cli.env.run", full)
+    code, out, err = ended(monkeypatch, capsys, "env")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: The GPU's memory is full: make sampling_batch_size")
+    assert err.endswith("(torch: CUDA out of memory. Tried to allocate 2.00 GiB.)\n")
 
 
 def test_options_that_are_taken_before_stand_in_the_help(monkeypatch, capsys):

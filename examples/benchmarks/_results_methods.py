@@ -39,10 +39,10 @@ def method_lines(content: dict, memory: dict) -> list[str]:
         f"{content['n']['all']} volumes on each side; means and deviations over seeds of tuning and evaluation ({_seeds_of(rows)}); one set "
         f"of reward models. Limits: {', '.join(_limit(role, first) for role in ROLES)}. *Gap closed*: (standard - tuned) "
         "/ (standard - limit), in brackets the 95 % interval over seeds; *to held-out*: of distances to held-out volumes, on which nothing was trained; KID is "
-        "the kernel distance, unbiased at any number of volumes. Settings were chosen on other seeds and without the judges, with one "
-        "exception: draft_cheap looked at the label distance once at first, and its second look was added when the judges' figures of runs "
-        "with one look, of two of those other seeds, were known. Of ddo a first setting was given up when the label distance of a run "
-        "with seed 3 rose again. *Copies*: samples that the audit flags. Forwards of the "
+        "the kernel distance, unbiased at any number of volumes. Settings were chosen on other seeds and without the judges, with two "
+        "exceptions: draft_cheap looked at the label distance once at first, and its second look was added when the judges' figures of runs "
+        "with one look, of two of those other seeds, were known; and of ddo a first setting was given up when the label distance of a run "
+        "with seed 3, one of those below, rose again. *Copies*: samples that the audit flags. Forwards of the "
         f"denoiser include those of watching; memory is what tuning takes beyond a process's imports on a {memory['device'].replace('cpu', 'CPU')} "
         "([distances](objectives-phantoms.md), [memory](method-memory.json)).",
         "",

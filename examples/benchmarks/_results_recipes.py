@@ -30,6 +30,9 @@ RECIPES = {  # of benchmarks/recipes.py
     "large_rollouts": "twice the samples in a rollout, and half of its steps trained (`num_rollout_batches`, `timestep_fraction`)",
 }
 
+SETTINGS_OF_PAPER = (  # whose reward models are trained as those of `paper` are
+    "paper", "refresh", "early_stop", "adaptive_kl", "gated_kl", "moving_reference", "antithetic", "large_rollouts",
+)  # fmt: skip
 ADDED = {  # of benchmarks/objectives.py: the default recipe and one remedy more
     "ppo_gated": "default with gated_kl",
     "ppo_adaptive": "default with adaptive_kl",
@@ -69,16 +72,19 @@ def recipe_lines(content: dict, name: str, others: dict, demos: list[dict], redr
     return [
         *lines,
         "",
-        f"- The published recipe over-optimizes: along its runs (the curves, of samples by the rollouts' own sampler) the judge's distance is "
-        f"lowest after {listed(turning)} of {rows['paper']['rollouts'][0]} rollouts, by seed. After it the reward that is trained on still "
+        f"- The published recipe over-optimizes: along its runs (the curves, of samples by the rollouts' sampler with noise in its last step too) the judge's distance is "
+        f"lowest after {listed(turning)} of {rows['paper']['rollouts'][0]} rollouts, by seed, of the {_points(curves['paper'])} points of each "
+        f"curve. After it the reward that is trained on still "
         f"rises in {rising('mean', curves['paper'])}, and so does that of a model which only watches in "
         f"{rising('heldout', curves['paper'])}.",
-        f"- What helps is not to go as far. Nearer to the real volumes by the judge in every seed end {_that_help(rows)}; paper, with a reward "
-        f"gained of {_gain(rows['paper'])}, in {_nearer(rows['paper'])}. The judge itself, on these seeds, told them apart.",
-        "- The label distance, which takes only samples, picks weights well; it is no alarm that stops a run in time: along the runs of both "
-        "recipes it is lowest at a later point of the curve than "
+        f"- What helps is not to go as far. Nearer to the training volumes by the judge in every seed end {_that_help(rows)}; paper, with a reward "
+        f"gained of {_gain(rows['paper'])}, in {_nearer(rows['paper'])}. The judge itself, on these seeds, told them apart."
+        f"{_as_moderate(rows)}",
+        "- The label distance (samples to real volumes, by an extractor that judges nothing) picks weights well; it is no alarm that stops a run "
+        "in time: along the runs of both recipes it is lowest at a later point of the curve than "
         f"the judge's in {later} of {len(places)}, at an earlier one in {earlier}. Where the runs of the default recipe end (not at the weights "
         f"that are kept), the judge's distance is above its start in {_worse_at_the_end(curves['default'])}.",
+        *_rewards_lines(rows),
         "",
         f"![What recipes close of the gap, and the curves of over-optimization]({name}.png)",
         "",
@@ -117,6 +123,7 @@ def _others_lines(content: dict, demos: list[dict]) -> list[str]:
     return [
         *lines,
         "",
+        *_precision_lines(rows),
         *_strength_lines(rows),
         f"- Over these seeds and those of `make demo`, {len(both)} in all, the default recipe closes {closed(verdict(both))} of the judge's gap.",
         f"- Between these {len(both)} seeds what is closed deviates by {stdev(both):.0%} of the gap; within one seed, when the "
@@ -157,7 +164,7 @@ def _strength_lines(rows: dict) -> list[str]:
     apart = max(abs(gated - adaptive) for gated, adaptive in zip(*values, strict=True))
     return [
         f"- Two ways to a stronger KL term, on uncertain samples alone and on all with a coefficient that follows a target, end within "
-        f"{apart:.1%} of the gap of each other by the judge in every seed.",
+        f"{apart:.1%} of the gap of each other by the judge in each of these seeds.",
     ]
 
 
@@ -167,9 +174,67 @@ def that_help(rows: dict) -> dict:
 
 
 def _that_help(rows: dict) -> str:
-    return listed(
-        [f"{name} ({_gain(row)}, {len(row['seeds'])} seeds)" for name, row in that_help(rows).items()] or ["none"]
-    )
+    found = [
+        f"{name} ({_gain(row)}; to the held-out ones in {_nearer_heldout(row)})"
+        for name, row in that_help(rows).items()
+    ]
+    return listed(found or ["none"])
+
+
+def _as_moderate(rows: dict) -> str:
+    """Recipes that go no farther than those that help, and are farther from the real volumes in every seed all the same."""
+    helpful = that_help(rows)
+    most = max((row["reward_gain"]["mean"] for row in helpful.values()), default=float("-inf"))
+    found = [
+        name
+        for name in RECIPES
+        if name in rows and _seeds_farther(rows[name]) == len(rows[name]["seeds"]) and rows[name]["reward_gain"]["mean"] <= most
+    ]  # fmt: skip
+    if not found:
+        return ""
+    said = listed([f"{name} ({_gain(rows[name])}, AUC of its rewards {_auc(rows[name])})" for name in found])
+    return f" The reward gained alone does not tell: no more than by some of these is gained by {said}, farther in every seed."
+
+
+def _rewards_lines(rows: dict) -> list[str]:
+    """Which recipes share reward models, and which have such trained anew by the same settings: how far a row is another's equal."""
+    paper = rows["paper"]["validity"]["volume"]["auc"]["values"]
+    auc = {name: rows[name]["validity"]["volume"]["auc"]["values"] for name in SETTINGS_OF_PAPER if name in rows}
+    same = [name for name, values in auc.items() if values == paper]
+    anew = [name for name in auc if name not in same]
+    if not anew:
+        return []
+    return [
+        f"- {listed(same)} have the same reward models; those of {listed(anew)}, by the same settings, were trained anew, on another machine "
+        f"(AUC of the volume reward {_auc(rows[anew[0]])}, of the others' {_auc(rows['paper'])})."
+    ]
+
+
+def _precision_lines(rows: dict) -> list[str]:
+    """Rows whose figures before tuning are others, though pipeline, seeds and noise are the same: they were computed in another precision."""
+    means = {name: [row["fid"]["judge"][arm]["mean"] for arm in ("standard", "limit")] for name, row in rows.items()}
+    others = [name for name, found in means.items() if found != means["ppo"]]
+    if not others:
+        return []
+    before, limit = means[others[0]]
+    return [
+        f"- {listed([ADDED[name] for name in others])} ran in float32, the first row in bfloat16: before tuning {before:.3f}, limit {limit:.3f}, in "
+        f"place of {means['ppo'][0]:.3f} and {means['ppo'][1]:.3f}. So compare shares, and small differences of them not at all."
+    ]
+
+
+def _points(curves: list) -> str:
+    """How many points curves have, as "6 or 7"."""
+    return " or ".join(map(str, sorted({len(points) for points in curves})))
+
+
+def _auc(row: dict) -> str:
+    return f"{row['validity']['volume']['auc']['mean']:.2f}"
+
+
+def _nearer_heldout(row: dict) -> str:
+    values = row["gap_closed_heldout"]["judge"]["values"]
+    return f"{sum(value > 0 for value in values)} of {len(values)}"
 
 
 def _gain(row: dict) -> str:

@@ -235,9 +235,14 @@ def _of_reports(reports: Mapping[str, Mapping[int, dict | str]], what: str) -> d
         "extractors": first["extractors"],
         "variants": {name: row_of(by_seed) for name, by_seed in reports.items()},
         "commits_of_runs": sorted({report["commit"] for report in finished if report["commit"]}),
-        "devices_of_runs": sorted({report["device"] for report in finished if report.get("device")}),
+        "devices_of_runs": sorted({_device(report) for report in finished if report.get("device")}),
         "versions": _united(report["versions"] for report in finished),
     }
+
+
+def _device(report: Mapping) -> str:
+    """What a run was computed on, and in which precision where its report says so: figures of two precisions differ by rounding."""
+    return report["device"] + (f" ({report['precision']})" if report.get("precision") else "")
 
 
 def _add_earlier(content: dict, earlier: Mapping) -> None:

@@ -136,6 +136,8 @@ def markdown(content: dict) -> str:
         f"{content['what']}. {content['dataset']} `{content['data_fingerprint']}`, {content['n']['all']} volumes on each side of a "
         f"distance, {len(content['seeds'])} seeds, {content['draws']} draws in each. Not for clinical use.",
         "",
+        *(f"- {role}: `{one['name']}` `{one['sha256']}`" for role, one in content["extractors"].items()),
+        "",
     ]
     for distance, title in DISTANCES.items():
         lines += [
@@ -162,7 +164,7 @@ def _percent(value: float | None) -> str:
 
 
 def _spread(figure: Mapping | None) -> str:
-    return "no gap" if figure is None else f"{figure['mean']:.0%} +- {figure['sd']:.0%}"
+    return "no gap in one draw or more" if figure is None else f"{figure['mean']:.0%} +- {figure['sd']:.0%}"
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How well can a reward model tell reconstructions from samples at all? The AUC of the study's rewards beside its ceiling.
 
-    python examples/benchmarks/reward_ceiling.py --output examples/results/reward-ceiling-phantoms.json
+    python examples/benchmarks/reward_ceiling.py --num_validity_subjects 16 --output examples/results/reward-ceiling-phantoms.json
 
 The reward models of a study learn all its trajectory sets; those of `extremes` are the same networks, trained as long on the two
 sets that the AUC compares and on nothing else: reconstructions of one noise step, and samples of 100 steps. What they can't tell
@@ -39,7 +39,7 @@ def markdown(content: dict) -> str:
         "# What the reward models can learn",
         "",
         f"{content['what']}. {content['dataset']} `{content['data_fingerprint']}`, {content['num_validity_subjects']} held-out "
-        f"subjects per class, {len(content['seeds'])} seeds: means, with deviations over seeds.",
+        f"subjects per class, seeds {', '.join(map(str, content['seeds']))}: means, with deviations over seeds.",
         "",
         "| trained on | " + " | ".join(f"{figure}, {role}" for role, figure in columns) + " |",
         "|---" * (1 + len(columns)) + "|",

@@ -38,7 +38,7 @@ SAMPLERS += [(steps, 1.0, 1.0) for steps in (8, 16, 25)]
 
 
 def measure(model: Path, num_per_prompt: int, seed: int) -> dict:
-    """Match by the reward classifier and distance, by sampler."""
+    """Match by the reward classifier and distance, by sampler, of the released model or another."""
     builder, pipeline = PromptBuilder(), load_pipeline(model)
     prompts = [prompt for prompt in builder.prompts() for _ in range(num_per_prompt)]
     match = AttributeMatch.from_pretrained(model / "classifier_reward", builder, kind="exact")
@@ -69,9 +69,9 @@ def measure(model: Path, num_per_prompt: int, seed: int) -> dict:
 def markdown(content: dict) -> str:
     """The rows as a page."""
     lines = [
-        "# Samplers of a small Stable Diffusion, before tuning",
+        f"# Samplers of {content['model']}, before tuning",
         "",
-        f"Model `{content['model_mark']}`. {content['n']} images, seed {content['seed']}; exact match by the reward classifier; FID to as many drawn images.",
+        f"Model `{content['model_mark']}`. {content['n']} images, seed {content['seed']}; exact match by the reward classifier; FID to as many drawn images, by the extractor `{content['extractor']['sha256']}`.",
         "",
         "| steps | eta | guidance | exact match | FID |",
         "|---|---|---|---|---|",
@@ -93,7 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     content = {
-        "what": "match and Frechet distance of the fine-tuned model by sampler",
+        "what": "match and Frechet distance by sampler",
+        "model": args.model.resolve().name,
         "seed": args.seed,
         **measure(args.model, args.num_per_prompt, args.seed),
         "seconds": round(time.monotonic() - started, 1),

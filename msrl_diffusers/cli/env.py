@@ -21,12 +21,11 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from ..arguments import parse
-from ..precision import resolve_precision
+from ..precision import precision_name
 from ..study.report import git_commit
 
 
 PACKAGE = __package__.partition(".")[0]
-WORDS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GIB = 1 << 30
 
 
@@ -77,10 +76,10 @@ def _devices() -> list[dict]:
                 "device": f"cuda:{number}",
                 "name": properties.name,
                 "memory_gib": round(properties.total_memory / GIB, 1),
-                "precision": WORDS[resolve_precision("auto", "cuda")],
+                "precision": precision_name("auto", "cuda"),
             }
         )
-    return [*gpus, {"device": "cpu", "name": platform.machine(), "precision": WORDS[resolve_precision("auto", "cpu")]}]
+    return [*gpus, {"device": "cpu", "name": platform.machine(), "precision": precision_name("auto", "cpu")}]
 
 
 def _packages() -> dict[str, dict]:

@@ -246,7 +246,8 @@ def _read_record(output_dir: Path) -> dict | None:
         record = {
             "settings": dict(content["settings"]),
             "num_volumes": int(content["num_volumes"]),
-            "made_by": list(content["made_by"]),
+            # earlier versions named the last that was at work alone
+            "made_by": list(content.get("made_by") or [{name: content.get(name) for name in ("versions", "commit")}]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} can't be read ({error}); give another --output_dir.") from error

@@ -47,7 +47,9 @@ class PrepareArguments:
     )
     subject_column: str | None = field(
         default=None,
-        metadata={"help": "Column that names the subject, for splits: subject_id, or each file, if unset."},
+        metadata={
+            "help": "Column that names the subject, for splits: subject_id or participant_id, or each file, if unset."
+        },
     )
     image_size: int = field(default=64, metadata={"help": "Voxels along each edge of the cubes."})
     field_of_view: float = field(default=192.0, metadata={"help": "Edge of the cubes in millimetres."})

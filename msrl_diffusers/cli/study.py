@@ -15,7 +15,7 @@ from ..processes import check_writable, process_state
 from ..study import StudyConfig, run_study
 from ..study.chain import STAGES, enabled_stages
 from ..study.command_line import read_study
-from ..study.release import write_release
+from ..study.release import check_release, write_release
 from ..study.runs import run_variants
 from ..study.tables import write_tables
 from ..study.variants import ABLATIONS
@@ -61,6 +61,8 @@ def run(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     if args.release or args.seeds:  # of what is written at the end; stages see to their own folders
         check_writable(args.release or config.output_dir)
+    if args.release:
+        check_release(config, args.release)
     if args.seeds:
         runs = run_variants(config, args.seeds, args.ablations or (), args.jobs)
         if process_state().is_main_process:

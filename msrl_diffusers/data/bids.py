@@ -29,7 +29,7 @@ def scan(
         modality: suffix of the images, such as T1w or FLAIR, or several, which become channels in this order.
 
     Raises:
-        InputError: no participants.tsv, one that can't be read, no column of labels, or no modality.
+        InputError: no participants.tsv, one that can't be read, no column of labels or too many numbers in it, or no modality.
     """
     modalities = [modality] if isinstance(modality, str) else list(modality)
     if not modalities:

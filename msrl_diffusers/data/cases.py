@@ -1,9 +1,10 @@
 """Cases: what a loader finds in a folder, before any image is opened; and the loaders by name."""
 
 import inspect
+import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import pairwise
@@ -14,6 +15,8 @@ from nibabel.filename_parser import splitext_addext
 from ..errors import InputError
 
 
+logger = logging.getLogger(__name__)
+
 LOADERS = ("brats2019", "oasis1", "bids", "nifti_folder", "datalist")  # one module each, with a function `scan`
 SPLITS = {  # what tables and data lists call a split
     "training": "train", "validation": "heldout", "test": "heldout", "testing": "heldout", "train": "train",
@@ -21,6 +24,8 @@ SPLITS = {  # what tables and data lists call a split
 }  # fmt: skip
 ONE_CLASS = "unlabelled"  # the class of all volumes where there are no others
 NO_CLASSES = "none"  # as label_column: whatever other columns mean, they are no classes
+SUBJECT_COLUMNS = ("subject_id", "participant_id")  # the second is that of BIDS
+MAX_NUMBERS = 10  # a column of more different ones is no column of grades, but was measured
 LabelBins = Mapping[str, Sequence[float | None]] | Sequence[float]
 
 
@@ -72,21 +77,30 @@ class Rejection:
 
 @dataclass
 class Listing:
-    """The cases of a data set, the names of the classes in the order of their numbers, what was left out, and the name of the
-    loader (None of a listing that none made)."""
+    """The cases of a data set, the names of the classes in the order of their numbers, what was left out, the name of the
+    loader (None of a listing that none made), and what a user must know of the cases."""
 
     cases: list[Case] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     dataset: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def reject(self, file: str | Path, reason: str, subject_id: str | None = None, split: str | None = None) -> None:
         """Leave `file` out."""
         self.rejected.append(Rejection(str(file), reason, subject_id, split))
 
+    def warn_of_subjects(self, table: Path) -> None:
+        """Say that `table` names none, and what follows from it."""
+        count = len({case.subject_id for case in self.cases})
+        self.warnings.append(
+            f"{table} names no subjects, so each of its {count} volumes counts as one: if people have several, name the column of "
+            "subjects by subject_column, or a split may put them on both sides."
+        )
+
 
 def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
-    """The cases of the data set `name` under `data_dir`; `options` are the loader's own (None: its default).
+    """The cases of the data set `name` under `data_dir`; `options` are the loader's own (None: its default). Warnings are logged.
 
     Raises:
         InputError: unknown name, no such folder, an option the loader does not have, or nothing that can be used: no
@@ -117,6 +131,8 @@ def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
         raise InputError(
             f"{data_dir} gives {len(found)} classes with volumes (of {listing.classes}) as {name!r}; {needed}.{reasons}"
         )
+    for warning in listing.warnings:
+        logger.warning("%s", warning)
     return listing
 
 
@@ -150,16 +166,42 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     ]
 
 
+def default_subject_column(columns: Collection[str]) -> str:
+    """The column of subjects where none is named: the first that there is, else `subject_id`."""
+    return next((column for column in SUBJECT_COLUMNS if column in columns), SUBJECT_COLUMNS[0])
+
+
 def has_classes(label_column: str | None, label_bins: LabelBins | None, may_have: bool) -> bool:
     """Whether a table's volumes have classes: unless `none` was said, if a column or bins were named, or there is what may be one."""
     return label_column != NO_CLASSES and bool(label_column or label_bins or may_have)
 
 
 def class_names(values: Sequence[str | None], label_bins: LabelBins | None, column: str) -> list[str]:
-    """The classes of a column: the bins in their order, or the values that occur, sorted."""
-    if label_bins is None:
-        return sorted({value for value in values if value is not None})
-    return list(named_bins(label_bins, column))
+    """The classes of a column: the bins in their order, or the values that occur, sorted.
+
+    Raises:
+        InputError: there are no bins, and all values are numbers, of which there are too many for classes.
+    """
+    if label_bins is not None:
+        return list(named_bins(label_bins, column))
+    names = sorted({value for value in values if value is not None})
+    numbers = _numbers(names)
+    count = len(numbers)
+    counted = numbers in (set(range(count)), set(range(1, count + 1)))  # codes of classes, however many
+    if count > MAX_NUMBERS and not counted:
+        raise InputError(
+            f"Column {column!r} holds {count} different numbers: give label_bins, edges such as 40 60 or {{name: [low, high], ...}}, to "
+            "make classes of them."
+        )
+    return names
+
+
+def _numbers(values: Sequence[str]) -> set[float]:
+    """The different numbers that the values are; none, if any of them is no number."""
+    try:
+        return {float(value) for value in values}
+    except ValueError:
+        return set()
 
 
 def named_bins(label_bins: LabelBins, column: str) -> dict[str, tuple[float | None, float | None]]:

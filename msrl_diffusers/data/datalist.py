@@ -9,12 +9,14 @@ from ..errors import InputError
 from .cases import (
     ONE_CLASS,
     SPLITS,
+    SUBJECT_COLUMNS,
     Case,
     LabelBins,
     Listing,
     class_is_given,
     class_names,
     class_of,
+    default_subject_column,
     distinct_names,
     has_classes,
 )
@@ -45,15 +47,18 @@ def scan(
             default where entries have no keys but those above, is one class of all images.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound);
             entries in no bin are no part of the data set.
-        subject_column: key that names the subject; by default `subject_id`, or each image by itself where entries have none.
+        subject_column: key that names the subject; by default `subject_id` or `participant_id`, or each image by itself (and a
+            warning) where entries have none.
 
     Raises:
-        InputError: no JSON file, one that can't be read, one without lists, or no entry with a key of that name of subjects.
+        InputError: no JSON file, one that can't be read, one without lists, no entry with a key of that name of subjects, or too
+            many numbers as labels.
     """
     path = _find_list(data_dir)
     content = _read(path)
     modalities = content.get("modality") if isinstance(content.get("modality"), dict) else {}
-    if subject_column and not any(class_is_given(entry.get(subject_column)) for entry in _objects(content)):
+    given = {key for entry in _objects(content) for key, value in entry.items() if class_is_given(value)}
+    if subject_column and subject_column not in given:
         raise InputError(f"No entry of {path} has the key {subject_column!r} of subjects.")
     listing, found = Listing(), []
     with_classes = has_classes(label_column, label_bins, _may_have_classes(content, subject_column))
@@ -64,7 +69,7 @@ def scan(
         for number, entry in enumerate(content.get(key, []))
     ]
     names = distinct_names([os.path.relpath(path.parent / _first_image(entry), path.parent) for *_, entry in listed])
-    subject_key = subject_column or "subject_id"
+    subject_key = subject_column or default_subject_column(given)
     for (place, split, entry), name in zip(listed, names, strict=True):
         subject = _given(entry, subject_key)
         try:
@@ -92,6 +97,8 @@ def scan(
             )
         )
     listing.classes = class_names([label for _, _, label, *_ in found], label_bins, label_column)
+    if subject_key not in given:
+        listing.warn_of_subjects(path)
     return listing
 
 
@@ -145,7 +152,7 @@ def _objects(content: dict) -> list[dict]:
 
 def _may_have_classes(content: dict, subject_column: str | None) -> bool:
     """Whether the key `label` of any entry is a class, or there are keys that may be."""
-    known = {"image", "label", "subject_id", "session", subject_column}
+    known = {"image", "label", *SUBJECT_COLUMNS, "session", subject_column}
     return any(
         set(entry) - known or (class_is_given(entry.get("label")) and not _is_image(entry["label"]))
         for entry in _objects(content)

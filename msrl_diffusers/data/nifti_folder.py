@@ -16,6 +16,7 @@ from .cases import (
     class_is_given,
     class_names,
     class_of,
+    default_subject_column,
     distinct_names,
     has_classes,
 )
@@ -40,11 +41,12 @@ def scan(
             default where the table has no columns but those above, is one class of all images.
         label_bins: edges `[40, 60]`, or `{class name: [low, high]}` with `low <= value < high` (None is no bound); rows
             in no bin are no part of the data set.
-        subject_column: column that names the subject; by default `subject_id`, or each file by itself where the table has none.
+        subject_column: column that names the subject; by default `subject_id` or `participant_id`, or each file by itself (and
+            a warning) where the table has none.
 
     Raises:
-        InputError: no metadata.csv, one that can't be read, no column of file names, of labels or of that name of subjects, or
-            a split of another name.
+        InputError: no metadata.csv, one that can't be read, no column of file names, of labels or of that name of subjects, too
+            many numbers as labels, or a split of another name.
     """
     table_path = data_dir / "metadata.csv"
     rows = _read_table(table_path)
@@ -52,7 +54,10 @@ def scan(
     kinds = image_columns(columns)
     if not kinds:
         raise InputError(f"{table_path} has no column file_name (nor <modality>_file_name); it has {columns}.")
-    others = set(columns) - {*kinds.values(), "seg_file_name", subject_column or "subject_id", "session", "split"}
+    if subject_column and subject_column not in columns:
+        raise InputError(f"{table_path} has no column {subject_column!r} of subjects; it has {columns}.")
+    subject_column = subject_column or default_subject_column(columns)
+    others = set(columns) - {*kinds.values(), "seg_file_name", subject_column, "session", "split"}
     with_classes = has_classes(label_column, label_bins, bool(others))
     label_column = label_column or "label"
     if with_classes and label_column not in columns:
@@ -60,9 +65,6 @@ def scan(
             f"{table_path} has no column {label_column!r}; it has {columns}: name that of the classes by label_column, or say "
             f"{NO_CLASSES} for one class of all."
         )
-    if subject_column and subject_column not in columns:
-        raise InputError(f"{table_path} has no column {subject_column!r} of subjects; it has {columns}.")
-    subject_column = subject_column or "subject_id"
     names = distinct_names([next((row[column] for column in kinds.values() if row[column]), "") for row in rows])
     listing, values = Listing(), []
     for number, (row, name) in enumerate(zip(rows, names, strict=True), start=2):
@@ -102,6 +104,8 @@ def scan(
             )
         )
     listing.classes = class_names(values, label_bins, label_column)
+    if not any(class_is_given(row.get(subject_column)) for row in rows):
+        listing.warn_of_subjects(table_path)
     return listing
 
 

@@ -51,7 +51,8 @@ def prepare_cases(
 
     Returns:
         The summary: `dataset` (the loader), numbers of `subjects` and `volumes`, `counts` of volumes by split and class, `channels`,
-        `shape`, `spacing`, `fingerprint` of the result, what made the `split` (see `SplitPlan.rule`), `left_out` by it and `rejected`.
+        `shape`, `spacing`, `fingerprint` of the result, what made the `split` (see `SplitPlan.rule`), `left_out` by it, `rejected`,
+        and the listing's `warnings`.
 
     Raises:
         InputError: `strict` and a case that can't be used; no case at all that can; a split that can't be made, of what is listed
@@ -108,6 +109,7 @@ def prepare_cases(
         "split": split.rule([case.split for case in cases]),
         "left_out": sides.count(None),
         "rejected": len(rejected),
+        "warnings": listing.warnings,
     }
     write_json(summary_path, summary)
     for volumes in output_dir.glob(".volumes-*"):  # this one's, and what other requests left
@@ -150,8 +152,8 @@ def prepare_case(case: Case, processor: VolumeProcessor, path: Path) -> str | No
 
 
 def _request(listing: Listing, processor: VolumeProcessor) -> str:
-    """Hash of the cases, their files' sizes and times, what the loader left out, and the processor's settings."""
-    settings = (sorted(vars(processor).items()), listing.classes, listing.rejected)
+    """Hash of the cases, their files' sizes and times, what the loader left out or warns of, and the processor's settings."""
+    settings = (sorted(vars(processor).items()), listing.classes, listing.rejected, *listing.warnings)
     digest = hashlib.sha256(repr(settings).encode())
     for case in listing.cases:
         digest.update(repr(case).encode())

@@ -139,7 +139,21 @@ def audited_share(audit: dict) -> str:
 
 def memorization_section(audit: dict | None) -> str:
     """The section of a card on what an audit found, or that there was none."""
-    values = {"memorization": audit, "no_audit": NO_AUDIT, "samples": "volumes", "generates": False}
+    return _memorization(audit, "volumes", generates=False)
+
+
+def with_audit(card: str, audit: dict) -> str:
+    """The card with what an audit found in place of the section in which this package says that there was none; as it is where
+    there is no such section, or its words were changed."""
+    denials = {_memorization(None, samples, said) for samples in ("volumes", "images") for said in (False, True)}
+    section = "|".join(re.escape(denial.rstrip()) for denial in denials)
+    return re.sub(
+        rf"^(?:{section})(?=\n\n## |\s*\Z)", lambda _: memorization_section(audit).rstrip(), card, flags=re.MULTILINE
+    )
+
+
+def _memorization(audit: dict | None, samples: str, generates: bool) -> str:
+    values = {"memorization": audit, "no_audit": NO_AUDIT, "samples": samples, "generates": generates}
     return _environment().get_template("memorization.md").render(values)
 
 
@@ -238,13 +252,17 @@ def _values(
     scores, source = contents.read_json("scores.json") or {}, audit_source(audit, report)
     facts = _facts(contents)
     arm = find_arm(contents, (report, source), arm)
-    # what `msrl prepare` read tells more than that it was prepared
-    dataset = report.get("data", {}).get("dataset") or report.get("dataset")
+    data, of_given = report.get("data", {}), "pretrained_model_name_or_path" in report.get("given", {})
+    # what `msrl prepare` read tells more than that it was prepared; a study of a given pipeline knows its own images alone
+    dataset = None if of_given else data.get("dataset") or report.get("dataset")
     dataset = facts.get("dataset", dataset)  # which may be none: of a given pipeline that does not say
-    task, base_model = task_of(contents), stated["base_model"] or facts.get("base_model")
+    if data.get("dataset") not in (None, dataset):
+        data = {}  # counts and fingerprint of others than what the model was trained on
+    base = facts.get("base_model") or report.get("base_model")  # the latter of a release
+    task, base_model = task_of(contents), stated["base_model"] or base
     on_hub = stated["base_model"] or "/" in (base_model or "")  # a study names a folder by its last part
     of_images = "attribute_match" in report  # a text-to-image study's
-    own_base = not facts.get("base_model") and "pretrained_model_name_or_path" not in report.get("given", {})
+    own_base = not base and not of_given
     known = "apache-2.0" if dataset in COMPUTED and own_base else "unknown"  # ids of the Hub's
     generates = contents.kind != "model" or contents.class_name in GENERATORS
     samples, method = (
@@ -268,6 +286,7 @@ def _values(
         "arms": {name: title.format(tuning) for name, title in ARMS.items()},
         "tuning": tuning,
         "tuned": f"by {tuning} ({method}), from {REWARDED_BY[samples]}" if rewarded else UNREWARDED[method],
+        "kept_pretrained": report.get(method, {}).get("kept_after") == 0,
         "rewarded": rewarded,
         "loss_extractor": "label" if "label" in report.get("frechet_features", ()) else None,
         "options": f', variant="{contents.variant}"' if contents.variant else "",  # of from_pretrained
@@ -280,7 +299,7 @@ def _values(
         "dataset": dataset,
         "data_title": data_title(dataset),
         "data_terms": stated["data_terms"] or DATA_SETS.get(dataset, (None, UNKNOWN_TERMS))[1],
-        "data": report.get("data", {}),
+        "data": data,
         "generates": generates,
         "has_results": generates and "fid" in report and not of_images,
         "figures": f"`{FACTS}`" if "results" in facts else "the study's `report.json`" if of_images else None,
@@ -288,6 +307,7 @@ def _values(
         "memorization": find_memorization(source, arm),
         "no_audit": NO_AUDIT,
         "license": stated["license"] or known,
+        "own_base": own_base,
         "base_model": base_model if on_hub else None,
         "base_folder": None if on_hub else base_model,
     }  # fmt: skip

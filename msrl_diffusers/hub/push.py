@@ -22,6 +22,7 @@ from .cards import (
     read_card,
     render_card,
     task_of,
+    with_audit,
 )
 from .client import in_one_sentence, persistently, prepare_repository
 from .contents import FINDINGS, Contents, inspect_folder, is_weights, read_json, shared_json
@@ -59,8 +60,8 @@ def push_folder(
     """Share a pipeline, a model or a LoRA adapter in one commit; what was uploaded before an interruption is not sent again.
 
     What else an earlier push has left stays in the repository, but for weights beside those that are pushed and findings, which
-    would be taken for this model's. The folder's `README.md` is its card, with a section on memorization if it has none; without
-    one, or with the empty template that PEFT writes, a card is rendered.
+    would be taken for this model's. The folder's `README.md` is its card, with a section on memorization if it has none, or one
+    by this package that says there was no audit; without one, or with the empty template that PEFT writes, a card is rendered.
 
     Args:
         folder: what `save_pretrained` or `save_lora_weights` wrote.
@@ -122,7 +123,8 @@ def _audit(contents: Contents, report: dict | None, path: str | Path | None, arm
 
 
 def _own_card(card: str, contents: Contents, audit: dict | None, repo_id: str, options: dict) -> str:
-    """The folder's own card, with what is known of memorization. It must not deny an audit that there is, nor state another.
+    """The folder's own card, with what is known of memorization. It must not deny an audit that there is, but in the words of this
+    package, which the audit replaces, nor state another.
 
     Raises:
         InputError: it does; or options are given that are for a rendered one.
@@ -133,6 +135,8 @@ def _own_card(card: str, contents: Contents, audit: dict | None, repo_id: str, o
         raise InputError(
             f"{path} is there already, so --{given[0]} has no effect; write it by msrl card, or remove it."
         )
+    if audit is not None:
+        card = with_audit(card, audit)
     if audit is not None and NO_AUDIT in card:
         raise InputError(
             f"{path} says that memorization was not audited, but there is an audit; render it anew by msrl card."

@@ -40,25 +40,35 @@ def load_model(model_class: type[T], path: str | Path, **kwargs) -> T:
                 model, report = model_class.from_pretrained(str(path), output_loading_info=True, **kwargs)
             else:
                 model = model_class.from_pretrained(str(path), **kwargs)
-                report = {"missing_keys": _without_weights(model)}
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, HTTPError) as error:
         raise InputError(hub_failure(path, error) or f"{path} holds no {name}: {_first_line(error)}") from error
     if found != name:
         raise InputError(f"{path} holds a {found}, not a {name}; give the folder or the repository of one.")
-    if missing := report.get("missing_keys"):
-        raise InputError(f"{path} lacks weights of {name}, such as {missing[0]}; save it again.")
+    _refuse_missing(path, name, report.get("missing_keys", []))
+    if isinstance(model, DiffusionPipeline):
+        check_whole(model, path)
     return model
 
 
-def _without_weights(pipeline: DiffusionPipeline) -> list[str]:
-    """Parameters that no file held: diffusers leaves them on the device "meta", and warns."""
+def check_whole(pipeline: DiffusionPipeline, path: str | Path) -> None:
+    """Look for parameters that no file in `path` held: diffusers leaves them on the device "meta", and warns.
+
+    Raises:
+        InputError: there are; the sentence names one.
+    """
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    return [
+    missing = [
         f"{component}.{name}"
         for component, network in networks.items()
         for name, tensor in network.state_dict().items()
         if tensor.is_meta
     ]
+    _refuse_missing(path, type(pipeline).__name__, missing)
+
+
+def _refuse_missing(path: str | Path, name: str, missing: list[str]) -> None:
+    if missing:
+        raise InputError(f"{path} lacks weights of {name}, such as {missing[0]}; save it again.")
 
 
 def hub_failure(place: str | Path, error: BaseException) -> str | None:

@@ -4,11 +4,13 @@ Networks are put on the device of this process; volumes stay in main memory, and
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..data.volumes import VolumeDataset
+from ..errors import InputError
 from ..hub.contents import SEEN_VOLUMES
 from ..models.feature_extractors import PatchFeatureExtractor, SliceFeatureExtractor, VolumeFeatureExtractor
 from ..models.loading import load_model
@@ -96,10 +98,42 @@ def load_scores(config: StudyConfig) -> dict:
     return json.loads((folder / "scores.json").read_text())
 
 
-def trained_on(scores: dict) -> tuple[int, int, list[str]]:
-    """What a release was trained on, of its `scores.json`: the phantoms' data_seed, how many volumes, and their hashes."""
-    n_train = scores.get("n_train", scores["n"])  # n: volumes that its reward data were compared with
-    return scores.get("data_seed", 0), n_train, scores.get(SEEN_VOLUMES, [])
+@dataclass(frozen=True)
+class TrainedOn:
+    """What the networks of a release have seen.
+
+    Attributes:
+        phantoms: `{"data_seed", "n"}`: the first n of that seed; None without any.
+        other_volumes: whether volumes of other data too.
+        unnamed_volumes: whether some of these are not among the hashes.
+        hashes: of the volumes that are named, phantoms or others.
+    """
+
+    phantoms: dict | None = None
+    other_volumes: bool = False
+    unnamed_volumes: bool = False
+    hashes: tuple[str, ...] = ()
+
+
+def trained_on(config: StudyConfig) -> TrainedOn:
+    """What the release that the study starts from was trained on.
+
+    Raises:
+        InputError: it has no `scores.json`, which tells.
+    """
+    if not config.pretrained:
+        return TrainedOn()
+    path = Path(config.pretrained) / "scores.json"
+    if not path.is_file():
+        raise InputError(f"{config.pretrained} has no scores.json; give a folder written by run_study.py --release.")
+    scores = json.loads(path.read_text())
+    hashes = tuple(scores.get(SEEN_VOLUMES, ()))
+    if "phantoms" not in scores:  # an earlier version, of which all data count as phantoms
+        n_train = scores.get("n_train", scores["n"])  # n: volumes that its reward data were compared with
+        return TrainedOn({"data_seed": scores.get("data_seed", 0), "n": n_train}, hashes=hashes)
+    others = scores["other_volumes"]
+    unnamed = scores["unnamed_volumes"] or (others and SEEN_VOLUMES not in scores)  # on the Hub none are named
+    return TrainedOn(scores["phantoms"], others, unnamed, hashes)
 
 
 def load_samplers(config: StudyConfig) -> dict:

@@ -20,7 +20,9 @@ from .sections import (
     METHODS,
     NETWORKS,
     SEEDED_BY_ROLE,
+    TRAINED_ON,
     TRAINER_CONFIGS,
+    WITHOUT_REWARDS,
     check_network,
     make_trainer_config,
     trainer_defaults,
@@ -91,7 +93,8 @@ class StudyConfig:
     )
     label_bins: dict | None = field(default=None, metadata={"help": "{class: [low, high]} for a numeric column."})
     subject_column: str | None = field(
-        default=None, metadata={"help": "Column that names the subject: subject_id, or each file, if unset."}
+        default=None,
+        metadata={"help": "Column that names the subject: subject_id or participant_id, or each file, if unset."},
     )
     num_workers: int = field(default=0, metadata={"help": "Processes that prepare volumes; 0 is this one."})
 
@@ -370,6 +373,13 @@ class StudyConfig:
         return replace(
             config, **{name: min(value, self.max_steps) for name, value in steps.items() if value is not None}
         )
+
+    def optimized_rewards(self) -> list[str]:
+        """The learned rewards that the method optimizes: none where they only watch, nor one of weight 0."""
+        if self.method in WITHOUT_REWARDS:
+            return []
+        weights = self.trainer_config(self.method).reward_weights or (1.0,) * len(TRAINED_ON)
+        return [role for role, weight in zip(TRAINED_ON, weights, strict=True) if weight]
 
     def changed(self, *names: str) -> tuple[str, ...]:
         """Which of these fields differ from their defaults."""

@@ -185,7 +185,7 @@ class _Instruments:
             self.policy.scheduler,
             self.sampler["num_inference_steps"],
             self.sampler["eta"],
-            MIN_STD,
+            getattr(self.args, "min_std", MIN_STD),
             self.pipeline.device,
         )
         rows = torch.arange(len(self.volumes)).split(self.config.sampling_batch_size)

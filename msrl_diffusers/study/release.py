@@ -30,13 +30,13 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     """Write the pipeline, the reward models and extractors in float16, the scores and a card to `path`.
 
     Raises:
-        InputError: one of the stages that made them is not done, or was run with other settings; or the study started from a
-            release of other phantoms, of which one number tells.
+        InputError: one of the stages that made them is not done, or was run with other settings; or what `check_release` refuses.
     """
-    n_earlier, seen_earlier = _seen_earlier(config)
+    check_release(config, path)
     study_chain(config).check_finished(config, ("prepare", *PRIOR_STAGES, "score", "rewards"), "A release")
     path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
     prepared = stage_result(config, "prepare")
+    scores = {**load_scores(config), **load_samplers(config), **_seen(config)}
     # it is written last: without it no study starts from a mixture with an earlier release
     (path / "scores.json").unlink(missing_ok=True)
     load_pipeline(config).to(dtype=torch.float16).save_pretrained(path)
@@ -45,13 +45,6 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     for role, model in load_extractors(config).items():
         model.half().save_pretrained(path / f"extractor_{role}")
     forget_places(path)
-    seen = volume_hashes(load_split(config, "train").pixel_values)  # none may be held out where these models are used
-    told = {
-        "data_seed": config.data_seed,
-        "n_train": max(len(seen), n_earlier),
-        SEEN_VOLUMES: list(dict.fromkeys([*seen_earlier, *seen])),
-    }
-    scores = {**load_scores(config), **load_samplers(config), **told}
     write_json(path / "scores.json", scores)
     facts = {
         "dataset": config.dataset,
@@ -64,18 +57,36 @@ def write_release(config: StudyConfig, path: str | Path) -> None:
     write_text(path / "README.md", render_card(facts, path, arm="standard"))
 
 
-def _seen_earlier(config: StudyConfig) -> tuple[int, list[str]]:
-    """How many phantoms, and the hashes of what volumes, the release that the study started from was trained on: its networks are
-    in this one too."""
-    if not config.pretrained:
-        return 0, []
-    data_seed, n_train, hashes = trained_on(json.loads((Path(config.pretrained) / "scores.json").read_text()))
-    if config.dataset == "phantoms" and data_seed != config.data_seed:
+def check_release(config: StudyConfig, path: str | Path) -> None:
+    """Raise InputError where this study may not be released to `path`: in the release that it starts from, or in any folder where that
+    one was trained on other phantoms, of which one data_seed tells. Needs no stage."""
+    given = config.pretrained
+    # by the files there stages are out of date, and half an overwritten release is none
+    if given and Path(path).resolve().is_relative_to(Path(given).resolve()):
         raise InputError(
-            f"{config.pretrained} was trained on phantoms of data_seed {data_seed}, and this study's are of {config.data_seed}: a later study "
-            "could hold out either; release one that was trained from nothing, or on the same."
+            f"The release {path} lies in pretrained={given}, which it would spoil; give a folder outside it."
         )
-    return n_train if config.dataset == "phantoms" else 0, hashes
+    phantoms = trained_on(config).phantoms
+    if config.dataset == "phantoms" and phantoms and phantoms["data_seed"] != config.data_seed:
+        raise InputError(
+            f"{given} was trained on phantoms of data_seed {phantoms['data_seed']}, and this study's are of {config.data_seed}: a later "
+            "study could hold out either; release one that was trained from nothing, or on the same."
+        )
+
+
+def _seen(config: StudyConfig) -> dict:
+    """What the networks of the release have seen, for `trained_on`: none of it may be held out where they are used. Those of the
+    release that the study started from are among them."""
+    seen, earlier = volume_hashes(load_split(config, "train").pixel_values), trained_on(config)
+    phantoms = earlier.phantoms
+    if config.dataset == "phantoms":
+        phantoms = {"data_seed": config.data_seed, "n": max(len(seen), phantoms["n"] if phantoms else 0)}
+    return {
+        "phantoms": phantoms,
+        "other_volumes": earlier.other_volumes or config.dataset != "phantoms",
+        "unnamed_volumes": earlier.unnamed_volumes,
+        SEEN_VOLUMES: list(dict.fromkeys([*earlier.hashes, *seen])),
+    }
 
 
 def forget_places(path: Path) -> None:

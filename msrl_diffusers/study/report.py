@@ -10,11 +10,12 @@ from pathlib import Path
 from ..evaluation.validity import broken_floors
 from ..files import write_json, write_text
 from ..plots import plot_history, plot_scatter, plot_volumes
-from ..processes import device_name
+from ..precision import precision_name
+from ..processes import device_name, process_state
 from .artifacts import load_pipeline, load_reported, load_scores, load_split, load_tuned_pipeline, stages_left_out
 from .config import SHOW_LESIONS, StudyConfig
 from .curve_figure import curve_lines, draw_curve
-from .sections import TRAINED_ON, WITHOUT_REWARDS
+from .sections import WITHOUT_REWARDS
 
 
 PACKAGES = ("msrl_diffusers", "torch", "diffusers", "accelerate", "transformers", "monai", "torchmetrics", "numpy")
@@ -52,6 +53,7 @@ def report(config: StudyConfig) -> dict:
         "downstream": _downstream(records) if config.downstream else None,
         "method": config.method,
         "rewarded": config.method not in WITHOUT_REWARDS,
+        "optimized": config.optimized_rewards(),
         config.method: records[config.method]["result"],
         **({"frechet_features": config.frechet_features} if config.method == "frechet" else {}),
         "unet_forwards": records[config.method]["result"]["unet_forwards"],
@@ -59,6 +61,7 @@ def report(config: StudyConfig) -> dict:
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "pretrained": config.pretrained and Path(config.pretrained).name,
         "device": device_name(),
+        "precision": precision_name(config.mixed_precision, process_state().device),
         "commit": git_commit(),
         "versions": versions(),
     }
@@ -136,6 +139,7 @@ def markdown(content: dict) -> str:
         f"Data: {_data_name(content)} `{content['data_fingerprint']}`; {content['n']['all']} volumes on each side of every "
         f"distance; seed {content['seed']}. Not for clinical use.",
         "",
+        *(line for warning in content.get("data", {}).get("warnings", ()) for line in (f"**Warning**: {warning}", "")),
     ]
     for role, purpose in EXTRACTORS.items():
         identity = content["extractors"][role]
@@ -195,7 +199,7 @@ def markdown(content: dict) -> str:
     lines += [
         "",
         f"{METHOD_NAMES[method]}: {tuning['rollouts']} rollouts, {content['unet_forwards']} denoiser forwards, stopped: "
-        f"{tuning['stopped'] or 'at max_steps'}.",
+        f"{tuning['stopped'] or 'at max_steps'}. {_kept_line(tuning['kept_after'])}",
         *(curve_lines(content["curve"], content["rewarded"]) if content["curve"] else []),
         "",
         "## Figures",
@@ -216,9 +220,7 @@ def markdown(content: dict) -> str:
 
 def _weak_reward_lines(content: dict) -> list[str]:
     """A warning where what was optimized hardly ranks unseen subjects; the floors of the study itself may be lower, or none."""
-    broken = (
-        broken_floors({role: content["reward_models"][role] for role in TRAINED_ON}) if content["rewarded"] else []
-    )
+    broken = broken_floors({role: content["reward_models"][role] for role in content["optimized"]})
     if not broken:
         return []
     return [
@@ -226,6 +228,13 @@ def _weak_reward_lines(content: dict) -> list[str]:
         f"**Tuned by rewards that hardly rank unseen subjects**: {'; '.join(broken)}. What the policy gained of them says nothing about "
         "its volumes; `validity_floors` refuses such rewards.",
     ]
+
+
+def _kept_line(kept_after: int) -> str:
+    """Which weights the tuned arm has; the pretrained ones are a result too, but not one of tuning."""
+    if kept_after:
+        return f"The weights kept are those after {kept_after}."
+    return "**The pretrained weights were kept**: none that was looked at was better, and the arms can differ by their samplers alone."
 
 
 def _data_name(content: dict) -> str:

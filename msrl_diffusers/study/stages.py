@@ -1,6 +1,6 @@
 """The stages prepare, extractors, vqgan, diffusion, samplers, trajectories and those of classifiers; others have files of their own."""
 
-import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +43,8 @@ from .downstream import run_downstream
 from .kinds import check_makes_same_kind, check_same_kind
 from .networks import check_networks, make_autoencoder, make_denoiser, make_extractor
 
+
+logger = logging.getLogger(__name__)
 
 SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000,
@@ -88,8 +90,7 @@ def prepare(config: StudyConfig) -> dict:
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
     check_networks(config, tuple(train.pixel_values.shape[1:]), train.num_classes)
-    if config.pretrained:
-        _check_pretrained(config, train, heldout)
+    warnings = _check_pretrained(config, train, heldout) if config.pretrained else []
     if config.downstream:
         _check_classes(train)
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
@@ -101,6 +102,7 @@ def prepare(config: StudyConfig) -> dict:
         "spacing": list(train.spacing),
         "left_out": left_out,
         "fingerprint": hash_tensors({"train": train.pixel_values, "heldout": heldout.pixel_values}.items()),
+        "warnings": warnings,
     }
 
 
@@ -126,25 +128,31 @@ def _check_splits(train: VolumeDataset, heldout: VolumeDataset) -> None:
                 )
 
 
-def _check_pretrained(config: StudyConfig, train: VolumeDataset, heldout: VolumeDataset) -> None:
+def _check_pretrained(config: StudyConfig, train: VolumeDataset, heldout: VolumeDataset) -> list[str]:
     """Raise InputError unless the given models are of volumes like these, and have seen none that are held out here: a class is
-    only a number to them, and so is a phantom."""
-    pipeline, scores = load_pipeline(config), Path(config.pretrained) / "scores.json"
-    check_makes_same_kind(train, pipeline, f"The pipeline {config.pretrained}")
-    if not scores.is_file():
-        raise InputError(f"{config.pretrained} has no scores.json; give a folder written by run_study.py --release.")
-    data_seed, n_train, hashes = trained_on(json.loads(scores.read_text()))
-    if config.dataset == "phantoms" and data_seed == config.data_seed and n_train > len(train):
+    only a number to them, and so is a phantom. What of it nobody can tell is logged, and returned for the report."""
+    check_makes_same_kind(train, load_pipeline(config), f"The pipeline {config.pretrained}")
+    known = trained_on(config)
+    phantoms = known.phantoms or {}
+    if config.dataset == "phantoms" and phantoms.get("data_seed") == config.data_seed and phantoms["n"] > len(train):
         raise InputError(
-            f"{config.pretrained} was trained on {n_train} phantoms or more, and with num_per_class={config.num_per_class} the "
-            f"later ones would be held out here; give num_per_class={n_train // train.num_classes} or more, or another data_seed."
+            f"{config.pretrained} was trained on {phantoms['n']} phantoms or more, and with num_per_class={config.num_per_class} the "
+            f"later ones would be held out here; give num_per_class={phantoms['n'] // train.num_classes} or more, or another data_seed."
         )
-    seen = set(hashes).intersection(volume_hashes(heldout.pixel_values))
+    seen = set(known.hashes).intersection(volume_hashes(heldout.pixel_values))
     if seen:
         raise InputError(
             f"{config.pretrained} was trained on {len(seen)} of the {len(heldout)} volumes that are held out here; split as it was "
             "(data_seed, holdout_fraction, or lists of subjects)."
         )
+    if config.dataset == "phantoms" or not known.unnamed_volumes:
+        return []
+    warning = (
+        f"{Path(config.pretrained).name} does not say which volumes it was trained on (releases on the Hub do not): split as it was, "
+        "with the same seeds, or held-out volumes may be among them."
+    )
+    logger.warning(warning)
+    return [warning]
 
 
 def train_extractors(config: StudyConfig) -> dict:
@@ -204,7 +212,7 @@ def train_diffusion(config: StudyConfig) -> dict:
     plot_volumes(
         {"real": shown.pixel_values, "generated": samples.pixel_values},
         folder / "samples.png",
-        at_asymmetry=stage_result(config, "prepare")["dataset"] in SHOW_LESIONS,
+        at_asymmetry=stage_result(config, "prepare").get("dataset", config.dataset) in SHOW_LESIONS,
     )
     return figures
 

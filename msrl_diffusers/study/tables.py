@@ -72,11 +72,12 @@ def write_tables(config: StudyConfig, runs: Mapping[str, Mapping[int, StudyConfi
 
 
 def _origin(run: StudyConfig, report: dict) -> dict:
-    """Where a run lies and what its report was made by; reports of earlier versions name no device."""
+    """Where a run lies and what its report was made by; reports of earlier versions name no device or no precision."""
     return {
         "folder": Path(run.output_dir).name,
         "commit": report["commit"],
         "device": report.get("device"),
+        "precision": report.get("precision"),
     }
 
 

@@ -35,7 +35,7 @@ from .artifacts import (
 )
 from .config import StudyConfig
 from .reward_data import reward_data, reward_seed, reward_sets
-from .sections import TRAINED_ON, WITHOUT_REWARDS
+from .sections import TRAINED_ON
 from .stages import sample_with
 
 
@@ -46,9 +46,10 @@ def tune(config: StudyConfig) -> dict:
     Raises:
         InputError: rewards below `validity_floors`.
     """
-    if config.validity_floors and config.method not in WITHOUT_REWARDS:
+    optimized = config.optimized_rewards()
+    if config.validity_floors and optimized:
         figures = stage_result(config, "validity")
-        check_validity({role: figures[role] for role in TRAINED_ON}, config.validity_floors)
+        check_validity({role: figures[role] for role in optimized}, config.validity_floors)
     pipeline, models, train = load_pipeline(config), load_reward_models(config), load_split(config, "train")
     extractor = load_extractors(config)["label"]
     args = config.trainer_config(config.method)
@@ -68,8 +69,6 @@ def tune(config: StudyConfig) -> dict:
     reward, looks = getattr(trainer, "reward", None), math.ceil(figures["rollouts"] / args.watch_steps)
     return {
         **figures,
-        # a line of the log is of the weights that sampled its rollout, those before its update
-        "kept_after": figures.get("updates_kept", figures.get("step", 1) - 1),
         "unet_forwards": trainer.unet_forwards + looks * _watch_forwards(config, train),
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,  # bytes
         "scales": {name: vars(scale) for name, scale in reward.scales.items()} if reward is not None else {},

@@ -1,5 +1,6 @@
 """Where the results of stages lie, and how later stages read them: from the study's folders or from given models."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from yaml import YAMLError
 from ..data.image_folder import ImageDataset
 from ..errors import InputError
 from ..evaluation.extractors import Extractor
+from ..models.loading import check_whole
 from ..processes import process_state
 from ..rewards.attribute_match import AttributeMatch
 from ..trainers.lora import LORA_FILE, merge_lora
@@ -34,7 +36,7 @@ def load_stable_diffusion(path: str | Path, **kwargs) -> StableDiffusionPipeline
     """`StableDiffusionPipeline.from_pretrained` of a folder or Hub repository, in float32, from safetensors only.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it lacks weights.
     """
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -42,6 +44,7 @@ def load_stable_diffusion(path: str | Path, **kwargs) -> StableDiffusionPipeline
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{path} holds no StableDiffusionPipeline: {str(error).splitlines()[0]}") from error
+    check_whole(pipeline, path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -50,7 +53,7 @@ def load_pipeline(path: str | Path) -> StableDiffusionPipeline:
     """A pipeline on the device of this process, with the DDIM sampler that rollouts have.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it lacks weights.
     """
     # nothing is shown to anybody unseen, and the checker's network is larger than a small UNet
     pipeline = load_stable_diffusion(path, safety_checker=None, requires_safety_checker=False)
@@ -63,17 +66,24 @@ def dataset_name(config: TextToImageStudyConfig) -> str:
     return "image_folder" if config.data_dir else "dermoscopy"
 
 
-def data_facts(config: TextToImageStudyConfig) -> dict:
-    """What a card of the adapter says of data and sampler. Of a given pipeline its own card says what it was trained on, if it
-    names one data set; the study's images may have been kept apart from it."""
+def data_facts(config: TextToImageStudyConfig, roles: Collection[str] = ("reward",)) -> dict:
+    """What a card says of data and sampler. Of a given pipeline its own card says what it was trained on, if it names one data set;
+    the study's images may have been kept apart from it. No data set is named where those of the two differ.
+
+    Args:
+        roles: the classifiers that what is shared holds or learned from; the adapter's by default.
+    """
     sources = {
         "dermoscopy": "procedurally drawn dermoscopy-like images, of no patient",
         "image_folder": "a folder of images",
         None: "not stated by the pipeline that was given",
     }
-    given = config.pretrained_model_name_or_path
-    dataset = _named_by_card(Path(given) / "README.md") if given else dataset_name(config)
-    return {"dataset": dataset, "data": sources.get(dataset, dataset), "sampler": config.evaluation_sampler}
+    given, own = config.pretrained_model_name_or_path, dataset_name(config)
+    dataset = _named_by_card(Path(given) / "README.md") if given else own
+    data = sources.get(dataset, dataset)
+    if dataset not in (None, own) and not set(roles).isdisjoint(config.trained_classifiers):
+        dataset, data = None, f"{data}; of classifiers trained here: {sources[own]}"
+    return {"dataset": dataset, "data": data, "sampler": config.evaluation_sampler}
 
 
 def _named_by_card(path: Path) -> str | None:

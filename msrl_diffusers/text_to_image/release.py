@@ -7,13 +7,13 @@ from ..hub import render_card
 from ..models.image_classifiers import load_image_classifier, save_image_classifier
 from ..study.release import forget_places
 from ..study.report import git_commit, versions
-from .artifacts import dataset_name, load_base
-from .config import TextToImageStudyConfig
+from .artifacts import data_facts, load_base, place_name
+from .config import CLASSIFIERS, TextToImageStudyConfig
 
 
 def write_release(config: TextToImageStudyConfig, path: str | Path) -> None:
-    """Write the fine-tuned Stable Diffusion to `path`, and the trained classifiers to `path/classifier_ROLE`, all in float16,
-    with a card. The stages up to `classifiers` must be done."""
+    """Write the fine-tuned Stable Diffusion, or the given one, to `path`, and the trained classifiers to `path/classifier_ROLE`, all in
+    float16, with a card. The stages up to `classifiers` must be done."""
     path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
     pipeline = load_base(config).to("cpu")
     for name in ("vae", "unet", "text_encoder"):
@@ -23,5 +23,12 @@ def write_release(config: TextToImageStudyConfig, path: str | Path) -> None:
         model, processor = load_image_classifier(Path(config.output_dir) / "classifiers" / role)
         save_image_classifier(model.half(), processor, path / f"classifier_{role}")
     forget_places(path)
-    facts = {"dataset": dataset_name(config), "seed": config.seed, "commit": commit, "versions": versions()}
+    facts = {
+        "dataset": data_facts(config, CLASSIFIERS)["dataset"],
+        "seed": config.seed,
+        "commit": commit,
+        "versions": versions(),
+    }
+    if given := config.pretrained_model_name_or_path:
+        facts["base_model"] = place_name(given)
     write_text(path / "README.md", render_card(facts, path, arm="standard"))

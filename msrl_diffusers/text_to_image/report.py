@@ -7,6 +7,8 @@ from pathlib import Path
 from ..data.image_folder import ImageDataset
 from ..evaluation.page import Figure, write_report
 from ..files import write_json
+from ..precision import precision_name
+from ..processes import device_name, process_state
 from ..study.report import git_commit, stage_records, versions
 from ..trainers.lora import LORA_FILE
 from .artifacts import data_facts, dataset_name, load_base, load_split, place_name, stages_left_out
@@ -40,6 +42,8 @@ def report(config: TextToImageStudyConfig) -> dict:
             if (value := getattr(config, name))
         },
         "seconds": {name: record["seconds"] for name, record in records.items()},
+        "device": device_name(),
+        "precision": precision_name(config.mixed_precision, process_state().device),
         "commit": git_commit(),
         "versions": versions(),
     }

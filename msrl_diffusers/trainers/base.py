@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
@@ -58,10 +57,6 @@ class TrainingRun:
     ):
         self.args, self.description = args, description
         self.output_dir = Path(args.output_dir)
-        if args.report_to not in ("none", "all", *(str(tracker) for tracker in get_available_trackers())):
-            raise InputError(
-                f"report_to={args.report_to} needs a package that is not installed; install it, or report to none."
-            )
         use_whole_cpu()
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
@@ -264,8 +259,10 @@ class TrainingRun:
             self.progress.set_description(f"{self.description}, {what}")
 
     def stop(self, reason: str, binding: bool = True) -> None:
-        """End the loop after this step. A `binding` end holds for who resumes the run, until one of `LIMITS` changes."""
-        self.stopped, self._binding = reason, binding
+        """End the loop after this step. A `binding` end holds for who resumes the run, until one of `LIMITS` changes; what else ends the
+        same step does not take its place."""
+        if not self.stopped or not self._binding:
+            self.stopped, self._binding = reason, binding
 
     def record(self, **metrics: float | torch.Tensor) -> None:
         """Collect figures of this step; their means are logged every `logging_steps`."""

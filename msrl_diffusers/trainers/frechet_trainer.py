@@ -104,8 +104,8 @@ class FrechetTrainer:
     def train(self) -> dict:
         """Run the training; the pipeline holds the chosen weights afterwards.
 
-        Returns the figures of the rollout they were chosen by (`Watch.result`), and, where fresh samples picked them,
-        `updates_kept` (0 is the pretrained model) and `fresh_frechet_kept` (relative to it).
+        Returns the figures of the rollout they were chosen by (`Watch.result`), and, where fresh samples picked them, `kept_after` in
+        updates and `fresh_frechet_kept` (relative to the pretrained model).
         """
         args = self.args
         run = TrainingRun(
@@ -382,7 +382,7 @@ class FrechetTrainer:
     def _result(self, run: TrainingRun) -> dict:
         result = self.watch.result(run)
         if self._picks and "best_step" in run.state:
-            result |= {"updates_kept": run.state["best_step"], f"{FRESH}_kept": -run.state["best_figure"]}
+            result[f"{FRESH}_kept"] = -run.state["best_figure"]
         return result
 
     @property

@@ -14,9 +14,9 @@ from ..rollouts import Rollout
 class FrechetWatchdog:
     """The Frechet distance to real volumes, the mean over their classes; with `select_by="-NAME"` of a trainer it picks the weights.
 
-    Rewards go on rising when samples get worse; of the figures that cost nothing this one follows an unseen judge the longest
-    (`examples/results/README.md`, "Rewards under optimization"). As many volumes are compared as the smaller side has: give
-    rollouts of a few dozen samples of each class or more, for the distance of fewer is mostly chance.
+    Rewards go on rising when samples get worse; this distance turns as well, but later than that of an unseen judge: it picks weights
+    well, and stops no run in time (`examples/results/README.md`, "Rewards under optimization"). As many volumes are compared as the
+    smaller side has: give rollouts of a few dozen samples of each class or more, for the distance of fewer is mostly chance.
 
     Args:
         extractor: network of the features, as `evaluation.features.extract_features` takes it; on the device of the samples, and

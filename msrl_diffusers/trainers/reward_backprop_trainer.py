@@ -91,7 +91,8 @@ class RewardBackpropTrainer:
         stiff = [part.name for part in self.reward.rewards if not part.differentiable]
         if stiff:
             raise InputError(
-                f"The rewards {stiff} are not differentiable: leave them out, or tune by DiffusionPPOTrainer."
+                f"The rewards {stiff} are not differentiable: leave them out, or tune by DiffusionPPOTrainer; where gradients do pass "
+                "through one, give it the attributes name and differentiable=True."
             )
         if args.num_slices is not None and not any(map(_sees_slices, self.reward.rewards)):
             raise InputError(

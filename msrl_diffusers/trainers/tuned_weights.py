@@ -151,6 +151,9 @@ class TunedWeights:
         if self._sharded and (lora or args.ema_decay is not None):
             raise InputError("With FSDP all weights are trained, without averages: unset use_lora and ema_decay.")
         self._repository = self._prepare_repository()
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module) and part is not pipeline.unet:
+                part.eval()  # in training mode a codebook learns from what it decodes
         denoiser = pipeline.unet
         if not self._sharded:  # FSDP wants them contiguous
             denoiser = in_fast_memory_format(denoiser, args.mixed_precision)

@@ -124,7 +124,8 @@ class Watch:
     @staticmethod
     def result(run: TrainingRun) -> dict:
         """The log line with the rollout that the kept weights were selected by (the last one without a selection), with the
-        reason why the run `stopped` and its number of `rollouts`. Selected weights sampled it; but where an average is kept,
+        reason why the run `stopped`, its number of `rollouts`, and after how many of them the weights are kept (`kept_after`; 0: the
+        pretrained ones). Selected weights sampled it; but where an average is kept,
         it is the average at that time, which only watchdogs that run the denoiser have judged. Weights selected after the last
         update sampled none: the line is the last one then."""
         best_step = run.state.get("best_step")
@@ -132,7 +133,8 @@ class Watch:
         if best_step is not None and line.get("step", 0) > best_step:
             # a line may be of several rollouts: the first that has this one among them
             line = next(line for line in run.history if line["step"] > best_step) | {"step": best_step + 1}
-        return {**line, "stopped": run.stopped, "rollouts": run.step}
+        kept_after = run.step if best_step is None else best_step
+        return {**line, "stopped": run.stopped, "rollouts": run.step, "kept_after": kept_after}
 
 
 def draw_samples(run: TrainingRun, samples: torch.Tensor, rewards: torch.Tensor, step: int) -> None:
