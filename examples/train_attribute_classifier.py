@@ -61,7 +61,12 @@ class ScriptArguments:
     )
     artifacts: list[str] = field(default_factory=lambda: list(ARTIFACTS), metadata={"help": "Of which it has any."})
     diagnosis_column: str = field(default="diagnosis", metadata={"help": "Column of the diagnosis in metadata.csv."})
-    subject_column: str | None = field(default=None, metadata={"help": "Column of whose image it is."})
+    diagnosis_names: dict = field(default_factory=dict, metadata={"help": "{what stands in the table: diagnosis}."})
+    artifact_columns: dict = field(default_factory=dict, metadata={"help": "{artifact: its column}."})
+    subject_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that names the subject: subject_id or participant_id, or each file, if unset."},
+    )
 
 
 def main() -> None:
@@ -96,7 +101,9 @@ def load_images(script_args: ScriptArguments, builder: PromptBuilder):
             builder,
             script_args.image_size,
             script_args.diagnosis_column,
-            subject_column=script_args.subject_column,
+            script_args.artifact_columns,
+            script_args.diagnosis_names,
+            script_args.subject_column,
         )
     if builder != PromptBuilder():
         raise InputError("Drawn images have the diagnoses and artifacts of dermoscopy; give a data_dir for others.")

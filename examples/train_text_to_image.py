@@ -9,8 +9,8 @@ With `--release DIR` the classifiers too are trained, and all models are written
 starts from it by `pretrained_model_name_or_path: DIR`, `reward_classifier: DIR/classifier_reward` and so on in its file.
 
 Stable Diffusion 1.5 and its kin, from a folder or the Hub, on a folder of images with a metadata.csv: of attributes,
-from which the prompts are built, or of captions (`--caption_column text`); writes OUT/pipeline, or with `--use_lora`
-the adapter, OUT/lora:
+from which the prompts are built, or of captions (`--caption_column text`); writes OUT/pipeline, and with `--use_lora`
+beside it the adapter that is merged into it, OUT/lora:
 
     accelerate launch examples/train_text_to_image.py --pretrained_model_name_or_path M --data_dir DIR --output_dir OUT
 
@@ -59,6 +59,12 @@ class FineTuneArguments:
     artifacts: list[str] = field(default_factory=lambda: list(ARTIFACTS), metadata={"help": "Of which it has any."})
     opening: str = field(default=OPENING, metadata={"help": "How a prompt begins that is built from these."})
     diagnosis_column: str = field(default="diagnosis", metadata={"help": "Column of the diagnosis in metadata.csv."})
+    diagnosis_names: dict = field(default_factory=dict, metadata={"help": "{what stands in the table: diagnosis}."})
+    artifact_columns: dict = field(default_factory=dict, metadata={"help": "{artifact: its column}."})
+    subject_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that names the subject: subject_id or participant_id, or each file, if unset."},
+    )
 
 
 def main() -> None:
@@ -85,9 +91,8 @@ def fine_tune(script_args: FineTuneArguments, args: TextToImageConfig) -> None:
     TextToImageTrainer(pipeline, args, images).train()
     if not process_state().is_main_process:
         return
-    written = Path(args.output_dir) / ("lora" if args.use_lora else "pipeline")
-    if not args.use_lora:
-        pipeline.save_pretrained(written)
+    written = Path(args.output_dir) / "pipeline"
+    pipeline.save_pretrained(written)
     plot_history(args.output_dir, ["loss", "grad_norm"])
     print(f"{written} written")
 
@@ -101,10 +106,13 @@ def load_images(script_args: FineTuneArguments, image_size: int) -> ImageDataset
             raise InputError("Drawn images have the prompts of dermoscopy; give a data_dir for others.")
         return load_dermoscopy(script_args.num_per_prompt, image_size)
     if script_args.caption_column:
-        return load_captioned_folder(script_args.data_dir, script_args.caption_column, image_size)
+        return load_captioned_folder(
+            script_args.data_dir, script_args.caption_column, image_size, script_args.subject_column
+        )
     return load_image_folder(
-        script_args.data_dir, builder, image_size, script_args.diagnosis_column, both_classes=False
-    )
+        script_args.data_dir, builder, image_size, script_args.diagnosis_column, script_args.artifact_columns,
+        script_args.diagnosis_names, script_args.subject_column, both_classes=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from .evaluation.features import extract_features
 from .evaluation.fidelity import frechet_distance
 from .functional.targets import reward_targets
 from .pipelines.med_volume import MedVolumePipeline
+from .pipelines.sampling import without_progress_bar
 from .precision import autocast
 from .seeding import sample_generators
 
@@ -63,7 +64,6 @@ def sample_set(
     A synthetic sample shows no subject; its id names the noise it came from, and splits go by it all the same.
     """
     samples, device = [], pipeline.device
-    pipeline.set_progress_bar_config(disable=True)
     for indices in torch.arange(len(volumes)).split(batch_size):
         batch = volumes.batch(indices, device)
         settings = {
@@ -72,7 +72,7 @@ def sample_set(
             "eta": eta,
             "generator": sample_generators(seed, "trajectory", indices.tolist()),
         }
-        with autocast(device, mixed_precision):
+        with without_progress_bar(pipeline), autocast(device, mixed_precision):
             if spec.kind == "synthetic":
                 output = pipeline(num_inference_steps=spec.step, **settings)
             else:

@@ -10,6 +10,7 @@ from launching import interrupted_when_saving
 from tiny import copied, differing
 from torchmetrics.functional.classification import binary_auroc
 
+from msrl_diffusers.arguments import parse
 from msrl_diffusers.data.dermoscopy import load_dermoscopy, write_dermoscopy
 from msrl_diffusers.data.image_folder import ImageDataset
 from msrl_diffusers.data.prompts import PromptBuilder
@@ -120,6 +121,31 @@ def test_the_script_trains_a_fresh_network_and_goes_on_from_it(run_script, tmp_p
     )  # fmt: skip
     tuned = AttributeMatch.from_pretrained(tmp_path / "tuned" / "classifier")
     assert differing(copied(reward.model), copied(tuned.model))
+
+
+def test_the_script_reads_a_table_of_other_names(tmp_path, caplog):
+    write_dermoscopy(tmp_path, 1, SIZE)
+    table = tmp_path / "metadata.csv"
+    header, rows = table.read_text().split("\n", 1)
+    header = header.replace("subject_id", "patient").replace("hair", "strands")
+    table.write_text(f"{header}\n{rows.replace('melanoma', 'MM')}")
+    script = runpy.run_path(str(SCRIPT))
+    names = [
+        "--subject_column",
+        "patient",
+        "--artifact_columns",
+        "{hair: strands}",
+        "--diagnosis_names",
+        "{MM: melanoma}",
+    ]
+    (arguments,) = parse(
+        [script["ScriptArguments"]], arguments=["--data_dir", str(tmp_path), "--image_size", "16", *names]
+    )
+    loaded, drawn = script["load_images"](arguments, PromptBuilder()), load_dermoscopy(1, SIZE)
+    assert sorted(zip(loaded.subject_ids, loaded.prompts, strict=True)) == sorted(
+        zip(drawn.subject_ids, drawn.prompts, strict=True)
+    )
+    assert caplog.messages == []
 
 
 def test_the_script_reads_artifacts_of_an_only_diagnosis(run_script, tmp_path):

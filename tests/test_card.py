@@ -80,6 +80,7 @@ def test_every_figure_is_the_report_s(folder):
 def test_what_a_card_must_say(folder):
     card = render_card(REPORT, folder, name="somebody/brains")
     assert "**Not for clinical use.**" in card
+    assert "the package `msrl_diffusers`, which is not on PyPI: install it as its README says" in card
     assert 'MedVolumePipeline.from_pretrained("somebody/brains")' in card
     assert 'DiffusionPipeline.from_pretrained("somebody/brains", trust_remote_code=True)' in card
     sampler = REPORT["samplers"][REPORT["chosen"]["rl"].split(" @ ")[1]]
@@ -191,7 +192,7 @@ def test_prepared_data_have_the_terms_of_what_was_prepared(folder, tmp_path):
 def test_an_audit_goes_before_the_report(folder):
     card = render_card(REPORT, folder, audit=AUDIT)
     assert "3 of 50 generated volumes look like copies of one of 40 training volumes (95 % interval 1.2 % to" in card
-    assert "16.6 %; about 1.2 would be flagged by chance" in card
+    assert "16.6 %; at most about 1.2 would be flagged by chance" in card
     assert "40 training volumes, each against the others" in card
     with pytest.raises(InputError, match="lacks its figures"):
         render_card(REPORT, folder, audit={"n_copies": 1})

@@ -12,13 +12,14 @@ from msrl_diffusers import VolumeDataset, load_phantoms, write_phantoms
 from msrl_diffusers.cli import evaluate as evaluate_verb
 from msrl_diffusers.cli.sets import class_shares, is_pipeline, labels_in_proportion
 from msrl_diffusers.errors import InputError
-from msrl_diffusers.evaluation.comparison import compare_sets, ms_ssim_of, ms_ssim_of_sets
+from msrl_diffusers.evaluation.comparison import _halves, compare_sets, ms_ssim_of, ms_ssim_of_sets
 from msrl_diffusers.evaluation.diversity import ms_ssim_diversity
 from msrl_diffusers.evaluation.extractors import load_extractor
 from msrl_diffusers.evaluation.features import source_features
 from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.evaluation.sources import open_source
 from msrl_diffusers.pipelines.sampling import sample_volumes
+from msrl_diffusers.seeding import generator_for
 
 
 EXTRACTOR = Path(__file__).parents[1] / "model_cards" / "phantoms-32" / "extractor_label"
@@ -127,6 +128,18 @@ def test_the_floor_of_two_halves_holds_that_of_other_halves():
     assert floor["high"] - floor["low"] < 2 * floor["value"]  # an interval that holds everything says nothing
 
 
+def test_no_subject_is_in_both_halves():
+    names = [f"subject-{number // 3}" for number in range(30)]
+    one, two = _halves(names, seed=0)
+    assert sorted([*one, *two]) == list(range(30))
+    assert 12 <= len(one) <= 15
+    assert not {names[row] for row in one} & {names[row] for row in two}
+    order = torch.randperm(8, generator=generator_for(0, "halves")).tolist()
+    assert _halves(list("abcdefgh"), seed=0) == (order[:4], order[4:])
+    with pytest.raises(InputError, match=r"volumes of 1 names only, .*; give held_out\."):
+        _halves(["one"] * 8, seed=0)
+
+
 def test_the_floor_is_of_no_more_volumes_than_were_generated():
     """A distance of few volumes is mostly bias: the floor beside it must have the same."""
     real = open_source(load_phantoms(24, 16))
@@ -216,8 +229,8 @@ def test_no_interval_is_an_empty_cell(sets, tmp_path):
 
 
 def test_a_pipeline_is_sampled(sets, tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
-    options = ["--num_volumes", "6", "--num_inference_steps", "2", "--batch_size", "4"]
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline", variant="bf16")
+    options = ["--num_volumes", "6", "--num_inference_steps", "2", "--batch_size", "4", "--variant", "bf16"]
     content = evaluated(tmp_path / "out", sets["train"], str(tmp_path / "pipeline"), *options)
     assert content["n"] == 6
     kept = VolumeDataset.load(tmp_path / "out" / "generated.safetensors")

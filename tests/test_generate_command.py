@@ -257,6 +257,7 @@ def test_a_class_whose_name_is_a_number_goes_by_its_name(model):
         (["--seed", "-1"], "seed must not be negative, got -1"),
         (["--eta", "2"], r"eta must lie in 0 \.\. 1, got 2.0"),
         (["--guidance_scale", "nan"], "guidance_scale must be a finite number, got nan"),
+        (["--guidance_scale", "0"], "guidance_scale must be above 0, got 0.0: at 0 the class is ignored"),
         (["--dtype", "int8"], r"dtype must be one of \['float32', 'bfloat16', 'float16'\], got 'int8'"),
         (["--num_inference_steps", "2000"], "num_inference_steps must be at most 1000"),
         (["--lora", "/nowhere/at/all"], "/nowhere/at/all"),

@@ -162,6 +162,18 @@ def test_what_is_left_of_an_earlier_model_goes(hub, folder, capsys):
     same_weights(MedVolumePipeline.from_pretrained(NAME).unet, model.unet)
 
 
+def test_whole_weights_of_a_variant_take_the_place_of_its_shards_and_their_index(hub, tmp_path):
+    model = tiny_vqvae()
+    model.save_pretrained(tmp_path / "shards", variant="bf16", max_shard_size="20KB")
+    push_folder(tmp_path / "shards", NAME, without_audit=True)
+    assert "diffusion_pytorch_model.safetensors.index.bf16.json" in stored(hub)
+    torch.nn.init.ones_(next(model.parameters()))
+    model.save_pretrained(tmp_path / "whole", variant="bf16")
+    pushed = push_folder(tmp_path / "whole", NAME, without_audit=True)
+    assert "diffusion_pytorch_model.safetensors.index.bf16.json" in pushed.removed
+    same_weights(type(model).from_pretrained(NAME, variant="bf16"), model)
+
+
 def test_weights_of_one_variant(hub, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
     assert inspect_folder(tmp_path / "half").variant == "fp16"

@@ -11,7 +11,7 @@ from hub_scene import AUDIT, NAME, commits, run_verb, same_weights, stored
 from hub_server import HubServer
 from peft import LoraConfig
 from safetensors.torch import save_file
-from tiny import tiny_stable_diffusion
+from tiny import tiny_pipeline, tiny_stable_diffusion
 
 from msrl_diffusers import (
     UNet3DModel,
@@ -48,6 +48,12 @@ def test_a_public_repository_is_not_pushed_to_by_accident(monkeypatch, folder, t
         assert commits(hub, "somebody/seen") == 0
         push_folder(folder, "somebody/seen", private=False)
         assert commits(hub, "somebody/seen") == 1
+
+
+def test_the_audit_that_is_asked_for_is_of_the_variant(hub, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(InputError, match=r"run `msrl audit TRAIN .*half --variant fp16 --held_out OTHER"):
+        push_folder(tmp_path / "half", NAME)
 
 
 def test_no_push_without_an_audit(hub, folder, tmp_path, capsys):
@@ -238,7 +244,13 @@ REFUSED = {
         lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}})
         ),
-        "names diffusion_pytorch_model-00001-of-00002.safetensors, which is not there",
+        "names diffusion_pytorch_model-00001-of-00002.safetensors, which is not there; remove this index and save",
+    ),
+    "a lost shard of a variant": (
+        lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors.index.bf16.json").write_text(
+            json.dumps({"weight_map": {"a": "diffusion_pytorch_model.bf16-00001-of-00002.safetensors"}})
+        ),
+        "names diffusion_pytorch_model.bf16-00001-of-00002.safetensors, which is not there",
     ),
     "no model": (
         lambda folder: (folder / "model_index.json").unlink(),

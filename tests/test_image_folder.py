@@ -90,6 +90,41 @@ def test_isic_tables_have_a_column_per_diagnosis(tmp_path):
     assert set(load(tmp_path).subject_ids) == {"i0.png", "i1.png"}
 
 
+def test_images_of_a_participant_are_of_one_subject(tmp_path, caplog):
+    """As BIDS calls the column; no split puts a person's images on both sides."""
+    rows = [row.replace(f"s{n}", "ab"[n // 2]) for n, row in enumerate(four_rows())]
+    images = load(write_folder(tmp_path, rows, HEADER.replace("subject_id", "participant_id")))
+    assert images.subject_ids == ["a", "a", "b", "b"]
+    assert caplog.messages == []
+
+
+def test_a_table_that_names_no_subjects_is_pointed_out(tmp_path, caplog):
+    write_folder(tmp_path, header=HEADER.replace("subject_id", "patient_id"))
+    assert load(tmp_path).subject_ids == [f"i{n}.png" for n in range(4)]
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        f"{tmp_path}/metadata.csv names no subjects, so each of its 4 images counts as one: if people"
+    )
+    assert load(tmp_path, subject_column="patient_id").subject_ids == ["s0", "s1", "s2", "s3"]
+    assert len(caplog.messages) == 1
+
+
+def test_rows_of_other_diagnoses_are_counted(tmp_path, caplog):
+    rows = [*four_rows()[:2], "i2.png,s2,BCC,0,0", "i3.png,s3,MM,1,0", "i3.png,s3,MM,1,0"]
+    assert len(load(write_folder(tmp_path, rows), both_classes=False)) == 2
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        f"{tmp_path}/metadata.csv: 3 of 5 rows have a diagnosis that is none of ['melanoma', 'nevus'] and are left out "
+        "(2 of 'MM', 1 of 'BCC'); if some mean"
+    )
+    caplog.clear()
+    rows = ["i0.png,s0,1,0,0,1", "i1.png,s1,0,1,1,0", "i2.png,s2,0,0,1,1"]
+    load(write_folder(tmp_path, rows, "file_name,subject_id,MEL,NV,hair,gel_bubble"))
+    assert (
+        "1 of 3 rows have a diagnosis that is none of ['melanoma', 'nevus'] and are left out; if" in caplog.messages[0]
+    )
+
+
 def test_a_subject_that_is_not_known_is_none(tmp_path):
     """Else all of these would be images of one."""
     rows = ["i0.png,n/a,melanoma,0,1", "i1.png,NA,nevus,1,0", "i2.png,s2,nevus,1,0"]
@@ -199,7 +234,6 @@ def test_columns_that_were_named_and_are_missing(tmp_path):
     ("row", "sentence"),
     [
         ("i0.png,s0,melanoma,0.7,0", "line 6: column 'hair' must be 0 or 1, got '0.7'"),
-        ("i0.png,s0,nevus,,0", "line 6: column 'hair' must be 0 or 1, got ''"),
         ("i0.png,s0,,0,0", "line 6: column 'diagnosis' is empty"),
         ("gone.png,s0,nevus,0,0", "line 6: the image 'gone.png' is missing; copy it or leave out the row"),
         (",s0,nevus,0,0", "line 6: the image '' is missing"),
@@ -209,6 +243,15 @@ def test_columns_that_were_named_and_are_missing(tmp_path):
 )
 def test_a_bad_row_is_named(tmp_path, row, sentence):
     assert sentence in failure(write_folder(tmp_path, [*four_rows(), row]))
+
+
+def test_empty_cells_of_an_artifact_are_counted(tmp_path):
+    """Those of other diagnoses do not matter."""
+    rows = [*four_rows()[:1], "i1.png,s1,eczema,0,", "i2.png,s2,nevus,0,", "i3.png,s3,nevus,1,n/a"]
+    assert failure(write_folder(tmp_path, rows)) == (
+        f"{tmp_path / 'metadata.csv'}: column 'gel_bubble' is empty in 2 rows (line 4 first): fill it, leave these rows out, or take "
+        "'gel bubble' out of artifacts."
+    )
 
 
 def test_an_image_of_two_diagnoses(tmp_path):

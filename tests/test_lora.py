@@ -22,6 +22,7 @@ from msrl_diffusers import (
     UNet3DModel,
 )
 from msrl_diffusers.errors import InputError
+from msrl_diffusers.trainers.lora import save_lora
 from msrl_diffusers.trainers.tuned_weights import LORA_TARGETS
 
 
@@ -181,6 +182,76 @@ def test_an_adapter_may_be_swapped_for_another(pipeline, folder, tmp_path):
     pipeline.load_lora_weights(tmp_path, adapter_name="one", hotswap=True)
     torch.testing.assert_close(generate(pipeline), generate(other))
     assert pipeline.get_list_adapters() == {"unet": ["one"]}
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 12}, {"r": 1, "lora_alpha": 2}])
+def test_an_adapter_that_was_swapped_in_is_weighted_and_saved_as_what_it_is(pipeline, tmp_path, changes):
+    """Of another alpha, and of a smaller rank, which peft pads."""
+    targets = {"target_modules": ["to_q", "to_v"]}  # peft pads no 3D convolutions
+    other = with_adapter(seed=1, **targets, **changes)
+    with_adapter(**targets).save_lora_weights(tmp_path / "one")
+    other.save_lora_weights(tmp_path / "other")
+    pipeline.load_lora_weights(tmp_path / "one", adapter_name="one")
+    pipeline.load_lora_weights(tmp_path / "other", adapter_name="one", hotswap=True)
+    torch.testing.assert_close(generate(pipeline), generate(other))
+    pipeline.save_lora_weights(tmp_path / "saved")
+    saved, expected = load_file(tmp_path / "saved" / FILE), load_file(tmp_path / "other" / FILE)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    again = tiny_pipeline()
+    again.load_lora_weights(tmp_path / "saved")
+    torch.testing.assert_close(generate(again), generate(other))
+    pipeline.set_adapters("one", 0.5)
+    other.set_adapters("default", 0.5)
+    torch.testing.assert_close(generate(pipeline), generate(other))
+
+
+def test_tensors_that_are_swapped_in_have_alpha_equal_to_their_rank(pipeline, folder, tmp_path):
+    tensors = {f"unet.{name}": value for name, value in get_peft_model_state_dict(with_adapter(seed=1).unet).items()}
+    expected = tiny_pipeline()
+    expected.load_lora_weights(tensors)
+    pipeline.load_lora_weights(folder, adapter_name="one")
+    pipeline.load_lora_weights(tensors, adapter_name="one", hotswap=True)
+    pipeline.save_lora_weights(tmp_path)
+    again = tiny_pipeline()
+    again.load_lora_weights(tmp_path)
+    torch.testing.assert_close(generate(again), generate(expected))
+
+
+def test_adapters_of_a_compiled_denoiser(pipeline, folder, adapted, plain, tmp_path):
+    def generated():
+        with torch.compiler.set_stance("force_eager"):  # compiling takes a minute, and is not what is tested
+            return generate(pipeline)
+
+    compiled = pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    pipeline.load_lora_weights(folder, adapter_name="tuned")
+    assert pipeline.get_list_adapters() == {"unet": ["tuned"]}
+    assert pipeline.get_active_adapters() == ["tuned"]
+    torch.testing.assert_close(generated(), adapted)
+    pipeline.save_lora_weights(tmp_path / "adapter")
+    trained = with_adapter()
+    trained.unet = torch.compile(trained.unet, backend="eager")
+    save_lora(trained, tmp_path / "by_a_trainer")
+    for name in ("adapter", "by_a_trainer"):
+        assert load_file(tmp_path / name / FILE).keys() == load_file(folder / FILE).keys()
+    pipeline.disable_lora()
+    torch.testing.assert_close(generated(), plain)
+    pipeline.enable_lora()
+    pipeline.set_adapters("tuned", 0.0)
+    torch.testing.assert_close(generated(), plain)
+    pipeline.set_adapters("tuned")
+    pipeline.fuse_lora()
+    assert pipeline.num_fused_loras == 1
+    pipeline.unfuse_lora()
+    assert pipeline.num_fused_loras == 0
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert pipeline.unet is compiled
+    torch.testing.assert_close(generated(), adapted, rtol=1e-4, atol=1e-4)
+    pipeline.save_pretrained(tmp_path / "pipe")
+    loaded = MedVolumePipeline.from_pretrained(tmp_path / "pipe")
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(generate(loaded), adapted, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- mixed and switched

@@ -148,6 +148,15 @@ def test_nifti_output_has_a_right_affine(pipeline):
     assert image.header.get_xyzt_units()[0] == "mm"
 
 
+def test_the_spacing_of_an_image_is_saved(pipeline, tmp_path):
+    edges = np.array([1, 2, 3], dtype=np.float32)  # as get_zooms() has them
+    for spacing in (edges, tuple(edges)):
+        made = MedVolumePipeline(pipeline.vqvae, pipeline.unet, pipeline.scheduler, spacing)
+        assert made.spacing == (1.0, 2.0, 3.0)
+        made.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "model_index.json").read_text())["spacing"] == [1.0, 2.0, 3.0]
+
+
 def test_names_and_labels_are_the_same(pipeline):
     expected = generate(pipeline, ["LGG"])
     for labels in (1, "LGG", [1], torch.tensor([1])):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import copied, differing, tiny_vqvae
 
 from msrl_diffusers import VQModel3D
 from msrl_diffusers.functional.quantization import (
@@ -136,6 +137,25 @@ def test_evaluation_leaves_the_codebook_alone():
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     quantizer(torch.randn(1, 2, 4, 4, 4))
     assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_decoding_without_gradients_leaves_the_codebook_alone():
+    """As of a pipeline whose autoencoder is fresh, and so in training mode."""
+    model = tiny_vqvae("vq").train()
+    before = copied(model)
+    with torch.no_grad():
+        model.decode(torch.randn(1, 2, 4, 4, 4))
+    assert not differing(copied(model), before)
+    model.decode(torch.randn(1, 2, 4, 4, 4))
+    assert "quantization.codebook" in differing(copied(model), before)
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_decoding_is_one_graph(quantizer):
+    quantize = tiny_vqvae(quantizer).eval().quantization
+    latents = torch.randn(1, 2, 4, 4, 4)
+    compiled = torch.compile(quantize, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(latents).latents, quantize(latents).latents)
 
 
 def test_commitment_loss_pulls_the_encoder_only():

@@ -34,6 +34,9 @@ def test_no_two_of_reward_judge_and_features_are_one_model(tmp_path):
         ({"unet": {"block_channels": [8]}}, "Section 'unet' has the unknown field 'block_channels'"),
         ({"ppo": {"max_step": 3}}, "Section 'ppo' has the unknown field 'max_step'"),
         ({"ppo": {"push_to_hub": True}}, "Section 'ppo': unset push_to_hub"),
+        ({"classifiers": {"seed": 3}}, "Section 'classifiers': remove seed here; every network has a seed of its own"),
+        ({"augmentation": {"seed": 3}}, "Section 'augmentation': remove seed here; its seeds are augmentation_seeds"),
+        ({"augmentation": {"threshold": 0.3}}, "Section 'augmentation': remove threshold here"),
         ({"ppo": {"patience": 3}, "select_by": "last"}, "'ppo': patience counts rollouts since select_by improved"),
         ({"reward_kind": "nice"}, "reward_kind must be one of"),
         (

@@ -25,13 +25,14 @@ from msrl_diffusers.data.image_folder import ImageDataset, to_uint8
 from msrl_diffusers.data.prompts import PromptBuilder
 from msrl_diffusers.errors import InputError
 from msrl_diffusers.models.image_classifiers import build_image_classifier
+from msrl_diffusers.rewards.attribute_match import AttributeMatch
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.text_to_image.artifacts import data_facts
 from msrl_diffusers.text_to_image.augmentation import diagnosis_only, missing_prompts
 from msrl_diffusers.text_to_image.config import CLASSIFIERS, NETWORKS, TextToImageStudyConfig
 from msrl_diffusers.text_to_image.data import in_subgroup, load_captioned_folder, make_splits, thin_out, trained_splits
 from msrl_diffusers.text_to_image.diversity import diversity_of_sets, prompt_diversity
-from msrl_diffusers.text_to_image.evaluate import fidelity, matched_rows
+from msrl_diffusers.text_to_image.evaluate import attribute_hits, fidelity, matched_rows, mean_over_prompts
 from msrl_diffusers.text_to_image.extractors import ClassifierExtractor, image_features
 from msrl_diffusers.text_to_image.figures import mosaic
 from msrl_diffusers.text_to_image.match import by_prompt, match_figures
@@ -257,9 +258,10 @@ def write_captions(folder, rows: list[str], header: str = "file_name,text") -> N
     (folder / "metadata.csv").write_text("\n".join([header, *rows]) + "\n")
 
 
-def test_a_folder_with_captions(tmp_path):
+def test_a_folder_with_captions(tmp_path, caplog):
     write_captions(tmp_path, ["a.png,A mole on the back,", 'b.png,"Hair, and ink", ,'])
     loaded = load_captioned_folder(tmp_path, image_size=16)
+    assert "names no subjects, so each of its 2 images counts as one" in caplog.messages[0]
     assert loaded.prompts == ["A mole on the back", "Hair, and ink"]
     assert loaded.pixel_values.shape == (2, 3, 16, 16)
     assert [int(image.unique()) for image in loaded.pixel_values] == [200, 100]
@@ -410,8 +412,47 @@ def test_distances_are_to_as_many_held_out_images_of_the_same_prompts(images):
     assert found["before"] > found["after"] + 0.01
     assert found["difference"]["value"] == pytest.approx(found["after"] - found["before"])
     assert found["difference"]["interval"][1] < 0
-    assert found["real"] == {"value": pytest.approx(found["before"]), "n": 64}
+    assert found["real"] == {
+        "value": pytest.approx(found["before"]), "kid": pytest.approx(found["kid"]["before"]), "n": 64,
+    }  # fmt: skip
     json.dumps(found)
+
+
+def test_references_are_compared_with_the_held_out_images_of_the_arms(images):
+    """The distance depends on their number: twice as many held-out images change nothing, a prompt that is rare in training does."""
+    firsts = images.select([images.prompts.index(prompt) for prompt in PROMPTS])
+    noisy = ImageDataset.from_samples(torch.randn(64, 3, 16, 16).clamp(-1, 1), images.prompts, BUILDER)
+    settings = dict(RESNET)
+    torch.manual_seed(0)
+    model, processor = build_image_classifier(
+        settings.pop("architecture"), BUILDER.attribute_names, IMAGE_SIZE, **settings
+    )
+    references = {
+        "reconstruction": images,
+        "real": noisy.select([n for n, p in enumerate(images.prompts) if p != PROMPTS[0]]),
+    }
+    found = fidelity(
+        ClassifierExtractor(model, processor), {"before": firsts, "after": firsts}, images, references, config()
+    )
+    assert (found["n"], found["reconstruction"]["n"], found["real"]["n"]) == (32, 32, 31)
+    assert found["reconstruction"]["value"] == pytest.approx(found["after"], abs=1e-6)  # the images themselves
+    assert found["real"]["value"] > 0.01
+
+
+def test_match_rates_of_real_images_count_every_prompt_the_same(images):
+    """As the arms are asked: a table in which one prompt is common tells as much of it as of the others."""
+    settings = dict(RESNET)
+    torch.manual_seed(0)
+    model, processor = build_image_classifier(
+        settings.pop("architecture"), BUILDER.attribute_names, IMAGE_SIZE, **settings
+    )
+    match = AttributeMatch(model, processor, BUILDER)
+    model.classifier[-1].bias.data += torch.tensor([30.0, -30, -30, -30, -30, -30])  # sees melanoma, and nothing else
+    shown = "dermoscopy image of melanoma"
+    rows = [row for row, prompt in enumerate(images.prompts) if prompt == shown]
+    one_more = images.select([*rows * 10, images.prompts.index(PROMPTS[-1])])
+    assert attribute_hits(match, one_more).all(dim=1).double().mean() > 0.9
+    assert mean_over_prompts(match, one_more) == 0.5
 
 
 def test_intervals_of_distances_draw_within_each_prompt(images):

@@ -37,9 +37,10 @@ def run_here(script: str, *arguments: str, monkeypatch) -> None:
 def test_options_override_the_section_and_the_study(tmp_path):
     path = write_config(tmp_path)
     arguments = ["--config", path, "--learning_rate", "0.5", "--seed", "7", "--reward_kind", "exact", "--rl_seed", "2"]
+    arguments += ["--subject_column", "patient"]
     found = parse_text_to_image("ppo", arguments=arguments)
     assert found.trainer_config("ppo").learning_rate == 0.5
-    assert (found.seed, found.seed_of("ppo"), found.reward_kind) == (7, 2, "exact")
+    assert (found.seed, found.seed_of("ppo"), found.reward_kind, found.subject_column) == (7, 2, "exact", "patient")
     assert found.trainer_config("ppo").save_steps == 5
     plain = parse_text_to_image("ppo", arguments=["--config", path])
     study = replace(config(plain.output_dir))
@@ -103,25 +104,34 @@ def test_a_given_pipeline_is_fine_tuned_on_a_folder(use_lora, tmp_path, monkeypa
     assert "written" in capsys.readouterr().out
     assert (tmp_path / "out" / "lora" / LORA_FILE).is_file() == use_lora
     assert (tmp_path / "out" / "curves.png").is_file()
-    if not use_lora:
-        tuned = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
-        assert differing(copied(tiny_text_to_image().unet), copied(tuned.unet))
+    tuned = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")  # what the next command starts from
+    assert differing(copied(tiny_text_to_image().unet), copied(tuned.unet))
+    assert not getattr(tuned.unet, "peft_config", None)
 
 
-def test_a_given_pipeline_is_fine_tuned_on_images_of_other_attributes(tmp_path, monkeypatch, capsys):
+def test_a_given_pipeline_is_fine_tuned_on_images_of_other_attributes(tmp_path, monkeypatch, capsys, caplog):
     """No classifier is trained, so an attribute may be the same in all images."""
     tiny_text_to_image().save_pretrained(tmp_path / "base")
     (tmp_path / "images").mkdir()
-    rows = ["file_name,finding,tube"]
-    for number, finding in enumerate(("effusion", "normal")):
+    rows = ["file_name,finding,devices,patient"]
+    for number, finding in enumerate(("PE", "normal")):
         Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (90 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
-        rows.append(f"{number}.png,{finding},1")
+        rows.append(f"{number}.png,{finding},1,p{number}")
     (tmp_path / "images" / "metadata.csv").write_text("\n".join(rows) + "\n")
     attributes = ["--diagnoses", "effusion", "normal", "--artifacts", "tube", "--opening", "chest x-ray of"]
     arguments = ["--pretrained_model_name_or_path", str(tmp_path / "base"), *attributes, "--report_to", "none"]
+    arguments += [
+        "--diagnosis_names",
+        "{PE: effusion}",
+        "--artifact_columns",
+        "{tube: devices}",
+        "--subject_column",
+        "patient",
+    ]
     arguments += ["--diagnosis_column", "finding", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
     run_here("train_text_to_image.py", *arguments, "--data_dir", str(tmp_path / "images"), monkeypatch=monkeypatch)
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
+    assert not any("left out" in message or "no subjects" in message for message in caplog.messages)
     with pytest.raises(SystemExit):
         run_here("train_text_to_image.py", *arguments, monkeypatch=monkeypatch)
     assert "Drawn images have the prompts of dermoscopy; give a data_dir for others" in capsys.readouterr().err

@@ -123,7 +123,11 @@ def test_the_report_says_where_its_numbers_come_from(report, finished):
         assert (finished / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert f"{report['attribute_match']['judge']['after']:.1%}" in page
     (row,) = (line for line in page.splitlines() if line.startswith("| real, training (floor) |"))
-    assert row.endswith("|  |  |")
+    floor, limit = report["fid"]["real"], report["fid"]["reconstruction"]
+    assert (floor["n"], limit["n"]) == (56, 64)  # training has one image alone of the prompts of the rare subgroup
+    assert row.endswith(f"| n = 56 | {floor['kid']:.4g} |  |")
+    assert f"| autoencoder (limit) | {limit['value']:.4g} |  | {limit['kid']:.4g} |  |" in page
+    assert "64 on each side (where n is another, the row is not comparable), by features" in page
     assert f"| real, held out |  |  |  | {report['diversity']['real']['value']:.3f} (32 pairs) |" in page
     assert (finished / "report.html").is_file()
 
@@ -140,6 +144,35 @@ def test_the_report_calls_the_judge_independent_only_where_it_is(study):
     assert "the judge, trained on other images, does not" in page.read_text()
     write_report(config(study, reward_classifier=str(study / "classifiers" / "reward")))
     assert "the judge does not confirm" in page.read_text()
+
+
+def test_the_report_says_which_weights_were_kept_and_what_picked_them(study):
+    page, record = study / "report.md", study / "ppo" / "stage.json"
+    found = json.loads(record.read_text())
+    kept = found["result"]["kept_after"]
+    assert kept
+    assert (
+        f"The weights kept are those after {kept}. The reward of held-out prompts picked these weights."
+        in page.read_text()
+    )
+    found["result"]["kept_after"] = 0
+    record.write_text(json.dumps(found))
+    write_report(config(study, select_by="last"))
+    assert "The pretrained weights were kept: none" in page.read_text()
+    assert "picked these weights" not in page.read_text()
+
+
+def test_the_report_says_over_how_many_prompts_real_images_are(study):
+    page, record = study / "report.md", study / "evaluate" / "stage.json"
+    assert "All are means over prompts." in page.read_text()
+    found = json.loads(record.read_text())
+    found["result"]["real_prompts"] = 30
+    record.write_text(json.dumps(found))
+    write_report(config(study))
+    assert (
+        "All are means over prompts; held-out images, and so their reconstructions, show 30 of the 32."
+        in page.read_text()
+    )
 
 
 def test_the_judge_picks_nothing(finished):

@@ -309,6 +309,20 @@ def test_half_precision_that_can_not_be_trained_is_refused(images, changes, mess
     DiffusionPPOTrainer(pipeline, Brightness(), right, train_conditions=["a nevus"])  # nothing was left in it
 
 
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_prompts_that_are_cut_are_counted(train_text_encoder, images, tmp_path, caplog):
+    pipeline = tiny_text_to_image()
+    args = TextToImageConfig(**settings(tmp_path, train_text_encoder=train_text_encoder))
+    TextToImageTrainer(pipeline, args, images)
+    assert caplog.messages == []
+    long = "dermoscopy " + "of " * pipeline.tokenizer.model_max_length
+    TextToImageTrainer(pipeline, args, replace(images, prompts=[long, long, *images.prompts[2:]]))
+    limit = pipeline.tokenizer.model_max_length
+    (warning,) = caplog.messages
+    assert warning.startswith(f"1 of 31 different prompts have more than the {limit} tokens")
+    assert f"(the longest {limit + 3})" in warning
+
+
 def test_another_size_of_images_is_refused(tmp_path):
     pipeline = tiny_text_to_image()
     large = ImageDataset(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 0), (), ["a"], ["a"])

@@ -3,6 +3,7 @@ import torch
 from tiny import tiny_phantoms, tiny_pipeline
 
 from msrl_diffusers import SliceFeatureExtractor
+from msrl_diffusers.pipelines.sampling import sample_volumes
 from msrl_diffusers.seeding import sample_generators
 from msrl_diffusers.trajectories import SetSpec, sample_set, score_set, set_specs, set_targets
 
@@ -29,6 +30,17 @@ def test_a_reconstruction_from_no_noise_is_the_plain_one(tiny, volumes):
     batch = volumes.batch(range(len(volumes)))
     expected = tiny.reconstruct(batch["pixel_values"], 0, batch["class_labels"]).volumes
     torch.testing.assert_close(sampled.pixel_values, expected.half())
+
+
+def test_sampling_leaves_the_progress_bar_as_it_was(volumes):
+    tiny = tiny_pipeline()
+    tiny.set_progress_bar_config(desc="mine")
+    sample_set(tiny, volumes, SetSpec("synthetic", 1), seed=0)
+    sample_volumes(tiny, 1, num_inference_steps=1, progress=False)
+    assert tiny._progress_bar_config == {"desc": "mine"}
+    with pytest.raises(ValueError, match="Unknown class 7"):
+        sample_volumes(tiny, 1, class_labels=[7], progress=False)
+    assert tiny._progress_bar_config == {"desc": "mine"}
 
 
 def test_a_noised_reconstruction_draws_by_the_position_of_its_volume(tiny, volumes):

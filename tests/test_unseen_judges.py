@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from tiny import differing, settings_with
 
 from msrl_diffusers import StudyConfig
+from msrl_diffusers.study import baseline as baseline_module
 from msrl_diffusers.study import evaluate as evaluate_module
 from msrl_diffusers.study import run_study
-from msrl_diffusers.study.artifacts import EXTRACTOR_CLASSES, load_extractors
+from msrl_diffusers.study.artifacts import EXTRACTOR_CLASSES, load_extractors, load_reported, stage_result
+from msrl_diffusers.study.baseline import AT_ROLLOUTS
 from msrl_diffusers.study.chain import run_up_to, stages_up_to
 
 
@@ -26,6 +28,7 @@ def config_in(folder: Path) -> StudyConfig:
         marginal_labels=0.5,
         select_by="-label_fid",
         watch_per_class=4,
+        samplers=[{"num_inference_steps": 2, "eta": 0.0}, {"num_inference_steps": 3, "eta": 1.0}],
         refresh={"every": 1, "max_steps": 1, "train_batch_size": 4},
     )
 
@@ -74,17 +77,26 @@ def test_another_label_extractor_does(tuned, tmp_path):
     assert all(other != before for other, before in zip(found, numbers(tuned), strict=True))
 
 
-def test_the_tuned_arm_s_sampler_is_chosen_by_the_label_extractor(monkeypatch, tuned, tmp_path):
+def test_samplers_of_both_arms_are_chosen_by_the_label_extractor(monkeypatch, tuned, tmp_path):
     shutil.copytree(tuned, tmp_path / "study")
     config, asked = config_in(tmp_path / "study"), []
 
     def choose(pipeline, samplers, extractor, config):
         asked.append(extractor)
-        return next(iter(samplers))
+        return "rollout"
 
-    monkeypatch.setattr(evaluate_module, "_choose_sampler", choose)
+    for module in (baseline_module, evaluate_module):
+        monkeypatch.setattr(module, "choose_among", choose)
     run_study(config, [name for name in stages_up_to(config, "evaluate") if name not in stages_up_to(config, "ppo")])
     expected = load_extractors(config)["label"].state_dict()
-    (used,) = asked
-    assert used.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in used.state_dict().items())
+    assert len(asked) == 2  # stage samplers did not try the rollouts' sampler
+    for used in asked:
+        assert used.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in used.state_dict().items())
+    found = stage_result(config, "evaluate")
+    assert {arm: found["chosen"][arm] for arm in ("standard", "rl")} == {
+        "standard": "standard @ rollout", "rl": "rl @ rollout",
+    }  # fmt: skip
+    assert found["fid"]["judge"]["standard"] == found["fid_by_sampler"]["judge"]["standard @ rollout"]
+    standard, at_rollouts = (load_reported(config, name).pixel_values for name in ("standard", AT_ROLLOUTS))
+    assert torch.equal(standard, at_rollouts)

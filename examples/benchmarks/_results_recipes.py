@@ -85,6 +85,7 @@ def recipe_lines(content: dict, name: str, others: dict, demos: list[dict], redr
         f"the judge's in {later} of {len(places)}, at an earlier one in {earlier}. Where the runs of the default recipe end (not at the weights "
         f"that are kept), the judge's distance is above its start in {_worse_at_the_end(curves['default'])}.",
         *_rewards_lines(rows),
+        *_missing_lines(rows),
         "",
         f"![What recipes close of the gap, and the curves of over-optimization]({name}.png)",
         "",
@@ -208,6 +209,11 @@ def _rewards_lines(rows: dict) -> list[str]:
         f"- {listed(same)} have the same reward models; those of {listed(anew)}, by the same settings, were trained anew, on another machine "
         f"(AUC of the volume reward {_auc(rows[anew[0]])}, of the others' {_auc(rows['paper'])})."
     ]
+
+
+def _missing_lines(rows: dict) -> list[str]:
+    missing = [name for name in RECIPES if name not in rows]
+    return [f"- Not measured: {listed(missing)} (in `benchmarks/recipes.py` all the same)."] if missing else []
 
 
 def _precision_lines(rows: dict) -> list[str]:

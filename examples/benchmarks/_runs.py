@@ -395,7 +395,9 @@ def table(content: Mapping, columns: Mapping[str, Callable[[dict], str]] = COLUM
     rows = content["variants"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     done = {name: row for name, row in rows.items() if row["seeds"]}
-    lines += [f"| {name} | " + " | ".join(cell(row) for cell in columns.values()) + " |" for name, row in done.items()]
+    for name, row in done.items():
+        fewer = "" if row["seeds"] == content["seeds"] else f" (seeds {', '.join(map(str, row['seeds']))})"
+        lines.append(f"| {name}{fewer} | " + " | ".join(cell(row) for cell in columns.values()) + " |")
     first = next(iter(done.values()))
     distances = {role: [shown(first["fid"][role][arm], ".4f") for arm in OTHER_ARMS] for role in ROLES}
     lines += ["", "| distance | " + " | ".join(OTHER_ARMS.values()) + " |", "|---" * (1 + len(OTHER_ARMS)) + "|"]

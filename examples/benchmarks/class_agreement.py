@@ -3,7 +3,7 @@
     python examples/benchmarks/class_agreement.py --studies outputs/demo-0 outputs/demo-1 outputs/demo-2
 
 A Frechet distance compares whole distributions and can hide that a lesion is missing. Here networks that saw real training volumes
-alone (a 3D ResNet of MONAI, of several seeds) read the class of held-out real volumes, of reconstructions, and of the samples that
+alone (a 3D ResNet of MONAI, of several seeds) read the class of held-out real volumes, of reconstructions of the training volumes, and of the samples that
 finished studies of the same data reported, before and after tuning. They scored no reward and picked no weights. `agreement` is
 the share read as the class asked for, the mean over classifiers, with the 95 % bootstrap interval over volumes; `difference` is
 that of the tuned samples from those before, paired by noise. Beside the JSON lies the same as a Markdown table.
@@ -26,7 +26,12 @@ from msrl_diffusers.trainers.classifier_config import ClassifierConfig
 from msrl_diffusers.trainers.classifier_trainer import ClassifierTrainer, build_classifier, predict
 
 
-ARMS = {"real_floor": "real, held out", "limit": "reconstructions", "standard": "before", "rl": "after"}
+ARMS = {
+    "real_floor": "real, held out",
+    "limit": "reconstructions of training volumes, which the classifiers saw",
+    "standard": "before",
+    "rl": "after",
+}
 DRAWS = 1000
 
 

@@ -61,7 +61,9 @@ def run(arguments: Sequence[str]) -> None:
     train = open_set(args.train, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)
     check_references(train, held_out)
-    generated = open_generated(args.generated, set_args, args.output_dir, train)
+    # the null says what to expect of volumes whose classes are mixed as its own are
+    null = train if held_out is None else held_out
+    generated = open_generated(args.generated, set_args, args.output_dir, null, in_proportion=True)
     extractor = load_extractor(args.extractor) if args.extractor else None
     if extractor is not None:
         extractor.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,7 +101,7 @@ def _finding(content: dict) -> str:
     low, high = content["interval"]
     return (
         f"{content['n_copies']} of {content['n_generated']} generated volumes look like copies of training volumes "
-        f"(95 % interval {low:.1%} to {high:.1%}; about {content['expected_false_positives']:.1f} would be flagged by "
+        f"(95 % interval {low:.1%} to {high:.1%}; at most about {content['expected_false_positives']:.1f} would be flagged by "
         "chance)."
     )
 

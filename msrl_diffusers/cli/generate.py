@@ -61,7 +61,7 @@ class GenerateArguments:
     )
     seed: int = field(default=0, metadata={"help": "Of the noise."})
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is none."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance, above 0; 1 is none."})
     eta: float = field(default=1.0, metadata={"help": "Noise on the way: 0 is DDIM, 1 as much as DDPM."})
     batch_size: int = field(default=4, metadata={"help": "Volumes sampled at once."})
     lora: str | None = field(default=None, metadata={"help": "Folder or Hub repository of a LoRA adapter to add."})
@@ -82,6 +82,11 @@ class GenerateArguments:
         for name in ("guidance_scale", "lora_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise InputError(f"{name} must be a finite number, got {getattr(self, name)}.")
+        if self.guidance_scale <= 0:
+            raise InputError(
+                f"guidance_scale must be above 0, got {self.guidance_scale}: at 0 the class is ignored, and images are named by it; "
+                "1 is no guidance."
+            )
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {list(DTYPES)}, got {self.dtype!r}.")
 

@@ -36,8 +36,10 @@ class SetArguments:
         },
     )
     num_inference_steps: int = field(default=25, metadata={"help": "Its denoising steps."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Its guidance; 1 is none."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Its guidance; 1 is none, 0 is without class."})
     eta: float = field(default=1.0, metadata={"help": "Its noise: 0 is DDIM, 1 as much as DDPM."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit, if it is a Hub repository."})
+    variant: str | None = field(default=None, metadata={"help": "Variant of its weights' files, such as fp16."})
 
     def __post_init__(self):
         for name in ("batch_size", "num_volumes", "num_inference_steps", "field_of_view", "image_size"):
@@ -64,7 +66,7 @@ def open_generated(
     """
     if not is_pipeline(place):
         return open_set(place, args)
-    pipeline = load_model(MedVolumePipeline, place, dtype=torch.float32)
+    pipeline = load_model(MedVolumePipeline, place, dtype=torch.float32, revision=args.revision, variant=args.variant)
     longest = pipeline.scheduler.config.num_train_timesteps
     if args.num_inference_steps > longest:
         raise InputError(f"num_inference_steps is at most {longest} with {place}, got {args.num_inference_steps}.")

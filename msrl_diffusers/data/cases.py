@@ -92,11 +92,7 @@ class Listing:
 
     def warn_of_subjects(self, table: Path) -> None:
         """Say that `table` names none, and what follows from it."""
-        count = len({case.subject_id for case in self.cases})
-        self.warnings.append(
-            f"{table} names no subjects, so each of its {count} volumes counts as one: if people have several, name the column of "
-            "subjects by subject_column, or a split may put them on both sides."
-        )
+        self.warnings.append(without_subjects(table, len({case.subject_id for case in self.cases}), "volumes"))
 
 
 def list_cases(name: str, data_dir: str | Path, **options) -> Listing:
@@ -169,6 +165,14 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 def default_subject_column(columns: Collection[str]) -> str:
     """The column of subjects where none is named: the first that there is, else `subject_id`."""
     return next((column for column in SUBJECT_COLUMNS if column in columns), SUBJECT_COLUMNS[0])
+
+
+def without_subjects(table: Path, count: int, things: str) -> str:
+    """The sentence that a table of `count` volumes or images names no subjects, and what follows from it."""
+    return (
+        f"{table} names no subjects, so each of its {count} {things} counts as one: if people have several, name the column of "
+        "subjects by subject_column, or a split may put them on both sides."
+    )
 
 
 def has_classes(label_column: str | None, label_bins: LabelBins | None, may_have: bool) -> bool:

@@ -1,8 +1,9 @@
 """ImageDataset: 2D images in memory with attributes and prompts, and the image folders they are read from."""
 
 import json
+import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,16 +18,19 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..seeding import generator_for
-from .cases import class_is_given
+from .cases import class_is_given, default_subject_column, without_subjects
 from .folders import read_table
 from .prompts import PromptBuilder
 from .rows import row_numbers
 
 
+logger = logging.getLogger(__name__)
+
 DIAGNOSIS_CODES = {"mel": "melanoma", "nv": "nevus"}  # as ISIC writes them
 TRUE, FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 WIDE_MODES = ("I", "F")
 WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+NAMED = 10  # diagnoses that are left out, in the sentence which says so
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,8 @@ def load_image_folder(
 
     A column `file_name` names the image of a row. The diagnosis is a name in `diagnosis_column`, or a 1 in one of several
     columns named after diagnoses (ISIC's `MEL`, `NV`, ...); rows of other diagnoses than the builder's are no part of the
-    data set. Images of any size and mode are turned upright, cropped to the square in their middle, resized and made RGB.
+    data set (a warning counts them). Images of any size and mode are turned upright, cropped to the square in their middle,
+    resized and made RGB.
 
     Args:
         folder: with `metadata.csv`.
@@ -237,8 +242,8 @@ def load_image_folder(
             and underscores do not matter (`gel_bubble`). They hold 0 or 1.
         diagnosis_names: the builder's name of a diagnosis by what stands in the table (`{"MEL": "melanoma"}`), for the
             values of `diagnosis_column` or the names of columns; ISIC's codes are known.
-        subject_column: column of whose image it is (`patient_id`, `lesion_id`); by default `subject_id`, or each file
-            by itself where the table has none.
+        subject_column: column of whose image it is (`patient_id`, `lesion_id`); by default `subject_id` or `participant_id`, or
+            each file by itself (and a warning) where the table has none.
         both_classes: refuse a table in which an attribute has the same value in every row.
 
     Raises:
@@ -333,9 +338,8 @@ def _describe_rows(
         raise InputError(
             f"{table} has no column {diagnosis_column!r}, nor one for each of {list(builder.diagnoses)}; it has {columns}."
         )
-    if subject_column and subject_column not in columns:
-        raise InputError(f"{table} has no column {subject_column!r} of subjects; it has {columns}.")
-    described = {}
+    subject_column = find_subject_column(table, rows, subject_column)
+    kept, left_out = [], Counter()
     for number, row in enumerate(rows, start=2):
         place = f"{table}, line {number}"
         file_name = relative_name(table.parent / row["file_name"], table.parent)
@@ -350,21 +354,56 @@ def _describe_rows(
         if len(shown) > 1:
             raise InputError(f"{place} has the diagnoses {shown}; an image has one.")
         if not set(shown) & set(builder.diagnoses):
+            left_out[row.get(diagnosis_column)] += 1
             continue
-        values = {name: int(name in shown) for name in builder.diagnoses}
+        kept.append((number, row, file_name, shown[0]))
+    if left_out:
+        found = [f"{count} of {name!r}" for name, count in left_out.most_common(NAMED) if name is not None]
+        found += ["..."] if len(left_out) > NAMED else []
+        logger.warning(
+            "%s: %d of %d rows have a diagnosis that is none of %s and are left out%s; if some mean one of these, say so by diagnosis_names.",
+            table, left_out.total(), len(rows), list(builder.diagnoses), f" ({', '.join(found)})" if found else "",
+        )  # fmt: skip
+    if not kept:
+        raise InputError(f"{table} has no row with a diagnosis among {list(builder.diagnoses)}.")
+    for name, column in artifacts.items():
+        empty = [number for number, row, *_ in kept if not class_is_given(row[column])]
+        if empty:
+            raise InputError(
+                f"{table}: column {column!r} is empty in {len(empty)} rows (line {empty[0]} first): fill it, leave these rows out, or "
+                f"take {name!r} out of artifacts."
+            )
+    described = {}
+    for number, row, file_name, diagnosis in kept:
+        place = f"{table}, line {number}"
+        values = {name: int(name == diagnosis) for name in builder.diagnoses}
         values |= {name: _truth(row[column], place, column) for name, column in artifacts.items()}
         if file_name in described:
             raise InputError(f"{place}: {file_name} has a row already; give each image one.")
         described[file_name] = (values, subject_of(row, subject_column, file_name))
-    if not described:
-        raise InputError(f"{table} has no row with a diagnosis among {list(builder.diagnoses)}.")
     return described
 
 
-def subject_of(row: Mapping[str, str], subject_column: str | None, file_name: str) -> str:
+def find_subject_column(table: Path, rows: Sequence[Mapping[str, str]], subject_column: str | None) -> str:
+    """The column of subjects of a table's rows: the one that was named, or else the default. A warning is logged where no row has a
+    subject.
+
+    Raises:
+        InputError: there is no column of the name given.
+    """
+    columns = list(rows[0])
+    if subject_column and subject_column not in columns:
+        raise InputError(f"{table} has no column {subject_column!r} of subjects; it has {columns}.")
+    column = subject_column or default_subject_column(columns)
+    if not any(class_is_given(row.get(column)) for row in rows):
+        logger.warning("%s", without_subjects(table, len(rows), "images"))
+    return column
+
+
+def subject_of(row: Mapping[str, str], subject_column: str, file_name: str) -> str:
     """Whom an image shows; one whose subject is not known, a subject of its own: `file_name`, with the folders it lies in, as
     folders of patients may hold files of the same names."""
-    subject = row.get(subject_column or "subject_id")
+    subject = row.get(subject_column)
     return subject if class_is_given(subject) else file_name
 
 

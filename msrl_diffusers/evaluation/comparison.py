@@ -40,7 +40,7 @@ def compare_sets(
     """All figures of `generated` against `real`, in plain Python.
 
     Distances compare sets of equal size: of the larger one as many volumes are drawn as the smaller has. The floor is the distance between real volumes: to `held_out` where it is given, else
-    between two random halves of `real`, of no more volumes than were generated; as that may be at a smaller size, whose bias
+    between two random halves of `real` (all volumes of a name in one), of no more volumes than were generated; as that may be at a smaller size, whose bias
     is larger, `fid_at_floor_n` is the generated set's distance at the size of the floor.
 
     Args:
@@ -51,7 +51,7 @@ def compare_sets(
         infinity: also extrapolate to infinitely many volumes.
 
     Raises:
-        InputError: sets that can't be compared, or fewer than 4 volumes in one.
+        InputError: sets that can't be compared, fewer than 4 volumes in one, or nothing to take a floor of.
     """
     references = {"real": real} if held_out is None else {"real": real, "held_out": held_out}
     for reference in references.values():
@@ -79,7 +79,7 @@ def compare_sets(
         content["held_out"] = _distances(features["held_out"], features["generated"], **draw)
     return {
         **content,
-        **_floor(features, **draw),
+        **_floor(features, real.names, **draw),
         "num_features": extractor.num_features,
         "manifold": manifold_figures(*(volume_features(features[name]) for name in ("real", "generated"))),
         "ms_ssim": ms_ssim_of_sets({"real": real, "generated": generated}, seed),
@@ -100,19 +100,37 @@ def _distances(real: torch.Tensor, generated: torch.Tensor, draws: int, seed: in
     return {**found, "fid_infinity": frechet_infinity(real, generated, seed)} if infinity else found
 
 
-def _floor(features: Mapping[str, torch.Tensor], draws: int, seed: int) -> dict:
+def _floor(features: Mapping[str, torch.Tensor], names: Sequence[str], draws: int, seed: int) -> dict:
     """The distance between real volumes, at the size it can be taken at, and that of the generated set at this size."""
     real, kind, most = features["real"], "held_out", len(features["generated"])
     other = features.get("held_out")
     if other is None:
-        order, kind = torch.randperm(len(real), generator=generator_for(seed, "halves")), "halves"
-        half = len(real) // 2
-        real, other = real[order[:half]], real[order[half : 2 * half]]
+        one, two = _halves(names, seed)
+        real, other, kind = real[one], real[two], "halves"
     real, other = _equal(real, other, seed, most)
     value = frechet_distance(real, other)
     floor = _with_interval(value, bootstrap_frechet(real, {"real": other}, draws, seed)["real"])
     at_floor = frechet_distance(*_equal(features["real"], features["generated"], seed, len(real)))
     return {"fid_floor": {**floor, "n": len(real), "kind": kind}, "fid_at_floor_n": at_floor}
+
+
+def _halves(names: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
+    """Rows of two random halves, as nearly as may be: all volumes of a name, which several scans of a subject share, are in one.
+
+    Raises:
+        InputError: names so few that a half would have less than two volumes.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    groups, one, two = list(rows.values()), [], []
+    for place in torch.randperm(len(groups), generator=generator_for(seed, "halves")).tolist():
+        (one if len(one) + len(groups[place]) <= len(names) // 2 else two).extend(groups[place])
+    if len(one) < 2:
+        raise InputError(
+            f"The set real has volumes of {len(groups)} names only, too few to compare one half with another; give held_out."
+        )
+    return one, two
 
 
 def _equal(

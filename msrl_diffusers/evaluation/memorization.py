@@ -110,7 +110,7 @@ class AuditResult:
 
     @property
     def expected_rate(self) -> float:
-        """Share of honest volumes expected to be flagged in any space; an upper bound where there are two."""
+        """The most that is expected of the share of honest volumes that are flagged in any space."""
         return min(1.0, sum(space.threshold.expected_rate for space in self.spaces.values()))
 
     def interval(self, level: float = 0.95) -> list[float]:
@@ -299,7 +299,9 @@ def tolerance_threshold(scores: torch.Tensor, level: float = 0.025, confidence: 
     rule = (
         f"normal tolerance bound of the logits of the null's {n} scores, too few for an order statistic: if normal, "
     )
-    return Threshold(bound, level, rule + meaning)
+    return Threshold(
+        bound, min(level, 1 / (n + 1)), rule + meaning
+    )  # a further score is the smallest of all as often as any other
 
 
 @dataclass(frozen=True)

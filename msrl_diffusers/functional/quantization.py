@@ -49,6 +49,8 @@ def scalar_indices(quantized: torch.Tensor, num_levels: int) -> torch.Tensor:
 
 def code_perplexity(indices: torch.Tensor, num_codes: int) -> torch.Tensor:
     """exp of the entropy of the use of codes by `indices [B, *S]`: `[]`, from 1 (collapsed) to `num_codes` (uniform)."""
-    use = torch.bincount(indices.flatten(), minlength=num_codes).float()
+    flat = indices.flatten()
+    # torch.bincount has no fixed size, at which torch.compile breaks the graph
+    use = flat.new_zeros(num_codes).scatter_add_(0, flat, torch.ones_like(flat)).float()
     probabilities = use / use.sum()
     return torch.exp(-torch.special.xlogy(probabilities, probabilities).sum())

@@ -14,7 +14,7 @@ from ..pipelines.remote_code import CODE_FILES, PIPELINE, plain_index
 
 WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([.-][\w.-]+)?\.safetensors")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
-SHARDS_INDEX = ".safetensors.index.json"
+SHARDS_INDEX = re.compile(r".+\.safetensors(\.[\w.-]+)?\.index(\.[\w.-]+)?\.json")
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of PeftModel.save_pretrained
 ADAPTER_WEIGHTS = ("pytorch_lora_weights.safetensors", PEFT_WEIGHTS)
 BASE_MODEL = "base_model_name_or_path"  # in the latter
@@ -119,7 +119,7 @@ def inspect_folder(folder: str | Path) -> Contents:
 
 def is_weights(name: str) -> bool:
     """Whether a file holds weights of a model, or says which files do."""
-    return bool(WEIGHTS.fullmatch(_last(name))) or name.endswith(SHARDS_INDEX)
+    return bool(WEIGHTS.fullmatch(_last(name))) or bool(SHARDS_INDEX.fullmatch(_last(name)))
 
 
 def shared_json(name: str, content: dict) -> dict:
@@ -193,11 +193,13 @@ def _check_json(path: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no valid JSON; write it again or remove it.") from error
-    if path.name.endswith(SHARDS_INDEX):
+    if SHARDS_INDEX.fullmatch(path.name):
         shards = set(content.get("weight_map", {}).values())
         missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
         if missing:
-            raise InputError(f"{path} names {missing[0]}, which is not there; save the model again.")
+            raise InputError(
+                f"{path} names {missing[0]}, which is not there; remove this index and save the model again."
+            )
 
 
 def _class_name(folder: Path, config: dict) -> str:

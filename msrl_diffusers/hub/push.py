@@ -89,8 +89,9 @@ def push_folder(
             "state."
         )
     if found is None and not without_audit:
+        option = f" --variant {contents.variant}" if contents.variant else ""
         raise InputError(
-            f"{folder} has no audit of memorization: run `msrl audit TRAIN {folder} --held_out OTHER --output_dir audit` and name "
+            f"{folder} has no audit of memorization: run `msrl audit TRAIN {folder}{option} --held_out OTHER --output_dir audit` and name "
             "its audit.json, or a study's report.json, by --audit; or say --without_audit, which the card will state."
         )
     options = {"license": license, "data_terms": data_terms, "base_model": base_model}

@@ -7,6 +7,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..errors import InputError
 
 
+def uncompiled(network: torch.nn.Module) -> torch.nn.Module:
+    """The network that `torch.compile` has wrapped, or `network` itself: layers of the wrapper have other names."""
+    return getattr(network, "_orig_mod", network)
+
+
 def carried_adapters(network: torch.nn.Module) -> str:
     """Names of the adapters in a network, for a sentence: `"one, two"`; `"(deleted)"` where only their layers are left,
     and `""` where there is none."""

@@ -63,6 +63,8 @@ class EMAQuantizer(nn.Module):
     A code whose average use falls under `restart_threshold` times (1 - `decay`) of a vector per batch is put onto a random
     vector of the batch. Under `torch.distributed` the statistics are summed and the random vectors taken from the first
     process, so that all processes keep the same codebook.
+
+    It learns in training mode with gradients enabled: under `no_grad`, as a pipeline decodes, it stays as it is in any mode.
     """
 
     def __init__(self, num_codes: int, channels: int, decay: float, restart_threshold: float, commitment: float):
@@ -76,7 +78,7 @@ class EMAQuantizer(nn.Module):
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
         B, C, *spatial = latents.shape
         vectors = latents.movedim(1, -1).reshape(-1, C).float()
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             if not self.initialized:
                 self._initialize(vectors.detach())
             indices = nearest_code(vectors.detach(), self.codebook)

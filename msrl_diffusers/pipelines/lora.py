@@ -4,19 +4,23 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import update_wrapper, wraps
 from pathlib import Path
 from types import MethodType
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.utils import get_peft_kwargs
 from huggingface_hub import hf_hub_download
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError
-from ..models.adapters import refuse_to_save
+from ..models.adapters import refuse_to_save, uncompiled
 from ..models.loading import HTTPError, hub_failure
 
 
@@ -35,14 +39,36 @@ class _OfInstanceOrClass:
         return MethodType(self._function, owner if instance is None else instance)
 
 
+def _of_compiled_too(method: Callable) -> Callable:
+    """A method of diffusers, which passes over a denoiser that `torch.compile` has wrapped, on what is inside."""
+
+    @wraps(method)
+    def wrapped(self, *args, **kwargs):
+        unet = self.unet
+        self.unet = uncompiled(unet)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.unet = unet
+
+    return wrapped
+
+
 class VolumeLoraLoaderMixin(LoraBaseMixin):
-    """LoRA for a pipeline whose `unet` has `PeftAdapterMixin`; files are safetensors only.
+    """LoRA for a pipeline whose `unet` has `PeftAdapterMixin`, compiled or not; files are safetensors only.
 
     From diffusers come `set_adapters(names, weights)`, `get_active_adapters()`, `get_list_adapters()`,
     `delete_adapters(names)`, `enable_lora()`, `disable_lora()`, `unload_lora_weights()` and `set_lora_device(names, device)`.
     """
 
     _lora_loadable_modules = [DENOISER]
+    set_adapters = _of_compiled_too(LoraBaseMixin.set_adapters)
+    get_active_adapters = _of_compiled_too(LoraBaseMixin.get_active_adapters)
+    get_list_adapters = _of_compiled_too(LoraBaseMixin.get_list_adapters)
+    delete_adapters = _of_compiled_too(LoraBaseMixin.delete_adapters)
+    enable_lora = _of_compiled_too(LoraBaseMixin.enable_lora)
+    disable_lora = _of_compiled_too(LoraBaseMixin.disable_lora)
+    unload_lora_weights = _of_compiled_too(LoraBaseMixin.unload_lora_weights)
 
     @classmethod
     def lora_state_dict(
@@ -109,11 +135,12 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
             raise InputError(
                 f"{adapter_name!r} can't name an adapter, since PyTorch uses it for modules: take another."
             )
-        _check_fit(self.unet, tensors)
+        unet = uncompiled(self.unet)
+        _check_fit(unet, tensors)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             try:
-                self.unet.load_lora_adapter(
+                unet.load_lora_adapter(
                     tensors,
                     prefix=DENOISER,
                     adapter_name=adapter_name,
@@ -126,7 +153,9 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
                 raise InputError(
                     "The adapter's configuration is none that this version of peft has: update peft."
                 ) from error
-        self.unet.train(self.unet.training)  # new layers come in training mode, where their dropout acts
+        if hotswap:
+            _take_over(unet, adapter_name, tensors, metadata)
+        unet.train(unet.training)  # new layers come in training mode, where their dropout acts
 
     @_OfInstanceOrClass
     def save_lora_weights(
@@ -166,11 +195,13 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
         if unet_lora_layers is None:
             if isinstance(self, type):
                 raise InputError("Give unet_lora_layers, or call save_lora_weights on a pipeline that has an adapter.")
-            adapter_name = adapter_name or _only_adapter(self.unet)
-            if adapter_name not in getattr(self.unet, "peft_config", {}):
-                raise InputError(f"There is no adapter {adapter_name!r}; there are {_adapters(self.unet)}.")
-            unet_lora_layers = get_peft_model_state_dict(self.unet, adapter_name=adapter_name)
-            unet_lora_adapter_metadata = self.unet.peft_config[adapter_name].to_dict()
+            unet = uncompiled(self.unet)
+            adapter_name = adapter_name or _only_adapter(unet)
+            if adapter_name not in getattr(unet, "peft_config", {}):
+                raise InputError(f"There is no adapter {adapter_name!r}; there are {_adapters(unet)}.")
+            config = unet.peft_config[adapter_name]
+            unet_lora_layers = _unpadded(get_peft_model_state_dict(unet, adapter_name=adapter_name), config)
+            unet_lora_adapter_metadata = config.to_dict()
         if not is_main_process:
             return
         tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in unet_lora_layers.items()}
@@ -184,6 +215,7 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
         save_file(tensors, temporary, header)
         os.replace(temporary, path)
 
+    @_of_compiled_too
     def fuse_lora(
         self,
         components: list[str] | tuple[str, ...] = (DENOISER,),
@@ -199,6 +231,7 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
         """
         super().fuse_lora(list(components), lora_scale, safe_fusing, adapter_names)
 
+    @_of_compiled_too
     def unfuse_lora(self, components: list[str] | tuple[str, ...] = (DENOISER,)) -> None:
         """The denoiser's own weights again, the adapter apart from them."""
         super().unfuse_lora(list(components))
@@ -259,6 +292,38 @@ def _check_fit(unet: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             raise InputError(
                 f"The adapter is one of another denoiser: {layer} is {list(value.shape)} ({part}), this one has {has}."
             )
+
+
+def _take_over(
+    unet: torch.nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], metadata: dict | None
+) -> None:
+    """Ranks and alphas of the adapter that was swapped in. peft takes over its tensors and scales alone: `set_adapters` would weight it
+    by the alpha of the one before, and `save_lora_weights` write that."""
+    ours = {name.removeprefix(PREFIX): value for name, value in (metadata or {}).items() if name.startswith(PREFIX)}
+    if metadata is None:
+        names = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+        ours = get_peft_kwargs({f"^{n}": v.shape[1] for n, v in names.items() if "lora_B.weight" in n}, None, names)
+    new, config = LoraConfig(**ours), unet.peft_config[adapter_name]
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        setattr(config, field, getattr(new, field))
+    for name, layer in unet.named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling:
+            layer.r[adapter_name] = _of_layer(config.rank_pattern, name, config.r)
+            layer.lora_alpha[adapter_name] = _of_layer(config.alpha_pattern, name, config.lora_alpha)
+
+
+def _of_layer(pattern: dict[str, float], layer: str, default: float) -> float:
+    return pattern.get(get_pattern_key(pattern, layer), default)
+
+
+def _unpadded(tensors: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
+    """Without the zeros that a hotswap adds to an adapter of a smaller rank, with which none of that rank can be loaded."""
+    cut = {}
+    for name, value in tensors.items():
+        layer, _, part = name.partition(".lora_")
+        rank = _of_layer(config.rank_pattern, layer, config.r)
+        cut[name] = value[:rank] if part == "A.weight" else value[:, :rank] if part == "B.weight" else value
+    return cut
 
 
 def _adapters(unet: torch.nn.Module) -> list[str]:

@@ -45,7 +45,8 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         unet (`UNet3DModel`): class-conditional denoiser.
         scheduler (`SchedulerMixin`): DDIM, DPM-Solver++, UniPC, Euler, DDPM or another for noise as DDPM adds it, made by
             `from_config(pipe.scheduler.config)`, which keeps what is predicted and the noise schedule.
-        spacing (`tuple[float]`, *optional*): edge lengths of a voxel in millimetres, for the affine of NIfTI output.
+        spacing (`tuple[float]`, *optional*): edge lengths of a voxel in millimetres along D, H and W, for the affine of NIfTI
+            output; of an image in RAS `image.header.get_zooms()[::-1]`.
         id2label (`dict`, *optional*): names of the classes; JSON's string keys are accepted.
         supports_guidance (`bool`): whether the denoiser was also trained without class (class dropout), as guidance needs it.
 
@@ -82,7 +83,9 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
             )
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
         self.register_to_config(
-            spacing=spacing and list(spacing), id2label=id2label, supports_guidance=supports_guidance
+            spacing=None if spacing is None else [float(edge) for edge in spacing],
+            id2label=id2label,
+            supports_guidance=supports_guidance,
         )
 
     @classmethod
@@ -226,7 +229,7 @@ class MedVolumePipeline(DiffusionPipeline, VolumeLoraLoaderMixin):
         Args:
             class_labels: labels or names, one per volume.
             num_inference_steps: denoising steps.
-            guidance_scale: classifier-free guidance; 1 switches it off (and halves the cost).
+            guidance_scale: classifier-free guidance; 1 switches it off (and halves the cost), 0 ignores the class.
             eta: of DDIM: 0 is deterministic, 1 is as stochastic as DDPM (arXiv 2010.02502, eq. 16); ignored by schedulers
                 that have no such setting.
             generator: one generator, or one per volume.

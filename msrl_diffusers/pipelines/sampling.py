@@ -1,6 +1,7 @@
 """Sets of volumes from a pipeline: many, of all classes, each with noise of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -9,6 +10,17 @@ from ..data.volumes import VolumeDataset
 from ..errors import InputError
 from ..seeding import sample_generators
 from .med_volume import MedVolumePipeline
+
+
+@contextmanager
+def without_progress_bar(pipeline: MedVolumePipeline) -> Iterator[None]:
+    """The pipeline shows no bar of its own within; then it is configured as before."""
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
 
 
 @torch.no_grad()
@@ -36,9 +48,9 @@ def sample_volumes(
         class_labels = [classes[index % len(classes)] for index in range(num_volumes)]
     elif len(class_labels) != num_volumes:
         raise InputError(f"class_labels must be {num_volumes}, one for each volume, got {len(class_labels)}.")
-    pipeline.set_progress_bar_config(disable=True)
     labels, samples = torch.tensor(class_labels), []
-    with tqdm(total=num_volumes, desc="sample", unit="volume", disable=not progress) as bar:
+    bar = tqdm(total=num_volumes, desc="sample", unit="volume", disable=not progress)
+    with without_progress_bar(pipeline), bar:
         for indices in torch.arange(num_volumes).split(batch_size):
             output = pipeline(
                 labels[indices],

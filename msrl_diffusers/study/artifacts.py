@@ -148,8 +148,12 @@ def load_samplers(config: StudyConfig) -> dict:
 def best_sampler(config: StudyConfig) -> dict:
     """`{"num_inference_steps", "eta", "guidance_scale"}`: where the pretrained pipeline has its lowest label FID."""
     found = load_samplers(config)
-    best = found["samplers"][found["best_sampler"]]
-    return {"guidance_scale": 1.0, **{key: value for key, value in best.items() if key != "fid"}}
+    return without_fid(found["samplers"][found["best_sampler"]])
+
+
+def without_fid(sampler: dict) -> dict:
+    """The settings of one of `load_samplers`."""
+    return {"guidance_scale": 1.0, **{key: value for key, value in sampler.items() if key != "fid"}}
 
 
 def _load(config: StudyConfig, classes: dict, stage: str, prefix: str) -> dict[str, torch.nn.Module]:

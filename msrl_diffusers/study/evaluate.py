@@ -2,44 +2,39 @@
 
 from pathlib import Path
 
-import torch
 from accelerate.utils import merge_dicts
 
 from ..data.volumes import VolumeDataset
-from ..evaluation.features import extract_features, extractor_identity
+from ..evaluation.features import extractor_identity
 from ..evaluation.fidelity import bootstrap_frechet, centred_interval
-from ..pipelines.med_volume import MedVolumePipeline
 from ..rewards import LearnedReward, WeightedSum
-from ..seeding import fold_seed
-from ..trajectories import frechet_by_class
-from .artifacts import load_reported, load_reward_models, load_split, load_tuned_pipeline, stage_result
-from .baseline import ARMS, AT_ROLLOUTS, Features, Yardstick, at_samplers, first_like, load_baseline
+from .artifacts import load_reported, load_reward_models, load_tuned_pipeline, stage_result
+from .baseline import ARMS, AT_ROLLOUTS, Features, Yardstick, at_samplers, choose_among, load_baseline
 from .config import StudyConfig
-from .stages import sample_with
 
 
 REPORTED = (*ARMS, "rl")
-CHOICE_PER_CLASS = 128
+NO_FIGURES = ("n", "samplers", "standard_sampler", "memorization")  # of a baseline
 
 
 def evaluate(config: StudyConfig) -> dict:
     """All figures of the report that need models or volumes. Saves the volumes of the tuned arm.
 
-    Each arm stands at the sampler that the label extractor chooses for it on other samples than these: the standard arm
-    among all of the config, in stage samplers; the tuned one among that sampler, the rollouts', and the latter with noise.
+    Each arm stands at the sampler that the label extractor chooses for it on other samples than these, among the same three (see
+    `samplers_of`); the standard arm's was chosen in stage baseline.
     """
     baseline, known = load_baseline(config)
     yardstick, samplers = Yardstick.of(config, known), baseline["samplers"]
     pipeline = load_tuned_pipeline(config)
-    chosen = {**{arm: arm for arm in ARMS}, "standard": "standard @ best"}
-    chosen["rl"] = f"rl @ {_choose_sampler(pipeline, samplers, yardstick.extractors['label'], config)}"
+    chosen = {**{arm: arm for arm in ARMS}, "standard": f"standard @ {baseline.get('standard_sampler', 'best')}"}
+    chosen["rl"] = f"rl @ {choose_among(pipeline, samplers, yardstick.extractors['label'], config)}"
     arms = at_samplers("rl", samplers, lambda sampler: yardstick.sample(pipeline, sampler))
     features, tuned = yardstick.features(arms), arms[chosen["rl"]]
     for found in features.values():
         found["rl"] = found[chosen["rl"]]
     tuned.save(Path(config.output_dir) / "evaluate" / "rl.safetensors")
     audit = yardstick.audit(tuned)
-    measured = {name: baseline[name] for name in baseline if name not in ("n", "samplers", "memorization")}
+    measured = {name: baseline[name] for name in baseline if name not in NO_FIGURES}
     for figures in (yardstick.distances(arms, features), yardstick.portraits({"rl": tuned}, features)):
         merge_dicts(figures, measured)
     roles, fids, kids = list(yardstick.extractors), measured["fid_by_sampler"], measured["kid_by_sampler"]
@@ -56,22 +51,6 @@ def evaluate(config: StudyConfig) -> dict:
         "reward_models": stage_result(config, "validity"),
         "extractors": {role: extractor_identity(extractor) for role, extractor in yardstick.extractors.items()},
     }
-
-
-def _choose_sampler(
-    pipeline: MedVolumePipeline, samplers: dict, extractor: torch.nn.Module, config: StudyConfig
-) -> str:
-    """The sampler of the lowest label FID; on other samples than those of the report, and fewer where there are many."""
-    samplers = {first_like(sampler, samplers): sampler for sampler in samplers.values()}
-    if len(samplers) == 1:
-        return next(iter(samplers))
-    train, distances = load_split(config, "train").take_per_class(CHOICE_PER_CLASS), {}
-    real = extract_features(extractor, train.pixel_values)
-    for name, sampler in samplers.items():
-        sampled = sample_with(pipeline, train, sampler, config, fold_seed(config.seed, "sampler choice"))
-        features = extract_features(extractor, sampled.pixel_values)
-        distances[name] = frechet_by_class(real, train, features, sampled)["all"]
-    return min(distances, key=distances.get)
 
 
 def _intervals(yardstick: Yardstick, features: Features, fids: dict, chosen: dict) -> dict:

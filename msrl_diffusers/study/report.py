@@ -54,6 +54,7 @@ def report(config: StudyConfig) -> dict:
         "method": config.method,
         "rewarded": config.method not in WITHOUT_REWARDS,
         "optimized": config.optimized_rewards(),
+        "refreshed": config.refreshes,
         config.method: records[config.method]["result"],
         **({"frechet_features": config.frechet_features} if config.method == "frechet" else {}),
         "unet_forwards": records[config.method]["result"]["unet_forwards"],
@@ -186,20 +187,25 @@ def markdown(content: dict) -> str:
         f"Mean reward before {reward['before']['mean']:.2f} (sd {reward['before']['std']:.2f}), after "
         f"{reward['after']['mean']:.2f} (sd {reward['after']['std']:.2f}): a gain of {reward['gain']:.2f} reference deviations.",
         "",
-        "| reward model, on held-out subjects | AUC k = 1 against synthetic | Spearman over the volumes of all sets | after RL "
+        "| reward model, on held-out subjects | AUC, reconstructions of the least noise against samples | Spearman over the volumes of all sets | after RL "
         "(reference deviations) |",
         "|---|---|---|---|",
     ]
     for role, validity in content["reward_models"].items():
         after = reward["parts"]["after"][role]
         lines.append(f"| {role} | {validity['auc']:.3f} | {validity['spearman']:.3f} | {after:+.2f} |")
+    if content["refreshed"]:
+        lines += [
+            "",
+            "All rewards here, and along the curve, are by the reward models as they were before the first refresh.",
+        ]
     lines += _weak_reward_lines(content)
     lines += _diversity_lines(content) + _memorization_lines(content) + _downstream_lines(content)
     method, tuning = content["method"], content[content["method"]]
     lines += [
         "",
         f"{METHOD_NAMES[method]}: {tuning['rollouts']} rollouts, {content['unet_forwards']} denoiser forwards, stopped: "
-        f"{tuning['stopped'] or 'at max_steps'}. {_kept_line(tuning['kept_after'])}",
+        f"{tuning['stopped'] or 'at max_steps'}. {kept_line(tuning['kept_after'])}",
         *(curve_lines(content["curve"], content["rewarded"]) if content["curve"] else []),
         "",
         "## Figures",
@@ -230,11 +236,12 @@ def _weak_reward_lines(content: dict) -> list[str]:
     ]
 
 
-def _kept_line(kept_after: int) -> str:
-    """Which weights the tuned arm has; the pretrained ones are a result too, but not one of tuning."""
+def kept_line(kept_after: int, strong: str = "**") -> str:
+    """Which weights the tuned arm has; the pretrained ones are a result too, but not one of tuning. `strong` is what a page has around
+    words that must be seen."""
     if kept_after:
         return f"The weights kept are those after {kept_after}."
-    return "**The pretrained weights were kept**: none that was looked at was better, and the arms can differ by their samplers alone."
+    return f"{strong}The pretrained weights were kept{strong}: none that was looked at was better, and the arms can differ by their samplers alone."
 
 
 def _data_name(content: dict) -> str:
@@ -271,7 +278,7 @@ def _memorization_lines(content: dict) -> list[str]:
         low, high = found["interval"]
         lines.append(
             f"- {ARMS[arm]}: {found['n_copies']} of {found['n_generated']} volumes look like copies of training volumes "
-            f"({low:.1%} .. {high:.1%}; {found['expected_false_positives']:.1f} expected by chance)."
+            f"({low:.1%} .. {high:.1%}; {found['expected_false_positives']:.1f} at most expected by chance)."
         )
     return lines
 

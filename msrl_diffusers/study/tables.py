@@ -49,6 +49,7 @@ def write_tables(config: StudyConfig, runs: Mapping[str, Mapping[int, StudyConfi
         },
         "downstream": downstream_table(full.values()),
         "ablations": {variant: ablation_row(by_seed.values()) for variant, by_seed in reports.items()},
+        "rewarded": all(report.get("rewarded", True) for report in full.values()),
         "findings": findings(reports),
         "published": {
             "source": published.SOURCE,
@@ -130,6 +131,8 @@ def findings(reports: Mapping[str, Mapping[int, dict]]) -> list[dict]:
     there is one seed alone. A difference is positive where the claim is right.
     """
     full = reports[FULL]
+    rewarded = all(report.get("rewarded", True) for report in full.values())
+    tuned = "RL-tuned" if rewarded else "tuned"
 
     def tuned_fid(report: dict) -> float:
         return report["fid"]["judge"]["rl"]["all"]
@@ -138,20 +141,21 @@ def findings(reports: Mapping[str, Mapping[int, dict]]) -> list[dict]:
         return report["downstream"][arm]["accuracy"]
 
     claims = [
-        ("RL-tuned volumes have a lower Frechet distance (judge) than standard ones",
+        (f"{tuned} volumes have a lower Frechet distance (judge) than standard ones",
          [report["fid"]["judge"]["standard"]["all"] - tuned_fid(report) for report in full.values()]),
     ]  # fmt: skip
-    for variant, claim in (
+    of_rewards = (
         ("reward_3d_only", "2D and 3D rewards together give a lower distance (judge) than the 3D reward alone"),
         ("sparse_steps", "reward data of many noise steps give a lower distance (judge) than of three"),
-    ):
+    )
+    for variant, claim in of_rewards if rewarded else ():
         pairs = [(reports[variant][seed], full[seed]) for seed in full] if variant in reports else []
         claims.append((claim, [tuned_fid(other) - tuned_fid(own) for other, own in pairs]))
     if all(report.get("downstream") for report in full.values()):
         claims += [
             ("pretraining on standard synthetic volumes raises the accuracy of a classifier",
              [accuracy(STANDARD, report) - accuracy(REAL, report) for report in full.values()]),
-            ("pretraining on RL-tuned volumes raises it more than on standard ones",
+            (f"pretraining on {tuned} volumes raises it more than on standard ones",
              [accuracy(TUNED, report) - accuracy(STANDARD, report) for report in full.values()]),
         ]  # fmt: skip
     return [{"claim": claim, **verdict(differences)} for claim, differences in claims]
@@ -182,6 +186,11 @@ def markdown(content: dict) -> str:
         f"({published.SOURCE}) are of other data and another extractor: compare shares of the gap, not distances. Not for clinical use.",
         "",
     ]  # fmt: skip
+    if not content.get("rewarded", True):
+        lines += [
+            "Tuned without rewards: the rows called RL are of that, beside the paper's, which are of reinforcement learning.",
+            "",
+        ]
     for role in ROLES:
         lines += _fid_lines(content, role)
     lines += _downstream_lines(content)

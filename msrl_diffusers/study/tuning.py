@@ -110,12 +110,13 @@ def _watched(config: StudyConfig, train: VolumeDataset) -> VolumeDataset | None:
 
 
 def _watch_forwards(config: StudyConfig, train: VolumeDataset) -> int:
-    """Denoiser forwards that one look takes."""
+    """Denoiser forwards that one look takes; every process samples all, to see the same figure."""
     watched = _watched(config, train)
     if watched is None:
         return 0
     sampler = best_sampler(config)
-    return len(watched) * sampler["num_inference_steps"] * cost_of_prediction(sampler["guidance_scale"])
+    passes = sampler["num_inference_steps"] * cost_of_prediction(sampler["guidance_scale"])
+    return len(watched) * passes * process_state().num_processes
 
 
 def _ppo(config, pipeline, rewards, extractor, train, args, shared):

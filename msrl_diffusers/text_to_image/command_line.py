@@ -25,6 +25,10 @@ class GivenArguments:
     """What is given and need not be made, and what of the study is often changed."""
 
     data_dir: str | None = field(default=None, metadata={"help": "Folder of images with metadata.csv."})
+    subject_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that names the subject: subject_id or participant_id, or each file, if unset."},
+    )
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "A fine-tuned StableDiffusionPipeline: a folder or a Hub repository."}
     )

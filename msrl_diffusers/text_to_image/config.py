@@ -45,6 +45,13 @@ NETWORKS = {
 }
 CLASSIFIERS = ("reward", "judge", "features")
 RL_STAGES = ("ppo", "evaluate", "augmentation", "report")  # the seed of these is `rl_seed`
+OF_THE_STUDY = {  # fields of its trainers that a section may not set, and why
+    "classifiers": {"seed": "every network has a seed of its own, of the study's; set that"},
+    "augmentation": {
+        "seed": "its seeds are augmentation_seeds; set these",
+        "threshold": "the figures of that stage are of the most probable diagnosis",
+    },
+}
 SAMPLER = ("num_inference_steps", "eta", "guidance_scale")
 APART = ("reward_classifier", "judge_classifier", "fid_extractor")  # of which no two are one model
 FOLDERS = (  # that a study is given
@@ -125,7 +132,10 @@ class TextToImageStudyConfig:
     diagnosis_column: str = field(default="diagnosis", metadata={"help": "Column of the diagnosis in metadata.csv."})
     diagnosis_names: dict = field(default_factory=dict, metadata={"help": "{what stands in the table: diagnosis}."})
     artifact_columns: dict = field(default_factory=dict, metadata={"help": "{artifact: its column}."})
-    subject_column: str | None = field(default=None, metadata={"help": "Column of whose image it is."})
+    subject_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that names the subject: subject_id or participant_id, or each file, if unset."},
+    )
     rare_attributes: list[str] = field(
         default_factory=list, metadata={"help": "A subgroup that is rare in training: one diagnosis and artifacts."}
     )
@@ -209,6 +219,9 @@ class TextToImageStudyConfig:
         self._check_networks()
         for stage in TRAINER_CONFIGS:
             self.trainer_config(stage)
+        for section, reserved in OF_THE_STUDY.items():
+            for name in sorted(set(getattr(self, section)) & set(reserved)):
+                raise InputError(f"Section {section!r}: remove {name} here; {reserved[name]}.")
         self._check_samplers()
         if self.trainer_config("ppo").patience and self.select_by == "last":
             raise InputError(

@@ -9,6 +9,7 @@ from ..data.folders import read_table
 from ..data.image_folder import (
     ImageDataset,
     check_attributes,
+    find_subject_column,
     load_image_folder,
     relative_name,
     square_image,
@@ -96,9 +97,10 @@ def load_captioned_folder(
         raise InputError(f"{folder} has no metadata.csv; write one with the columns file_name and {caption_column}.")
     rows = read_table(table)
     columns = list(rows[0]) if rows else []
-    for column in ("file_name", caption_column, *([subject_column] if subject_column else [])):
+    for column in ("file_name", caption_column):
         if column not in columns:
             raise InputError(f"{table} has no column {column!r}; it has {columns}.")
+    subject_column = find_subject_column(table, rows, subject_column)
     images, prompts, subjects = [], [], []
     for number, row in enumerate(rows, start=2):
         path = table.parent / row["file_name"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import nn
@@ -27,7 +28,8 @@ def evaluate(config: TextToImageStudyConfig) -> dict:
     """All figures of the report that need models or images. Saves the images of both arms.
 
     As many images of every prompt, from the same noise in both arms. Distances are to held-out images, of which, and
-    of either arm, as many of every prompt are taken as the rarer set has.
+    of either arm, as many of every prompt are taken as the rarer set has. Match rates of held-out images and of their
+    reconstructions are means over the prompts that these show (`real_prompts` of them), as those of the arms are.
     """
     builder, seed, folder = config.builder, config.seed_of("evaluate"), Path(config.output_dir) / "evaluate"
     prompts = [prompt for prompt in builder.prompts() for _ in range(config.num_samples_per_prompt)]
@@ -55,11 +57,12 @@ def evaluate(config: TextToImageStudyConfig) -> dict:
         )
         figures[role] |= {
             "architecture": match.model.config.model_type,
-            "real": attribute_hits(match, heldout).all(dim=1).double().mean().item(),
-            "reconstruction": attribute_hits(match, limit).all(dim=1).double().mean().item(),
+            "real": mean_over_prompts(match, heldout),
+            "reconstruction": mean_over_prompts(match, limit),
         }
     return {
         "n": len(prompts),
+        "real_prompts": len(set(heldout.prompts)),
         "sampler": config.evaluation_sampler,
         "attribute_match": figures,
         "fid": fidelity(load_features(config), arms, heldout, {"reconstruction": limit, "real": train}, config),
@@ -80,6 +83,11 @@ def attribute_hits(match: AttributeMatch, images: ImageDataset) -> torch.Tensor:
         batch = images.batch(indices, device)
         parts.append(match.matches(batch["pixel_values"], batch["prompt"]).cpu())
     return torch.cat(parts)
+
+
+def mean_over_prompts(match: AttributeMatch, images: ImageDataset) -> float:
+    """Share of images all of whose attributes are as their prompts state them, every prompt that there is counting the same."""
+    return mean(by_prompt(attribute_hits(match, images).all(dim=1), images.prompts).values())
 
 
 def matched_rows(one: Sequence[str], other: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,18 +116,19 @@ def fidelity(
 
     Returns:
         `before`, `after` and their `interval`; `difference` (after minus before), `{"value", "interval"}`, of pairs;
-        `kid`; distances of `references`, each with its own `n` (training images: the floor; reconstructions: what the
-        autoencoder allows), comparable only at the same; `n`, `extractor`, and `drawn_within`, what the intervals' draws keep
-        as it is. All None but the last three for fewer than 2 images.
+        `kid`; `{"value", "kid", "n"}` of each of `references` (training images: the floor; reconstructions: what the autoencoder
+        allows) to the same held-out images, or to those of them whose prompts it has often enough: then its `n` is less, and its
+        distance not comparable; `n`, `extractor`, and `drawn_within`, what the intervals' draws keep as it is. All None but the
+        last three for fewer than 2 images.
     """
     size, seed = config.sampling_batch_size, config.seed_of("evaluate")
-    real = image_features(extractor, heldout, size)
     rows, real_rows = matched_rows(arms["before"].prompts, heldout.prompts)
     result = {"extractor": extractor.identity, "n": len(rows), "drawn_within": "prompts"}
     if len(rows) < 2:
         return {**dict.fromkeys([*ARMS, "interval", "difference", "kid", *references]), **result}
     features = {arm: image_features(extractor, images.select(rows), size) for arm, images in arms.items()}
-    near, shown = real[real_rows], [heldout.prompts[row] for row in real_rows.tolist()]
+    compared = heldout.select(real_rows)
+    near, shown = image_features(extractor, compared, size), compared.prompts
     strata = torch.tensor([shown.index(prompt) for prompt in shown])
     values = {arm: frechet_distance(near, features[arm]) for arm in arms}
     replicates = bootstrap_frechet(near, features, min(config.bootstrap_draws, 200), seed, strata)
@@ -134,9 +143,14 @@ def fidelity(
         "kid": {arm: kernel_distance(near, features[arm], seed) for arm in arms},
     }
     for name, images in references.items():
-        its, real_its = matched_rows(images.prompts, heldout.prompts)
-        found = image_features(extractor, images.select(its), size)
-        result[name] = {"value": frechet_distance(real[real_its], found), "n": len(its)} if len(its) > 1 else None
+        its, near_its = matched_rows(images.prompts, shown)
+        if len(its) < 2:
+            result[name] = None
+            continue
+        found, target = image_features(extractor, images.select(its), size), near[near_its]
+        result[name] = {
+            "value": frechet_distance(target, found), "kid": kernel_distance(target, found, seed), "n": len(its),
+        }  # fmt: skip
     return result
 
 

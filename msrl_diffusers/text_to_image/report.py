@@ -9,7 +9,7 @@ from ..evaluation.page import Figure, write_report
 from ..files import write_json
 from ..precision import precision_name
 from ..processes import device_name, process_state
-from ..study.report import git_commit, stage_records, versions
+from ..study.report import git_commit, kept_line, stage_records, versions
 from ..trainers.lora import LORA_FILE
 from .artifacts import data_facts, dataset_name, load_base, load_split, place_name, stages_left_out
 from .config import TextToImageStudyConfig
@@ -30,6 +30,7 @@ def report(config: TextToImageStudyConfig) -> dict:
         **results["evaluate"],
         "augmentation": results["augmentation"] if config.augmentation else None,
         "ppo": results["ppo"],
+        "select_by": config.select_by,
         "kl": results["ppo"]["ppo/kl"],
         "unet_forwards": results["ppo"]["unet_forwards"],
         "training": {name: results[name] for name in ("autoencoder", "diffusion", "classifiers") if name in results},
@@ -92,13 +93,14 @@ def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
             f"as many of every prompt, from the same noise; {sampler['num_inference_steps']} steps, eta "
             f"{sampler['eta']:g}, guidance {sampler['guidance_scale']:g}; seed {content['seed']}. Before is the "
             f"fine-tuned model, after the same with reinforcement learning: {ppo['rollouts']} rollouts, "
-            f"{content['unet_forwards']} denoiser forwards, stopped: {ppo['stopped'] or 'at max_steps'}. Intervals: "
+            f"{content['unet_forwards']} denoiser forwards, stopped: {ppo['stopped'] or 'at max_steps'}. {_weights_line(content)} Intervals: "
             "95 % bootstrap over the samples of each prompt, in pairs.",
         ),
         (
             "Do images show all that their prompt states?",
             "Share of images all of whose attributes a classifier finds as the prompt states them. A gain by the "
-            f"reward classifier that the judge{_judge_apart(content)} does not confirm is over-optimization.",
+            f"reward classifier that the judge{_judge_apart(content)} does not confirm is over-optimization. All are means over "
+            f"prompts{_prompts_shown(content)}.",
             _match_rows(content),
             Figure(figures["attributes"], "Match rates of attributes before and after, by judge and reward"),
         ),
@@ -117,6 +119,18 @@ def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
             + (f" {', '.join(content['given'])} were given: what they were trained on is not known here." if content["given"] else ""),
         ),
     ]  # fmt: skip
+
+
+def _weights_line(content: dict) -> str:
+    """Which weights "after" has, and what picked them."""
+    line = kept_line(content["ppo"]["kept_after"], strong="")
+    return f"{line} The reward of held-out prompts picked these weights." if content["select_by"] != "last" else line
+
+
+def _prompts_shown(content: dict) -> str:
+    """Over how many prompts the figures of real images are, where these do not show all."""
+    shown, asked = content["real_prompts"], len(content["prompts"])
+    return f"; held-out images, and so their reconstructions, show {shown} of the {asked}" if shown < asked else ""
 
 
 def _judge_apart(content: dict) -> str:
@@ -161,7 +175,7 @@ def _fidelity_blocks(content: dict) -> list:
     fid, diversity = content["fid"], content["diversity"]
     identity = fid["extractor"]
     blocks = [
-        f"Frechet distance to held-out images, {fid['n']} on each side, by features of {identity['id']} "
+        f"Frechet distance to held-out images, {fid['n']} on each side{_other_sizes(fid)}, by features of {identity['id']} "
         f"({identity['sha256']}), which neither classifier has a part in; lower is better. MS-SSIM of pairs of images "
         "of one prompt, over the prompts that all these sets have enough images of: the lower, the more diverse. KL "
         "divergence from the fine-tuned model, per step and element, in the last rollout that counts: "
@@ -176,7 +190,8 @@ def _fidelity_blocks(content: dict) -> list:
     floor = f"real, {'others' if 'pretrained_model_name_or_path' in content['given'] else 'training'} (floor)"
     for name, title in (("reconstruction", "autoencoder (limit)"), ("real", floor)):
         if fid[name]:
-            rows.append([title, fid[name]["value"], f"n = {fid[name]['n']}", None, None])
+            size = None if fid[name]["n"] == fid["n"] else f"n = {fid[name]['n']}"
+            rows.append([title, fid[name]["value"], size, fid[name]["kid"], None])
     if diversity["real"]:
         rows.append(["real, held out", None, None, None, _similarity(diversity["real"])])
     low, high = fid["difference"]["interval"]
@@ -185,6 +200,12 @@ def _fidelity_blocks(content: dict) -> list:
         rows,
         f"After minus before: {fid['difference']['value']:+.4g} ({low:+.4g} .. {high:+.4g}, in pairs).",
     ]
+
+
+def _other_sizes(fid: dict) -> str:
+    """A word on rows of another number of images: the distance of fewer is larger."""
+    differ = any(found and found["n"] != fid["n"] for found in (fid["real"], fid["reconstruction"]))
+    return " (where n is another, the row is not comparable)" if differ else ""
 
 
 def _prompt_rows(content: dict) -> list[list]:

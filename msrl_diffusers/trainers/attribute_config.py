@@ -32,7 +32,12 @@ class AttributeConfig(TrainingConfig):
         default=0.1, metadata={"help": "Brightness, contrast and saturation change by up to this share."}
     )
     eval_batch_size: int = field(default=64, metadata={"help": "Images in one forward pass of the evaluation."})
-    threshold: float = field(default=0.5, metadata={"help": "An attribute is seen from this probability on."})
+    threshold: float = field(
+        default=0.5,
+        metadata={
+            "help": "An attribute is seen from this probability on, in logged figures alone (AttributeMatch has its own)."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()

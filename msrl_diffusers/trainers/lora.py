@@ -22,7 +22,7 @@ def save_lora(pipeline, folder: str | Path) -> Path:
     # by PEFT's names: diffusers' older ones exist for attention alone, and of a file with both it loads one half
     layers = {
         name: value.detach().cpu().float().contiguous()
-        for name, value in get_peft_model_state_dict(pipeline.unet).items()
+        for name, value in get_peft_model_state_dict(pipeline.unet, unwrap_compiled=True).items()
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

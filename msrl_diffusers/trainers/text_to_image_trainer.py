@@ -9,6 +9,8 @@
    trained is what ends up in the pipeline.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -16,6 +18,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from ..data.image_folder import ImageDataset
 from ..errors import InputError
 from ..models.adapters import carried_adapters
+from ..processes import process_state
 from ..seeding import batch_indices, generator_for
 from .base import TrainingRun, in_fast_memory_format
 from .denoising_loss import denoising_target, even_timesteps, min_snr_weights
@@ -23,6 +26,9 @@ from .lora import ATTENTION, merge_lora, save_lora
 from .text_to_image_config import TextToImageConfig
 from .tuned_weights import REMEDY, add_lora, check_precision
 from .weight_average import WeightAverage
+
+
+logger = logging.getLogger(__name__)
 
 
 class PromptedUNet(torch.nn.Module):
@@ -48,7 +54,8 @@ class PromptedUNet(torch.nn.Module):
 
 class TextToImageTrainer:
     """Trains `pipeline.unet` (and `pipeline.text_encoder`, if asked) on `train_dataset`; the pipeline holds the
-    averaged weights afterwards, and with LoRA `output_dir/lora` the adapter.
+    averaged weights afterwards, and with LoRA `output_dir/lora` the adapter. Prompts longer than the tokenizer takes are cut, as
+    diffusers' scripts cut them; a warning counts these.
 
     Raises:
         InputError: images of another size than the pipeline makes, weights in a precision that can't be trained, or a network that
@@ -71,6 +78,7 @@ class TextToImageTrainer:
                     f"that can't be loaded; {REMEDY}."
                 )
         self.prompts = [*sorted(set(train_dataset.prompts)), ""]  # the empty one is the last
+        self._warn_of_long_prompts()
         # the scheduler of a pipeline that is used as it is may be a sampler without get_velocity
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.unet.requires_grad_(True)
@@ -142,6 +150,17 @@ class TextToImageTrainer:
             merge_lora(pipeline.unet)
             pipeline.unet.requires_grad_(True)  # a later trainer takes what has gradients
         return run.history[-1] if run.history else {}
+
+    def _warn_of_long_prompts(self) -> None:
+        limit = self.pipeline.tokenizer.model_max_length
+        lengths = [len(ids) for ids in self.pipeline.tokenizer(self.prompts, verbose=False).input_ids]
+        count = sum(length > limit for length in lengths)
+        if count and process_state().is_main_process:
+            logger.warning(
+                "%d of %d different prompts have more than the %d tokens that the text encoder reads (the longest %d): what is beyond is "
+                "cut, and not learned; shorten them.",
+                count, len(self.prompts) - 1, limit, max(lengths),
+            )  # fmt: skip
 
     @torch.no_grad()
     def _cache_posteriors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
