@@ -28,6 +28,7 @@ from msrl_diffusers.data.prompts import ARTIFACTS, DIAGNOSES, OPENING, PromptBui
 from msrl_diffusers.errors import InputError, sentence_instead_of_traceback
 from msrl_diffusers.plots import plot_history
 from msrl_diffusers.processes import process_state, start_missing_processes
+from msrl_diffusers.study.release import check_outside
 from msrl_diffusers.text_to_image import CHAIN
 from msrl_diffusers.text_to_image.artifacts import load_stable_diffusion
 from msrl_diffusers.text_to_image.command_line import parse_text_to_image
@@ -78,6 +79,8 @@ def main() -> None:
                 "The config gives a fine-tuned pipeline, so none would be trained; take pretrained_model_name_or_path out of it, or "
                 "give it as an option to fine-tune that one further."
             )
+        if release:
+            check_outside(release, config.pretrained_model_name_or_path)
         CHAIN.run(config, [*CHAIN.up_to("diffusion"), *(["classifiers"] if release else [])])
         if process_state().is_main_process:
             if release:

@@ -42,12 +42,14 @@ def files_mark(paths: Iterable[Path], folder: Path) -> str:
 
 
 def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """The files of a folder and those below, of folders that can be read; `above` are the folders on the way, to which a link
-    may lead back."""
+    """The files of a folder and those below, of folders that can be read; hidden ones, which editors and systems come and go with, are
+    nobody's input. `above` are the folders on the way, to which a link may lead back."""
     here = folder.resolve()
     if here in above or not os.access(folder, os.R_OK | os.X_OK):
         return
     for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
         if os.path.isdir(path):  # of a link into a closed folder Path.is_dir raises
             yield from _files_below(path, above | {here})
         elif os.path.isfile(path):

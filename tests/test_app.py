@@ -85,7 +85,7 @@ def test_pages_send_whole_numbers_as_floats(comparison):
         (
             "guidance_scale",
             [-0.1, 10.1, float("nan"), float("inf"), 10**400, "1", True, None],
-            r"guidance must be a number in 0 \.\. 10\.",
+            r"guidance must be a number in 0\.1 \.\. 10\.",
         ),
         ("eta", [-0.1, 1.1, float("nan"), "1", None], r"eta must be a number in 0 \.\. 1\."),
     ],

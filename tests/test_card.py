@@ -58,7 +58,7 @@ def test_every_figure_is_the_report_s(folder):
     found = REPORT["memorization"]["rl"]
     assert f"{found['n_copies']} of {found['n_generated']} generated volumes look like copies" in card
     low, high = (f"{100 * bound:.1f} %" for bound in found["interval"])
-    assert f"(95 % interval {low} to\n{high}; about {found['expected_false_positives']:.1f} would be" in card
+    assert f"(95 % interval {low} to\n{high}; at most about {found['expected_false_positives']:.1f} would be" in card
     assert f"{REPORT['n']['all']} volumes on each side of a distance, seed {REPORT['seed']}" in card
     for value in (REPORT["commit"], REPORT["data_fingerprint"], REPORT["extractors"]["judge"]["sha256"]):
         assert f"`{value}`" in card

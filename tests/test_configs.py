@@ -95,6 +95,8 @@ def test_an_unknown_precision_is_refused(config_class):
         (FeatureConfig, {"train_batch_size": 1}, "train_batch_size must be 2 or more, got 1: .* does not enlarge"),
         (RewardConfig, {"train_batch_size": 1}, "train_batch_size must be 2 or more, got 1: .* does not enlarge"),
         (StudyConfig, {"rewards": {"train_batch_size": 1}}, "RewardConfig: train_batch_size must be 2 or more, got 1"),
+        (RewardConfig, {"max_shift": -1}, "max_shift must be 0 or more, got -1"),
+        (FeatureConfig, {"max_shift": -1}, "max_shift must be 0 or more, got -1"),
         (RewardConfig, {"max_gain": 1.0}, r"max_gain must lie in \[0, 1\), got 1.0"),
         (RewardConfig, {"slices_per_volume": 0}, "slices_per_volume must be positive, got 0"),
         (StudyConfig, {"watch_per_class": -1}, "watch_per_class must be 0 or more, got -1"),
@@ -148,6 +150,10 @@ def test_sections_are_checked(section):
             r"frechet_features must be of \['label', 'volume', 'slice'\], got \['judge'\]",
         ),
         ({"marginal_labels": 1.5}, r"marginal_labels must lie in \[0, 1\], got 1.5"),
+        (
+            {"ppo": {"reward_weights": [1.0]}},
+            r"Section 'ppo': reward_weights needs a number for each of \['volume', 'slice'\]",
+        ),
         ({"samplers": []}, "samplers is empty; give one or more"),
         (
             {"samplers": [{"num_inference_steps": "ten", "eta": 0.0}]},

@@ -66,6 +66,15 @@ def test_the_mark_of_a_folder_knows_what_lies_behind_links(tmp_path):
     assert folder_mark(tmp_path / "data") != before
 
 
+def test_the_mark_of_a_folder_passes_over_hidden_files(tmp_path):
+    (tmp_path / "participants.tsv").write_text("participant_id")
+    before = folder_mark(tmp_path)
+    (tmp_path / ".~lock.participants.tsv#").write_text("open in an editor")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"1")
+    assert folder_mark(tmp_path) == before
+
+
 def test_a_fingerprint_follows_the_images_of_a_list(tmp_path):
     path = write_datalist(tmp_path / "lists")
     for place in (path, path.parent):

@@ -206,6 +206,17 @@ def test_an_adapter_that_was_swapped_in_is_weighted_and_saved_as_what_it_is(pipe
     torch.testing.assert_close(generate(pipeline), generate(other))
 
 
+def test_an_adapter_is_saved_as_it_is_where_swapping_was_prepared(pipeline, tmp_path):
+    other = with_adapter(target_modules=["to_q", "to_v"])
+    other.save_lora_weights(tmp_path / "one")
+    pipeline.enable_lora_hotswap(target_rank=8)
+    pipeline.load_lora_weights(tmp_path / "one", adapter_name="one")
+    pipeline.save_lora_weights(tmp_path / "saved")
+    again = tiny_pipeline()
+    again.load_lora_weights(tmp_path / "saved")
+    torch.testing.assert_close(generate(again), generate(other))
+
+
 def test_tensors_that_are_swapped_in_have_alpha_equal_to_their_rank(pipeline, folder, tmp_path):
     tensors = {f"unet.{name}": value for name, value in get_peft_model_state_dict(with_adapter(seed=1).unet).items()}
     expected = tiny_pipeline()

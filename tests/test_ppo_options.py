@@ -26,7 +26,7 @@ from msrl_diffusers.functional.objectives import adapted_kl_coef, kl_mask_loss
 from msrl_diffusers.policies import make_policy
 from msrl_diffusers.rollouts import StepTable, sample_rollout
 from msrl_diffusers.seeding import sample_generators
-from msrl_diffusers.trainers import base_config
+from msrl_diffusers.trainers import base
 from msrl_diffusers.trainers.base import checkpoints, read_log
 from msrl_diffusers.trainers.conditions import Conditions
 from msrl_diffusers.trainers.watchdogs import (
@@ -371,9 +371,10 @@ def test_pictures_of_samples(make, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_config, "get_available_trackers", list)
+    monkeypatch.setattr(base, "get_available_trackers", list)
+    args = config(tmp_path, report_to="tensorboard")  # can be read where it is not
     with pytest.raises(InputError, match="report_to=tensorboard needs a package that is not installed"):
-        config(tmp_path, report_to="tensorboard")
+        DiffusionPPOTrainer(tiny_pipeline(), Brightness(), args).train()
 
 
 def test_pictures_for_trackers_that_know_no_formats(tmp_path):

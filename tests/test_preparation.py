@@ -34,6 +34,7 @@ from monai.transforms import (
 
 from msrl_diffusers import VolumeDataset, VolumeProcessor, load_volumes, write_phantoms
 from msrl_diffusers.cli import prepare as prepare_verb
+from msrl_diffusers.data import preparation
 from msrl_diffusers.data.cases import Case, Listing, list_cases
 from msrl_diffusers.data.preparation import prepare_cases
 from msrl_diffusers.data.processor import scale_on_own_grid
@@ -355,6 +356,41 @@ def test_what_is_left_out_is_told_anew(tmp_path):
         listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
         assert prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")["rejected"] == lost
         assert len((tmp_path / "out" / "rejected.csv").read_text().splitlines()) == 1 + lost
+
+
+def test_a_mended_header_is_another_request_and_a_mended_file_is_asked_for(tmp_path, caplog):
+    nib.Spm2AnalyzeImage(marked_volume(0, 0), np.eye(4)).to_filename(tmp_path / "a.img")
+    case = Case({"image": str(tmp_path / "a.img")}, "a", "a")
+    listing = Listing([case], ["a"], [], None)
+    before = preparation._request(listing, PROCESSOR)
+    (tmp_path / "a.hdr").write_bytes((tmp_path / "a.hdr").read_bytes() + b"0")
+    assert preparation._request(listing, PROCESSOR) != before
+
+    write_marked_folder(tmp_path / "data")
+    (tmp_path / "data" / "s1.nii.gz").write_bytes(b"<html>")
+    listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
+    summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
+    assert not caplog.messages
+    assert prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out") == summary
+    assert "made before, without 1 files that could not be used" in caplog.messages[0]
+
+
+def test_volumes_lie_by_chance_within_a_class(tmp_path):
+    """So that the first of each, which figures take, are of all sites and dates."""
+    names = [f"{site}-{number}" for site in ("A", "B") for number in range(20)]
+    rows = ["file_name,subject_id,split"]
+    for name in names:
+        write_nifti(tmp_path / f"{name}.nii.gz", marked_volume(0, 0))
+        rows.append(f"{name}.nii.gz,{name},train")
+    rows += [row.replace("train", "heldout").replace("A-", "C-") for row in rows[1:3]]
+    for name in ("C-0", "C-1"):
+        write_nifti(tmp_path / f"{name}.nii.gz", marked_volume(0, 0))
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    listing = list_cases("nifti_folder", tmp_path)
+    prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
+    order = VolumeDataset.load(tmp_path / "out" / "train.safetensors").subject_ids
+    assert sorted(order) == sorted(names)
+    assert 5 <= sum(name.startswith("A") for name in order[:20]) <= 15
 
 
 def test_the_summary_says_that_no_subjects_are_named(tmp_path):

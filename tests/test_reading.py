@@ -90,6 +90,15 @@ def test_a_truncated_file_is_refused(tmp_path, name, keep):
     assert name in sentence(tmp_path / name)
 
 
+def test_names_in_capitals_are_names(tmp_path):
+    """Of well compressed images, whose files are smaller than their voxels."""
+    nib.Nifti1Image(np.eye(64)[:, :, None] * np.ones(64), np.eye(4)).to_filename(tmp_path / "a.nii.gz")
+    (tmp_path / "a.nii.gz").rename(tmp_path / "A.NII.GZ")
+    assert read_image(tmp_path / "A.NII.GZ").shape == (64, 64, 64)
+    (tmp_path / "B.NII.GZ").write_bytes(b"<html>please log in</html>")
+    assert "not compressed by gzip" in sentence(tmp_path / "B.NII.GZ")
+
+
 def test_a_file_that_is_no_gzip_is_refused(tmp_path):
     (tmp_path / "a.nii.gz").write_bytes(b"<html>please log in</html>")
     assert "not compressed by gzip" in sentence(tmp_path / "a.nii.gz")

@@ -24,7 +24,11 @@ def test_prepare_from_a_folder_of_images(tmp_path):
     )  # fmt: skip
     result = run_study(config, ["prepare"])
     assert result["train"] == result["heldout"] == {"HGG": 2, "LGG": 2}
-    assert result["shape"] == [1, 16, 16, 16]
+    assert (result["shape"], result["warnings"]) == ([1, 16, 16, 16], [])
+    table = tmp_path / "data" / "metadata.csv"
+    table.write_text(table.read_text().replace("subject_id", "person", 1))
+    (warning,) = run_study(config, ["prepare"])["warnings"]
+    assert "names no subjects" in warning
 
 
 def test_a_study_of_one_class(tmp_path):

@@ -159,8 +159,12 @@ def test_a_report_repeats_what_was_warned_of(finished):
 @pytest.mark.parametrize(
     ("place", "data_seed", "sentence"),
     [
-        ("first", 0, "The release .*first lies in pretrained=.*first, which it would spoil; give a folder outside"),
-        ("first/inside", 0, "The release .*inside lies in pretrained=.*first, which"),
+        (
+            "first",
+            0,
+            "The release .*first lies in .*first, which the study starts from and it would spoil; give a folder outside",
+        ),
+        ("first/inside", 0, "The release .*inside lies in .*first, which the study starts from"),
         ("again", 5, "first was trained on phantoms of data_seed 0, and this study's are of 5"),
     ],
 )

@@ -13,7 +13,7 @@ from .volume_files import decode_checked, file_stems, nifti_bytes
 
 
 MAX_STEPS = 100
-MAX_GUIDANCE = 10.0
+MIN_GUIDANCE, MAX_GUIDANCE = 0.1, 10.0
 MAX_SEED = 2**31 - 1
 
 
@@ -85,7 +85,7 @@ class Comparison:
         Args:
             class_name: one of `class_names`.
             num_inference_steps: 1 .. `max_steps`.
-            guidance_scale: 0 .. 10; 1 is none.
+            guidance_scale: 0.1 .. 10; 1 is none (at 0 a volume would be of no class).
             eta: 0 .. 1.
             seed: 0 .. 2^31 - 1.
             on_step: told after every denoising step how many are done, and of how many.
@@ -97,7 +97,7 @@ class Comparison:
             raise InputError(f"class must be one of {self.class_names}.")
         steps = _whole("steps", num_inference_steps, 1, self.max_steps)
         seed = _whole("seed", seed, 0, MAX_SEED)
-        guidance = _number("guidance", guidance_scale, 0.0, MAX_GUIDANCE)
+        guidance = _number("guidance", guidance_scale, MIN_GUIDANCE, MAX_GUIDANCE)
         eta = _number("eta", eta, 0.0, 1.0)
         made = []
         with self._lock:

@@ -6,7 +6,7 @@ from pathlib import Path
 import gradio as gr
 
 from ..errors import InputError
-from .comparison import MAX_GUIDANCE, MAX_SEED, Comparison
+from .comparison import MAX_GUIDANCE, MAX_SEED, MIN_GUIDANCE, Comparison
 from .viewer import nifti_viewer, shown
 
 
@@ -28,7 +28,9 @@ def build_page(comparison: Comparison, folder: str | Path) -> gr.Blocks:
                 names = comparison.class_names
                 class_name = gr.Dropdown(names, value=names[0], label="Class")
                 steps = gr.Slider(1, comparison.max_steps, value=min(25, comparison.max_steps), step=1, label="Steps")
-                guidance = gr.Slider(0, MAX_GUIDANCE, value=1, step=0.1, label="Guidance", info="1 is none.")
+                guidance = gr.Slider(
+                    MIN_GUIDANCE, MAX_GUIDANCE, value=1, step=0.1, label="Guidance", info="1 is none."
+                )
                 eta = gr.Slider(0, 1, value=1, step=0.05, label="Eta", info="0 is DDIM, 1 as DDPM.")
                 seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
                 new_seed = gr.Button("New seed", size="sm")

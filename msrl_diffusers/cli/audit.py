@@ -61,9 +61,8 @@ def run(arguments: Sequence[str]) -> None:
     train = open_set(args.train, set_args)
     held_out = args.held_out and open_set(args.held_out, set_args)
     check_references(train, held_out)
-    # the null says what to expect of volumes whose classes are mixed as its own are
-    null = train if held_out is None else held_out
-    generated = open_generated(args.generated, set_args, args.output_dir, null, in_proportion=True)
+    # classes in turn, whatever the mix of real ones is: copies are looked for in all
+    generated = open_generated(args.generated, set_args, args.output_dir, train)
     extractor = load_extractor(args.extractor) if args.extractor else None
     if extractor is not None:
         extractor.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import struct
@@ -24,11 +25,15 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import write_json, write_text
+from ..seeding import fold_seed
 from .cases import Case, Listing, Rejection
 from .processor import VolumeProcessor
 from .reading import read_image
 from .splits import SIDES, SplitPlan
 from .workers import worker_pool
+
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_cases(
@@ -66,7 +71,13 @@ def prepare_cases(
     summary_path = output_dir / "summary.json"
     if summary_path.is_file() and all((output_dir / f"{side}.safetensors").is_file() for side in SIDES):
         summary = json.loads(summary_path.read_text())
-        if summary["request"] == request and not (strict and summary["rejected"] > len(listing.rejected)):
+        again = summary["rejected"] - len(listing.rejected)
+        if summary["request"] == request and not (strict and again > 0):
+            if again > 0:
+                logger.warning(
+                    "%s was made before, without %d files that could not be used (%s says why): if they can be by now, remove it and give "
+                    "the command again.", summary_path, again, output_dir / "rejected.csv",
+                )  # fmt: skip
             return summary
     _sides(split, listing.cases, listing.rejected)
     work = output_dir / f".volumes-{volumes_request}"
@@ -93,7 +104,10 @@ def prepare_cases(
     summary_path.unlink(missing_ok=True)  # of an earlier request, whose files are replaced now
     digest, counts = hashlib.sha256(), {}
     for side, members in by_side.items():
-        members.sort(key=lambda member: (listing.classes.index(member[1].label), member[1].name))
+        # by chance within a class: of a part of a set, as figures take the first of each class, names would choose the site or the date
+        members.sort(
+            key=lambda member: (listing.classes.index(member[1].label), fold_seed(0, "order", member[1].name))
+        )
         shape = _join(work, members, listing.classes, processor.spacing, output_dir / f"{side}.safetensors", digest)
         counts[side] = {label: sum(case.label == label for _, case in members) for label in listing.classes}
     summary = {
@@ -157,13 +171,19 @@ def _request(listing: Listing, processor: VolumeProcessor) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for case in listing.cases:
         digest.update(repr(case).encode())
-        for image in case.images.values():
+        for path in _files_of(case):
             try:
-                status = os.stat(image)
+                status = os.stat(path)
                 digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
             except OSError:
                 continue
     return digest.hexdigest()[:16]
+
+
+def _files_of(case: Case) -> list[str]:
+    """The images, and the headers of those that have theirs apart."""
+    headers = [Path(image).with_suffix(".hdr") for image in case.images.values() if Path(image).suffix == ".img"]
+    return [*case.images.values(), *map(str, headers)]
 
 
 def _volume_path(work: Path, index: int) -> Path:

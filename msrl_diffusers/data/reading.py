@@ -76,7 +76,7 @@ def _check_file(path: Path) -> None:
         raise InputError(f"{path} does not exist") from None
     except OSError as error:  # no permission, or a loop of symbolic links
         raise InputError(f"{path} can't be opened: {error.strerror}") from error
-    if path.suffix == ".gz" and magic != b"\x1f\x8b":
+    if path.suffix.lower() == ".gz" and magic != b"\x1f\x8b":
         raise InputError(f"{path} is named .gz but is not compressed by gzip; rename or download it again")
 
 
@@ -99,7 +99,7 @@ def _check_size(path: Path, image, shape: tuple[int, int, int], dtype: np.dtype)
     except OSError as error:
         raise InputError(f"{holder} can't be opened: {error.strerror}") from error
     claimed = math.prod(shape) * dtype.itemsize
-    if str(holder).endswith(COMPRESSED):
+    if str(holder).lower().endswith(COMPRESSED):
         available *= MAX_COMPRESSION
     elif getattr(image.dataobj, "offset", 0) + claimed > available:
         raise InputError(f"{holder} is cut off: its header claims {claimed} bytes of voxels, the file has {available}")
@@ -117,7 +117,7 @@ def _check_stream(image, claimed: int) -> None:
         ValueError: it goes on for longer than any footer.
     """
     holder = image.file_map["image"]
-    if not str(holder.filename).endswith(COMPRESSED):
+    if not str(holder.filename).lower().endswith(COMPRESSED):
         return
     allowed = getattr(image.dataobj, "offset", 0) + claimed + MAX_TRAILER
     with holder.get_prepare_fileobj("rb") as stream:

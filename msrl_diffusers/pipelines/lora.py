@@ -153,8 +153,7 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
                 raise InputError(
                     "The adapter's configuration is none that this version of peft has: update peft."
                 ) from error
-        if hotswap:
-            _take_over(unet, adapter_name, tensors, metadata)
+        _take_over(unet, adapter_name or list(unet.peft_config)[-1], tensors, metadata)
         unet.train(unet.training)  # new layers come in training mode, where their dropout acts
 
     @_OfInstanceOrClass
@@ -297,8 +296,8 @@ def _check_fit(unet: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 def _take_over(
     unet: torch.nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor], metadata: dict | None
 ) -> None:
-    """Ranks and alphas of the adapter that was swapped in. peft takes over its tensors and scales alone: `set_adapters` would weight it
-    by the alpha of the one before, and `save_lora_weights` write that."""
+    """Ranks and alphas of the adapter as its file states them. A hotswap takes over tensors and scales alone, and to prepare for one
+    (`enable_lora_hotswap`) raises the rank: `set_adapters` would weight, and `save_lora_weights` write, by what is no longer true."""
     ours = {name.removeprefix(PREFIX): value for name, value in (metadata or {}).items() if name.startswith(PREFIX)}
     if metadata is None:
         names = {name.removeprefix(PREFIX): value for name, value in tensors.items()}

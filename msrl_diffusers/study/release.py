@@ -61,16 +61,21 @@ def check_release(config: StudyConfig, path: str | Path) -> None:
     """Raise InputError where this study may not be released to `path`: in the release that it starts from, or in any folder where that
     one was trained on other phantoms, of which one data_seed tells. Needs no stage."""
     given = config.pretrained
-    # by the files there stages are out of date, and half an overwritten release is none
-    if given and Path(path).resolve().is_relative_to(Path(given).resolve()):
-        raise InputError(
-            f"The release {path} lies in pretrained={given}, which it would spoil; give a folder outside it."
-        )
+    check_outside(path, given)
     phantoms = trained_on(config).phantoms
     if config.dataset == "phantoms" and phantoms and phantoms["data_seed"] != config.data_seed:
         raise InputError(
             f"{given} was trained on phantoms of data_seed {phantoms['data_seed']}, and this study's are of {config.data_seed}: a later "
             "study could hold out either; release one that was trained from nothing, or on the same."
+        )
+
+
+def check_outside(path: str | Path, given: str | Path | None) -> None:
+    """Raise InputError where a release would lie in the folder that was `given` to start from: by the files there stages are out of date,
+    and half an overwritten release is none."""
+    if given and Path(path).resolve().is_relative_to(Path(given).resolve()):
+        raise InputError(
+            f"The release {path} lies in {given}, which the study starts from and it would spoil; give a folder outside it."
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ..data.degradations import DEGRADATIONS
 from ..errors import InputError
 from ..evaluation.validity import CEILINGS
+from .sections import TRAINED_ON
 
 
 FLOORED = ("auc", "spearman", "set_spearman", "slope", *CEILINGS)  # figures that a floor may be set for
@@ -28,6 +29,12 @@ def check_reward_options(config) -> None:
         if getattr(config, method).get("sampler") not in (None, "DDIMScheduler"):
             raise InputError(
                 f"Section {method!r}: sampler must be unset in a study, which samples by DDIM wherever it compares with the rollouts."
+            )
+    for method in ("ppo", "nft", "draft"):
+        weights = getattr(config, method).get("reward_weights")
+        if weights is not None and len(weights) != len(TRAINED_ON):
+            raise InputError(
+                f"Section {method!r}: reward_weights needs a number for each of {list(TRAINED_ON)}, got {weights}."
             )
     given = [name for name in ("degraded_anchors", "policy_anchors") if getattr(config, name)]
     if config.conditional_rewards:

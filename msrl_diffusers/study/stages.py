@@ -66,7 +66,7 @@ def prepare(config: StudyConfig) -> dict:
         InputError: a split that later stages could not use (`_check_splits`), networks that could not take its volumes
             (`check_networks`), or a data set that can't be read.
     """
-    folder, dataset, left_out = Path(config.output_dir) / "prepare", config.dataset, 0
+    folder, dataset, left_out, warnings = Path(config.output_dir) / "prepare", config.dataset, 0, []
     if config.dataset == "phantoms":
         for number, split in enumerate(SIDES):
             start = number * config.num_per_class
@@ -77,7 +77,7 @@ def prepare(config: StudyConfig) -> dict:
     elif config.dataset == "prepared":
         for split in SIDES:
             VolumeDataset.load(Path(config.data_dir) / f"{split}.safetensors").save(folder / f"{split}.safetensors")
-        dataset = _prepared_from(Path(config.data_dir) / "summary.json")
+        dataset, warnings = _prepared_from(Path(config.data_dir) / "summary.json")
     else:
         listing = list_cases(
             config.dataset, config.data_dir,
@@ -86,11 +86,13 @@ def prepare(config: StudyConfig) -> dict:
         )  # fmt: skip
         processor = VolumeProcessor(config.image_size, config.field_of_view)
         plan = SplitPlan(config.holdout_fraction, config.data_seed)
-        left_out = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)["rejected"]
+        summary = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)
+        left_out, warnings = summary["rejected"], summary["warnings"]
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
     check_networks(config, tuple(train.pixel_values.shape[1:]), train.num_classes)
-    warnings = _check_pretrained(config, train, heldout) if config.pretrained else []
+    if config.pretrained:
+        warnings = [*warnings, *_check_pretrained(config, train, heldout)]
     if config.downstream:
         _check_classes(train)
     plot_volumes({"training volumes": train.take_per_class(4).pixel_values}, folder / "volumes.png")
@@ -106,9 +108,10 @@ def prepare(config: StudyConfig) -> dict:
     }
 
 
-def _prepared_from(summary: Path) -> str:
-    """The data set that `msrl prepare` read, for its terms; where that is not known, only that it was prepared."""
-    return (summary.is_file() and read_json(summary).get("dataset")) or "prepared"
+def _prepared_from(summary: Path) -> tuple[str, list[str]]:
+    """The data set that `msrl prepare` read, for its terms (where that is not known, only that it was prepared), and its warnings."""
+    found = read_json(summary) if summary.is_file() else {}
+    return found.get("dataset") or "prepared", found.get("warnings", [])
 
 
 def _check_classes(train: VolumeDataset) -> None:

@@ -36,7 +36,7 @@ def load_stable_diffusion(path: str | Path, **kwargs) -> StableDiffusionPipeline
     """`StableDiffusionPipeline.from_pretrained` of a folder or Hub repository, in float32, from safetensors only.
 
     Raises:
-        InputError: there is none, or it lacks weights.
+        InputError: there is none, or it lacks weights (transformers fills those of a text encoder with random ones, and warns).
     """
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(

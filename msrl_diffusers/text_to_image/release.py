@@ -5,7 +5,7 @@ from pathlib import Path
 from ..files import write_text
 from ..hub import render_card
 from ..models.image_classifiers import load_image_classifier, save_image_classifier
-from ..study.release import forget_places
+from ..study.release import check_outside, forget_places
 from ..study.report import git_commit, versions
 from .artifacts import data_facts, load_base, place_name
 from .config import CLASSIFIERS, TextToImageStudyConfig
@@ -13,7 +13,12 @@ from .config import CLASSIFIERS, TextToImageStudyConfig
 
 def write_release(config: TextToImageStudyConfig, path: str | Path) -> None:
     """Write the fine-tuned Stable Diffusion, or the given one, to `path`, and the trained classifiers to `path/classifier_ROLE`, all in
-    float16, with a card. The stages up to `classifiers` must be done."""
+    float16, with a card. The stages up to `classifiers` must be done.
+
+    Raises:
+        InputError: `path` lies in the given pipeline.
+    """
+    check_outside(path, config.pretrained_model_name_or_path)
     path, commit = Path(path), git_commit()  # asked before files change that may lie in the tree themselves
     pipeline = load_base(config).to("cpu")
     for name in ("vae", "unet", "text_encoder"):

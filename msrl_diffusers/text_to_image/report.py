@@ -99,8 +99,7 @@ def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
         (
             "Do images show all that their prompt states?",
             "Share of images all of whose attributes a classifier finds as the prompt states them. A gain by the "
-            f"reward classifier that the judge{_judge_apart(content)} does not confirm is over-optimization. All are means over "
-            f"prompts{_prompts_shown(content)}.",
+            f"reward classifier that the judge{_judge_apart(content)} does not confirm is over-optimization.{_prompts_shown(content)}",
             _match_rows(content),
             Figure(figures["attributes"], "Match rates of attributes before and after, by judge and reward"),
         ),
@@ -122,15 +121,21 @@ def _sections(content: dict, figures: dict[str, Path]) -> list[tuple]:
 
 
 def _weights_line(content: dict) -> str:
-    """Which weights "after" has, and what picked them."""
+    """Which weights "after" has, and what picked them; stage ppo of an earlier version does not say."""
+    if "kept_after" not in content["ppo"]:
+        return ""
     line = kept_line(content["ppo"]["kept_after"], strong="")
     return f"{line} The reward of held-out prompts picked these weights." if content["select_by"] != "last" else line
 
 
 def _prompts_shown(content: dict) -> str:
-    """Over how many prompts the figures of real images are, where these do not show all."""
+    """What the figures are means of, and over how many prompts those of real images are; stage evaluate of an earlier version counted
+    images alike, and does not say."""
+    if "real_prompts" not in content:
+        return ""
     shown, asked = content["real_prompts"], len(content["prompts"])
-    return f"; held-out images, and so their reconstructions, show {shown} of the {asked}" if shown < asked else ""
+    fewer = f"; held-out images, and so their reconstructions, show {shown} of the {asked}" if shown < asked else ""
+    return f" All are means over prompts{fewer}."
 
 
 def _judge_apart(content: dict) -> str:
@@ -191,7 +196,7 @@ def _fidelity_blocks(content: dict) -> list:
     for name, title in (("reconstruction", "autoencoder (limit)"), ("real", floor)):
         if fid[name]:
             size = None if fid[name]["n"] == fid["n"] else f"n = {fid[name]['n']}"
-            rows.append([title, fid[name]["value"], size, fid[name]["kid"], None])
+            rows.append([title, fid[name]["value"], size, fid[name].get("kid"), None])
     if diversity["real"]:
         rows.append(["real, held out", None, None, None, _similarity(diversity["real"])])
     low, high = fid["difference"]["interval"]

@@ -132,5 +132,6 @@ def tune(
     scales = {name: vars(scale) for name, scale in trainer.reward.scales.items()}
     forwards = trainer.unet_forwards
     if heldout_prompts:
-        forwards += math.ceil(figures["rollouts"] / args.watch_steps) * watchdogs["heldout_reward"].unet_forwards
+        looks = math.ceil(figures["rollouts"] / args.watch_steps) * process_state().num_processes  # each samples all
+        forwards += looks * watchdogs["heldout_reward"].unet_forwards
     return {**figures, "unet_forwards": forwards, "scales": scales}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
@@ -57,6 +58,7 @@ class TrainingRun:
     ):
         self.args, self.description = args, description
         self.output_dir = Path(args.output_dir)
+        check_tracker(args)
         use_whole_cpu()
         AcceleratorState._reset_state()  # a process may train one model after the other, in different precision
         self.accelerator = Accelerator(
@@ -375,6 +377,14 @@ def thaw(module: torch.nn.Module) -> bool:
     if frozen:
         module.requires_grad_(True)
     return frozen
+
+
+def check_tracker(args: TrainingConfig) -> None:
+    """Raise InputError where a config reports to a tracker that is not installed here; configs may be read on any machine."""
+    if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
+        raise InputError(
+            f"report_to={args.report_to} needs a package that is not installed; install it, or report to none."
+        )
 
 
 def in_fast_memory_format(module: torch.nn.Module, mixed_precision: str) -> torch.nn.Module:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import TrainingConfig, check_batch_statistics
+from .base_config import TrainingConfig, check_batch_statistics, check_not_negative
 
 
 @dataclass
@@ -24,5 +24,6 @@ class FeatureConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_batch_statistics(self)
+        check_not_negative(self, "max_shift")
         if not 0 <= self.degraded_share <= 1:
             raise InputError(f"degraded_share must lie in [0, 1], got {self.degraded_share}.")

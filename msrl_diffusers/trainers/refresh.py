@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import InputError
 from ..evaluation.set_labels import SetLabeler
 from ..rollouts import Rollout
-from .base import TrainingRun, in_fast_memory_format
+from .base import TrainingRun, check_tracker, in_fast_memory_format
 from .base_config import check_positive
 from .reward_config import RewardConfig
 from .reward_trainer import RewardTrainer, ScoredVolumes
@@ -79,6 +79,8 @@ class RewardRefresh:
                 f"A refresh needs settings for each of {sorted(models)} with one value of every and of sample_weight, got "
                 f"{sorted(args)}."
             )
+        for each in args.values():
+            check_tracker(each)  # not after the rollouts before the first refresh
         # as training leaves them: a resumed run must not score in another memory format, which rounds otherwise
         self.models = {
             name: in_fast_memory_format(model, args[name].mixed_precision) for name, model in models.items()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..errors import InputError
-from .base_config import TrainingConfig, check_batch_statistics, check_positive
+from .base_config import TrainingConfig, check_batch_statistics, check_not_negative, check_positive
 
 
 @dataclass
@@ -42,6 +42,7 @@ class RewardConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_batch_statistics(self)
+        check_not_negative(self, "max_shift")
         if not 0 <= self.max_gain < 1:
             raise InputError(f"max_gain must lie in [0, 1), got {self.max_gain}.")
         if self.slices_per_volume is not None:
