@@ -367,7 +367,9 @@ def test_a_mended_header_is_another_request_and_a_mended_file_is_asked_for(tmp_p
     assert preparation._request(listing, PROCESSOR) != before
 
     write_marked_folder(tmp_path / "data")
-    (tmp_path / "data" / "s1.nii.gz").write_bytes(b"<html>")
+    (tmp_path / "data" / "bad.nii.gz").write_bytes(b"<html>")
+    with (tmp_path / "data" / "metadata.csv").open("a") as table:
+        table.write("bad.nii.gz,bad,a\n")
     listing = list_cases("nifti_folder", tmp_path / "data", label_column="grade")
     summary = prepare_cases(listing, PROCESSOR, SplitPlan(0.5), tmp_path / "out")
     assert not caplog.messages

@@ -109,8 +109,10 @@ def test_rows_and_tables_of_reports(benchmarks):
     assert row["downstream"]["+ RL synthetic"]["auc"]["values"] == [0.5, 1.0]
     assert row["judge_by_sampler"]["rollout"]["kid"]["mean"] == 0.2
     assert row["validity"]["slice"]["auc"]["mean"] == 0.9
-    lines = _runs.table({"variants": {"a": row, "b": {"seeds": [], "refused": {"0": "No."}}}})
+    content = {"seeds": [0, 1], "variants": {"a": row, "b": {"seeds": [], "refused": {"0": "No."}}}}
+    lines = _runs.table(content)
     assert lines[2].startswith("| a | 75% (")
+    assert _runs.table({**content, "seeds": [0, 1, 2]})[2].startswith("| a (seeds 0, 1) | 75% (")
     assert "| judge | 3.0000 +- 0.0000 | 1.5000 +- 0.0000 | 1.0000 +- 0.0000 |" in lines
     assert "- b, seed 0, was refused: No." in lines
     assert _runs.row_of({0: "No."}) == {"seeds": [], "refused": {"0": "No."}}
