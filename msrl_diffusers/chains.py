@@ -38,6 +38,10 @@ def nothing_left_out(config: Any) -> tuple[str, ...]:
     return ()
 
 
+def nothing_to_check(config: Any, stage: str) -> None:
+    """Every machine will do."""
+
+
 @dataclass(frozen=True)
 class Chain:
     """Stages in the order they run, each after those it needs. `config` is any object with an `output_dir`.
@@ -50,6 +54,7 @@ class Chain:
         common: names of settings that every stage depends on.
         counts_left_out: whether stages that are left out, with all their settings, count in the fingerprints of those that need
             them. Another choice for a chain puts the folders that it has made out of date.
+        check: what a stage needs of the machine; called for all that are to be run before the first is, it raises InputError.
     """
 
     stages: Mapping[str, Stage]
@@ -57,6 +62,7 @@ class Chain:
     left_out: Callable[[Any], Collection[str]] = nothing_left_out
     common: tuple[str, ...] = ()
     counts_left_out: bool = True
+    check: Callable[[Any, str], None] = nothing_to_check
 
     def enabled(self, config: Any) -> list[str]:
         """The stages that are run with this config, in order."""
@@ -91,7 +97,7 @@ class Chain:
 
         Raises:
             InputError: an unknown stage, or one whose inputs are not there (when run alone); processes that do not share the
-                config's `output_dir`.
+                config's `output_dir`; or what `check` refuses.
             Busy: a stage that another command is running.
         """
         use_whole_cpu()
@@ -100,8 +106,11 @@ class Chain:
         if unknown:
             raise InputError(f"Unknown stage {unknown[0]!r}; the stages are {list(self.stages)}.")
         check_shared(config.output_dir)
-        result = {}
-        for name in (name for name in self.enabled(config) if name in names):
+        result, asked = {}, [name for name in self.enabled(config) if name in names]
+        for name in asked:
+            if finished_fingerprint(config, name) != self.fingerprint(config, name):
+                self.check(config, name)
+        for name in asked:
             result = self._run_stage(config, name)
         return result
 

@@ -47,6 +47,21 @@ def seconds_of(folder: Path) -> float | None:
     return json.loads((folder / "stage.json").read_text())["seconds"]
 
 
+def test_what_stages_need_of_the_machine_is_looked_for_before_the_first(tmp_path):
+    log, settings = [], Settings(str(tmp_path))
+
+    def no_oven(settings, stage):
+        if stage == "cake":
+            raise InputError("There is no oven.")
+
+    chain = replace(bakery(log), check=no_oven)
+    with pytest.raises(InputError, match="There is no oven"):
+        chain.run(settings)
+    assert log == []
+    bakery(log).run(settings)
+    assert chain.run(settings) == {"made": "cake", "heat": 200}  # what is done needs none
+
+
 def test_what_is_done_is_not_done_again_and_what_depends_on_a_change_is(tmp_path):
     log = []
     chain, settings = bakery(log), Settings(str(tmp_path))

@@ -151,7 +151,7 @@ def test_datalist_subjects_of_bids_or_none(tmp_path, caplog):
     assert [case.subject_id for case in listing.cases] == ["0", "1", "2", "3"]
     (warning,) = listing.warnings
     assert warning.startswith(
-        f"{path} names no subjects, so each of its 4 volumes counts as one: if people have several"
+        f"{path.name} names no subjects, so each of its 4 volumes counts as one: if people have several"
     )
     assert caplog.messages == [warning]
 

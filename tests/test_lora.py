@@ -206,8 +206,9 @@ def test_an_adapter_that_was_swapped_in_is_weighted_and_saved_as_what_it_is(pipe
     torch.testing.assert_close(generate(pipeline), generate(other))
 
 
-def test_an_adapter_is_saved_as_it_is_where_swapping_was_prepared(pipeline, tmp_path):
-    other = with_adapter(target_modules=["to_q", "to_v"])
+@pytest.mark.parametrize("changes", [{}, {"rank_pattern": {"to_q": 1}}])
+def test_an_adapter_is_saved_as_it_is_where_swapping_was_prepared(pipeline, tmp_path, changes):
+    other = with_adapter(target_modules=["to_q", "to_v"], **changes)
     other.save_lora_weights(tmp_path / "one")
     pipeline.enable_lora_hotswap(target_rank=8)
     pipeline.load_lora_weights(tmp_path / "one", adapter_name="one")

@@ -26,7 +26,7 @@ from msrl_diffusers.evaluation.fidelity import frechet_distance
 from msrl_diffusers.evaluation.set_labels import SetLabeler, place_on_scale
 from msrl_diffusers.functional.influence import frechet_influence
 from msrl_diffusers.rewards.base import Scale
-from msrl_diffusers.trainers import refresh
+from msrl_diffusers.trainers import base, refresh
 from msrl_diffusers.trainers.base import checkpoints, read_log
 from msrl_diffusers.trainers.refresh import RefreshConfig, RewardRefresh, _training_within
 from msrl_diffusers.trainers.reward_trainer import RewardTrainer
@@ -285,7 +285,7 @@ def test_a_refresh_is_not_added_to_a_run_that_began_without(real, anchors, tmp_p
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
 
 
-def test_refreshes_that_are_refused(real, anchors, tmp_path):
+def test_refreshes_that_are_refused(real, anchors, tmp_path, monkeypatch):
     models = {"volume": VolumeRewardModel(block_out_channels=(8, 8))}
     data = ScoredVolumes(real.pixel_values, torch.rand(len(real)), real.subject_ids)
     labeler = SetLabeler(extractor(), real, anchors)
@@ -293,6 +293,10 @@ def test_refreshes_that_are_refused(real, anchors, tmp_path):
         InputError, match=r"settings for each of \['volume'\] with one value of every and of sample_weight, got \[\]"
     ):
         RewardRefresh(models, data, labeler, {})
+    with monkeypatch.context() as bare:
+        bare.setattr(base, "get_available_trackers", list)
+        with pytest.raises(InputError, match="report_to=tensorboard needs a package that is not installed"):
+            RewardRefresh(models, data, labeler, {"volume": RefreshConfig(report_to="tensorboard")})
     refresh = RewardRefresh(models, data, labeler, {"volume": RefreshConfig(report_to="none")})
     with pytest.raises(InputError, match="needs class labels as conditions"):
         DiffusionPPOTrainer(

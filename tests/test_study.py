@@ -39,6 +39,7 @@ from msrl_diffusers.study.report import ARMS as PAGE_ARMS
 from msrl_diffusers.study.report import gap_closed, markdown
 from msrl_diffusers.study.reward_data import reward_data, reward_sets, scored_counts
 from msrl_diffusers.study.stages import load_arm
+from msrl_diffusers.trainers import base
 from msrl_diffusers.trajectories import score_set
 
 
@@ -337,6 +338,15 @@ def test_what_other_settings_left_is_removed(study):
 def test_a_stage_does_not_take_stale_inputs(study):
     with pytest.raises(InputError, match="diffusion"):
         run_study(settings_with(study, diffusion={"learning_rate": 0.5}), ["ppo"])
+
+
+def test_trackers_that_are_not_installed_are_told_before_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "get_available_trackers", list)
+    config = settings_with(tmp_path / "out", refresh={"every": 1, "report_to": "wandb"})
+    with pytest.raises(InputError, match="report_to=wandb needs a package that is not installed"):
+        run_study(config)
+    assert not list((tmp_path / "out").glob("*"))
+    assert run_study(config, ["prepare"])["dataset"] == "phantoms"
 
 
 def test_an_unknown_stage_is_refused(tmp_path):

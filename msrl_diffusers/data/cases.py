@@ -170,7 +170,7 @@ def default_subject_column(columns: Collection[str]) -> str:
 def without_subjects(table: Path, count: int, things: str) -> str:
     """The sentence that a table of `count` volumes or images names no subjects, and what follows from it."""
     return (
-        f"{table} names no subjects, so each of its {count} {things} counts as one: if people have several, name the column of "
+        f"{table.name} names no subjects, so each of its {count} {things} counts as one: if people have several, name the column of "
         "subjects by subject_column, or a split may put them on both sides."
     )
 

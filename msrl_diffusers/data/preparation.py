@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from nibabel.filename_parser import types_filenames
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -182,8 +183,9 @@ def _request(listing: Listing, processor: VolumeProcessor) -> str:
 
 def _files_of(case: Case) -> list[str]:
     """The images, and the headers of those that have theirs apart."""
-    headers = [Path(image).with_suffix(".hdr") for image in case.images.values() if Path(image).suffix == ".img"]
-    return [*case.images.values(), *map(str, headers)]
+    pair = (("image", ".img"), ("header", ".hdr"))
+    images = [image for image in case.images.values() if Path(image.lower().removesuffix(".gz")).suffix == ".img"]
+    return [*case.images.values(), *(types_filenames(image, pair, (".gz",))["header"] for image in images)]
 
 
 def _volume_path(work: Path, index: int) -> Path:

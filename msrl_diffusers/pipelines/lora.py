@@ -1,5 +1,6 @@
 """LoRA adapters of a pipeline's denoiser: loaded, mixed, fused and saved as those of Stable Diffusion are."""
 
+import copy
 import json
 import os
 import warnings
@@ -144,7 +145,7 @@ class VolumeLoraLoaderMixin(LoraBaseMixin):
                     tensors,
                     prefix=DENOISER,
                     adapter_name=adapter_name,
-                    metadata=metadata,
+                    metadata=copy.deepcopy(metadata),  # where swapping was prepared its ranks are raised in place
                     hotswap=hotswap,
                     low_cpu_mem_usage=True,
                     _pipeline=self,

@@ -8,6 +8,7 @@ from ..chains import Chain, Stage, finished_fingerprint
 from ..data.datalist import files_of_datalist
 from ..errors import InputError
 from ..files import file_mark, files_mark, folder_mark
+from ..trainers.base import check_tracker
 from ..trainers.base_config import BOOKKEEPING
 from . import stages
 from .artifacts import stages_left_out
@@ -43,7 +44,9 @@ def study_chain(config: StudyConfig) -> Chain:
     Stages and settings that not every study has are in it only where they are used: a folder that was made before there
     was such an option stays valid without it.
     """
-    return Chain({**_prior_stages(config), **_rl_stages(config)}, _settings, stages_left_out, _COMMON)
+    return Chain(
+        {**_prior_stages(config), **_rl_stages(config)}, _settings, stages_left_out, _COMMON, check=check_trackers
+    )
 
 
 def _prior_stages(config: StudyConfig) -> dict[str, Stage]:
@@ -142,6 +145,13 @@ def _rl_stages(config: StudyConfig) -> dict[str, Stage]:
     if not curve:
         del table["curve"]
     return table
+
+
+def check_trackers(config: StudyConfig, stage: str) -> None:
+    """Raise InputError where the trainers of a stage report to what is not installed."""
+    for section in (stage, *(("refresh",) if stage == "ppo" and config.refreshes else ())):
+        if section in TRAINER_CONFIGS:
+            check_tracker(config.trainer_config(section))
 
 
 def _settings(config: StudyConfig) -> dict:

@@ -207,7 +207,7 @@ class StudyConfig:
     watch_per_class: int = field(
         default=0,
         metadata={
-            "help": "Volumes per class, at the standard arm's best sampler, that -label_fid is measured on, every watch_steps rollouts; "
+            "help": "Volumes per class, at the pretrained model's best of `samplers`, that -label_fid is measured on, every watch_steps rollouts; "
             "0: the rollout's own."
         },
     )

@@ -87,7 +87,7 @@ def prepare(config: StudyConfig) -> dict:
         processor = VolumeProcessor(config.image_size, config.field_of_view)
         plan = SplitPlan(config.holdout_fraction, config.data_seed)
         summary = prepare_cases(listing, processor, plan, folder, config.num_workers, strict=True)
-        left_out, warnings = summary["rejected"], summary["warnings"]
+        left_out, warnings = summary["rejected"], summary.get("warnings", [])  # earlier versions had none
     train, heldout = load_split(config, "train"), load_split(config, "heldout")
     _check_splits(train, heldout)
     check_networks(config, tuple(train.pixel_values.shape[1:]), train.num_classes)

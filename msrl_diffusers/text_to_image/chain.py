@@ -1,10 +1,11 @@
 """The chain of a text-to-image study: which stages there are, and what each depends on."""
 
 from ..chains import Chain, Stage
+from ..trainers.base import check_tracker
 from . import stages
 from .artifacts import stages_left_out
 from .augmentation import run_augmentation
-from .config import TextToImageStudyConfig
+from .config import TRAINER_CONFIGS, TextToImageStudyConfig
 from .evaluate import evaluate
 from .report import report
 
@@ -56,4 +57,17 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 
 
-CHAIN = Chain(STAGES, TextToImageStudyConfig.settings, stages_left_out, ("max_steps",), counts_left_out=False)
+def check_trackers(config: TextToImageStudyConfig, stage: str) -> None:
+    """Raise InputError where the trainer of a stage reports to what is not installed."""
+    if stage in TRAINER_CONFIGS:
+        check_tracker(config.trainer_config(stage))
+
+
+CHAIN = Chain(
+    STAGES,
+    TextToImageStudyConfig.settings,
+    stages_left_out,
+    ("max_steps",),
+    counts_left_out=False,
+    check=check_trackers,
+)

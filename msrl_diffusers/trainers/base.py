@@ -380,7 +380,7 @@ def thaw(module: torch.nn.Module) -> bool:
 
 
 def check_tracker(args: TrainingConfig) -> None:
-    """Raise InputError where a config reports to a tracker that is not installed here; configs may be read on any machine."""
+    """Raise InputError where a config reports to a tracker that is not installed here; it may be read on any machine."""
     if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
         raise InputError(
             f"report_to={args.report_to} needs a package that is not installed; install it, or report to none."
