@@ -206,7 +206,7 @@ def _rewards_lines(rows: dict) -> list[str]:
     if not anew:
         return []
     return [
-        f"- {listed(same)} have the same reward models; those of {listed(anew)}, by the same settings, were trained anew, on another machine "
+        f"- {listed(same)} have the same reward models; those of {listed(anew)}, by the same settings, were trained anew "
         f"(AUC of the volume reward {_auc(rows[anew[0]])}, of the others' {_auc(rows['paper'])})."
     ]
 
@@ -224,8 +224,8 @@ def _precision_lines(rows: dict) -> list[str]:
         return []
     before, limit = means[others[0]]
     return [
-        f"- {listed([ADDED[name] for name in others])} ran in float32, the first row in bfloat16: before tuning {before:.3f}, limit {limit:.3f}, in "
-        f"place of {means['ppo'][0]:.3f} and {means['ppo'][1]:.3f}. So compare shares, and small differences of them not at all."
+        f"- {listed([ADDED[name] for name in others])} were computed in another precision than the first row (which, the page says): before tuning {before:.3f}, limit "
+        f"{limit:.3f}, in place of {means['ppo'][0]:.3f} and {means['ppo'][1]:.3f}. So compare shares, and small differences of them not at all."
     ]
 
 

@@ -98,7 +98,7 @@ def _demo_line(reports: list[dict], agreement: dict) -> str:
         f"differences that leave out zero. Samples get more diverse (MS-SSIM of pairs {change('value', 'ms_ssim')}; real volumes "
         f"{fmean(report['diversity']['real']['ms_ssim']['value'] for report in reports):.2f}), show the tumor that was asked for more often "
         f"({agreeing[0]:.0%} -> {agreeing[1]:.0%}), and lie less densely near real ones (precision {change('precision')}, density "
-        f"{change('density')}, coverage {change('coverage')}). By class the judge's distance changes otherwise: {_by_class(reports)}."
+        f"{change('density')}, coverage {change('coverage')}). The judge's distance by class: {_by_class(reports)}."
     )
 
 

@@ -39,9 +39,10 @@ def compare_sets(
 ) -> dict:
     """All figures of `generated` against `real`, in plain Python.
 
-    Distances compare sets of equal size: of the larger one as many volumes are drawn as the smaller has. The floor is the distance between real volumes: to `held_out` where it is given, else
-    between two random halves of `real` (all volumes of a name in one), of no more volumes than were generated; as that may be at a smaller size, whose bias
-    is larger, `fid_at_floor_n` is the generated set's distance at the size of the floor.
+    Distances compare sets of equal size: of the larger one as many volumes are drawn as the smaller has. The floor is the distance
+    between real volumes: to `held_out` where it is given, else between two random halves of `real` (all volumes of a name in one), of
+    no more volumes than were generated; as that may be at a smaller size, whose bias is larger, `fid_at_floor_n` is the generated
+    set's distance at the size of the floor.
 
     Args:
         real: the reference, such as the training volumes.

@@ -299,9 +299,8 @@ def tolerance_threshold(scores: torch.Tensor, level: float = 0.025, confidence: 
     rule = (
         f"normal tolerance bound of the logits of the null's {n} scores, too few for an order statistic: if normal, "
     )
-    return Threshold(
-        bound, min(level, 1 / (n + 1)), rule + meaning
-    )  # a further score is the smallest of all as often as any other
+    expected = min(level, 1 / (n + 1))  # a further score is the smallest of all as often as any other is
+    return Threshold(bound, expected, rule + meaning)
 
 
 @dataclass(frozen=True)
